@@ -1,0 +1,347 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+
+from .paths import Path, get_path
+from .transformer_sit import SiTTransformer2DModel
+
+
+TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+
+
+class LinearProbe(ModelMixin, ConfigMixin):
+    r"""
+    The linear classifier that LSEP trains on the intermediate tokens of a transformer (arXiv 2509.21565): the mean of
+    the tokens, a LayerNorm and a linear layer. It is used in training only.
+
+    Args:
+        hidden_size (`int`): Width `D` of the tokens.
+        num_classes (`int`): Number of classes `K`, without the null class.
+
+    Raises:
+        `ValueError`: if an argument is below 1.
+    """
+
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(self, hidden_size: int, num_classes: int):
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"`{name}` has to be at least 1, but is {value}.")
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.linear = nn.Linear(hidden_size, num_classes)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: torch.Tensor, window: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Classifies images by their tokens.
+
+        Args:
+            tokens (`torch.Tensor` of shape `[B, N, D]`): Tokens of square images, row by row.
+            window (`torch.Tensor` of shape `[B, 3]`, *optional*):
+                For each image the square window `(top, left, size)`, in tokens, to take the mean over; the whole image
+                if not given.
+
+        Returns:
+            `torch.Tensor` of shape `[B, K]`: logits.
+        """
+        # The mean in float32: 256 and more summands in bfloat16 would lose the small ones.
+        if window is None:
+            pooled = tokens.mean(dim=1, dtype=torch.float32)
+        else:
+            pooled = (tokens.float() * window_weights(window, tokens.shape[1]).unsqueeze(-1)).sum(dim=1)
+        return self.linear(self.norm(pooled.to(self.norm.weight.dtype)))
+
+
+def window_weights(window: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    The weights `[B, N]` (float32, 0 outside and `1 / size^2` inside) with which a sum over tokens is the mean over
+    each image's window `(top, left, size)`, `[B, 3]`. A masked mean in place of a crop: no loop, and no shape that
+    depends on the size.
+    """
+    grid_size = math.isqrt(num_tokens)
+    start, size = window[:, :2].unsqueeze(-1), window[:, 2].view(-1, 1, 1)
+    position = torch.arange(grid_size, device=window.device)
+    inside = ((position >= start) & (position < start + size)).float() / size  # [B, 2, grid]
+    return (inside[:, 0].unsqueeze(-1) * inside[:, 1].unsqueeze(-2)).flatten(1)
+
+
+def timesteps_from_uniform(uniform: torch.Tensor, path: Path, timestep_sampling: str) -> torch.Tensor:
+    """
+    Maps draws from U(0, 1) to the times that training looks at.
+
+    Args:
+        uniform (`torch.Tensor`): Draws in [0, 1).
+        path (`Path`): The path of the model.
+        timestep_sampling (`str`):
+            `"uniform"`, or `"logit_normal"`: `ln(sigma / alpha)` is a standard normal variable (by its inverse
+            distribution function, so that one uniform draw per sample serves both).
+    """
+    if timestep_sampling == "uniform":
+        return uniform
+    # A draw of exactly 0 has no finite image.
+    return path.time_of_ratio(torch.special.ndtri(uniform.clamp(min=2**-25)).exp())
+
+
+@dataclass
+class LSEPObjectiveOutput(BaseOutput):
+    """
+    Output of [`LSEPObjective`].
+
+    Args:
+        loss (`torch.Tensor`): Scalar to minimise, `denoising_loss + probe_loss`.
+        denoising_loss (`torch.Tensor`): Scalar, the mean squared error of the velocity.
+        probe_loss (`torch.Tensor`): Scalar, the weighted cross-entropy of the probe; 0 without a probe.
+        probe_accuracy (`torch.Tensor`, *optional*): Scalar in [0, 1]; None without a probe.
+        denoising_losses (`torch.Tensor` of shape `[B]`): The samples' own losses, without gradient.
+        probe_losses (`torch.Tensor` of shape `[B]`, *optional*):
+            The samples' weighted probe losses, without gradient; None without a probe.
+    """
+
+    loss: torch.Tensor
+    denoising_loss: torch.Tensor
+    probe_loss: torch.Tensor
+    probe_accuracy: torch.Tensor | None = None
+    denoising_losses: torch.Tensor | None = None
+    probe_losses: torch.Tensor | None = None
+
+
+class LSEPObjective(nn.Module):
+    r"""
+    The training objective of LSEP (arXiv 2509.21565): flow matching, and next to it the cross-entropy of a linear
+    probe on the tokens of an intermediate block,
+
+        loss = mean_i |v(x_t, t, y) - v|^2 + mean_i w(t_i) CE(probe(h_k(x_t, t, y')), y_i)
+
+    Both streams see the same `x_t` and `t`, but drop their labels independently; the probe's stream ends after
+    `probe_depth` blocks. The two share one pass through these blocks. The module holds transformer and probe, so that
+    DDP and FSDP wrap one forward. It does the same in training and in evaluation mode.
+
+    Args:
+        transformer ([`SiTTransformer2DModel`]): The model.
+        probe ([`LinearProbe`], *optional*): Its probe. None trains a plain SiT.
+        path_type (`str`, defaults to `"linear"`): The path, `"linear"` or `"cosine"`.
+        probe_depth (`int`, defaults to `8`): After how many blocks the probe reads, `1..num_layers`.
+        probe_dropout_prob (`float`, defaults to `0.9`): Probability of the null class in the probe's stream.
+        class_dropout_prob (`float`, defaults to `0.1`): Probability of the null class in the main stream.
+        crop_size (`tuple[int, int]`, *optional*):
+            Smallest and largest side, both inclusive and in tokens, of the window whose tokens the probe averages. Its
+            size is drawn once per batch and its position per sample. Not given, the probe sees all tokens.
+        probe_weight_start (`float`, defaults to `0.0225`): `w` at `t = 0`.
+        probe_weight_end (`float`, defaults to `0.03`): `w` at `t = 1`.
+        num_probe_weights (`int`, defaults to `10`):
+            Into how many steps of equal length `w` is cut between the two.
+        timestep_sampling (`str`, defaults to `"uniform"`):
+            Distribution of `t`, `"uniform"` or `"logit_normal"` (`ln(sigma / alpha)` is standard normal).
+
+    Raises:
+        `ValueError`: if an argument is outside these ranges or does not fit the transformer.
+    """
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        probe: LinearProbe | None,
+        path_type: str = "linear",
+        probe_depth: int = 8,
+        probe_dropout_prob: float = 0.9,
+        class_dropout_prob: float = 0.1,
+        crop_size: tuple[int, int] | None = None,
+        probe_weight_start: float = 0.0225,
+        probe_weight_end: float = 0.03,
+        num_probe_weights: int = 10,
+        timestep_sampling: str = "uniform",
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.probe = probe
+        self.path = get_path(path_type)
+        self.probe_depth = probe_depth
+        self.probe_dropout_prob = probe_dropout_prob
+        self.class_dropout_prob = class_dropout_prob
+        self.crop_size = crop_size
+        self.timestep_sampling = timestep_sampling
+        self._check(probe_weight_start, probe_weight_end, num_probe_weights)
+
+        weights = torch.linspace(probe_weight_start, probe_weight_end, num_probe_weights)
+        self.register_buffer("probe_weights", weights, persistent=False)
+
+    def _check(self, probe_weight_start: float, probe_weight_end: float, num_probe_weights: int):
+        config = self.transformer.config
+        if (config.out_channels or config.in_channels) != config.in_channels:
+            raise ValueError(
+                "`transformer` has to predict a velocity of its input's channels, but has"
+                f" `in_channels={config.in_channels}` and `out_channels={config.out_channels}`."
+            )
+        for name in ("probe_dropout_prob", "class_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` has to lie in [0, 1], but is {getattr(self, name)}.")
+        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(
+                f"`timestep_sampling` has to be one of {list(TIMESTEP_SAMPLINGS)}, but is {self.timestep_sampling!r}."
+            )
+        for name, value in (("probe_weight_start", probe_weight_start), ("probe_weight_end", probe_weight_end)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{name}` has to be a number not below 0, but is {value}.")
+        if num_probe_weights < 1:
+            raise ValueError(f"`num_probe_weights` has to be at least 1, but is {num_probe_weights}.")
+        if num_probe_weights == 1 and probe_weight_start != probe_weight_end:
+            raise ValueError(
+                "`num_probe_weights=1` is a constant weight and needs `probe_weight_start` and `probe_weight_end` to"
+                f" be equal, but they are {probe_weight_start} and {probe_weight_end}."
+            )
+        if self.probe is None:
+            return
+
+        if not 1 <= self.probe_depth <= config.num_layers:
+            raise ValueError(
+                f"`probe_depth` has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
+                f" {self.probe_depth}."
+            )
+        width = config.num_attention_heads * config.attention_head_dim
+        if (self.probe.config.hidden_size, self.probe.config.num_classes) != (width, config.num_classes):
+            raise ValueError(
+                f"`probe` has to have `hidden_size={width}` and `num_classes={config.num_classes}` like `transformer`,"
+                f" but has {self.probe.config.hidden_size} and {self.probe.config.num_classes}."
+            )
+        grid_size = config.sample_size // config.patch_size
+        if self.crop_size is not None:
+            low, high = self.crop_size
+            if not 1 <= low <= high <= grid_size:
+                raise ValueError(
+                    f"`crop_size` has to be (low, high) with 1 <= low <= high <= {grid_size}, the side of the grid of"
+                    f" tokens, but is {tuple(self.crop_size)}."
+                )
+
+    def draw_crop_window(
+        self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Draws the windows `(top, left, size)` of a batch, `[B, 3]`: one size for all, a position for each."""
+        grid_size = self.transformer.config.sample_size // self.transformer.config.patch_size
+        low, high = self.crop_size
+        size = torch.randint(low, high + 1, (1, 1), generator=generator, device=device).expand(batch_size, 1)
+        uniform = torch.rand(batch_size, 2, generator=generator, device=device, dtype=torch.float64)
+        start = (uniform * (grid_size - size + 1)).long()
+        return torch.cat([start, size], dim=1)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        class_dropout_mask: torch.Tensor | None = None,
+        probe_dropout_mask: torch.Tensor | None = None,
+        crop_window: torch.Tensor | None = None,
+        probe_weight_scale: float | torch.Tensor = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> LSEPObjectiveOutput:
+        """
+        Computes the loss of a batch. Whatever is random can be given; what is not given is drawn.
+
+        Args:
+            latents (`torch.Tensor` of shape `[B, C, S, S]`): Scaled latents, or images in [-1, 1].
+            class_labels (`torch.Tensor` of shape `[B]`): Class indices in `0..num_classes - 1`.
+            noise (`torch.Tensor` of shape `[B, C, S, S]`, *optional*): Standard normal noise.
+            timesteps (`torch.Tensor` of shape `[B]`, *optional*): Times `t` in [0, 1], in float32.
+            class_dropout_mask (`torch.Tensor` of shape `[B]`, bool, *optional*):
+                Where the main stream sees the null class.
+            probe_dropout_mask (`torch.Tensor` of shape `[B]`, bool, *optional*):
+                Where the probe's stream sees the null class.
+            crop_window (`torch.Tensor` of shape `[B, 3]`, int64, *optional*):
+                The window `(top, left, size)` of the probe for each sample, in tokens. Drawn only if `crop_size` was
+                given.
+            probe_weight_scale (`float` or scalar `torch.Tensor`, defaults to `1.0`):
+                Factor of the probe's loss, for its decay late in training.
+            generator (`torch.Generator`, *optional*): Draws what is not given.
+
+        Returns:
+            [`LSEPObjectiveOutput`]
+        """
+        batch_size, device = latents.shape[0], latents.device
+
+        # 1. Draws
+        if noise is None:
+            noise = torch.randn(latents.shape, generator=generator, device=device, dtype=torch.float32)
+        if timesteps is None:
+            uniform = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32)
+            timesteps = timesteps_from_uniform(uniform, self.path, self.timestep_sampling)
+        if class_dropout_mask is None:
+            class_dropout_mask = torch.rand(batch_size, generator=generator, device=device) < self.class_dropout_prob
+        if probe_dropout_mask is None and self.probe is not None:
+            probe_dropout_mask = torch.rand(batch_size, generator=generator, device=device) < self.probe_dropout_prob
+        if crop_window is None and self.crop_size is not None and self.probe is not None:
+            crop_window = self.draw_crop_window(batch_size, device, generator)
+
+        # 2. Point on the path and its velocity, in float32
+        time = timesteps.view(-1, 1, 1, 1)
+        latents, noise = latents.float(), noise.float()
+        noisy_latents = self.path.interpolate(latents, noise, time)
+        target = self.path.velocity(latents, noise, time)
+
+        # 3. Network
+        null_class = self.transformer.config.num_classes
+        main_labels = torch.where(class_dropout_mask, null_class, class_labels)
+        if self.probe is None:
+            velocity = self.transformer(noisy_latents, timesteps, main_labels, return_dict=False)[0]
+            logits = None
+        else:
+            probe_labels = torch.where(probe_dropout_mask, null_class, class_labels)
+            velocity, tokens = self._forward_both(noisy_latents, timesteps, main_labels, probe_labels)
+            logits = self.probe(tokens, window=crop_window)
+
+        # 4. Losses, in float32
+        denoising_losses = (velocity.float() - target).square().flatten(1).mean(dim=1)
+        denoising_loss = denoising_losses.mean()
+        if logits is None:
+            return LSEPObjectiveOutput(
+                loss=denoising_loss,
+                denoising_loss=denoising_loss.detach(),
+                probe_loss=torch.zeros_like(denoising_loss),
+                denoising_losses=denoising_losses.detach(),
+            )
+        num_weights = len(self.probe_weights)
+        weights = self.probe_weights[(timesteps * num_weights).long().clamp(max=num_weights - 1)]
+        probe_losses = F.cross_entropy(logits.float(), class_labels, reduction="none") * weights * probe_weight_scale
+        probe_loss = probe_losses.mean()
+        return LSEPObjectiveOutput(
+            loss=denoising_loss + probe_loss,
+            denoising_loss=denoising_loss.detach(),
+            probe_loss=probe_loss.detach(),
+            probe_accuracy=(logits.detach().argmax(dim=1) == class_labels).float().mean(),
+            denoising_losses=denoising_losses.detach(),
+            probe_losses=probe_losses.detach(),
+        )
+
+    def _forward_both(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        main_labels: torch.Tensor,
+        probe_labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The velocity of the main stream, and the tokens of the probe's stream after `probe_depth` blocks."""
+        transformer, batch_size = self.transformer, noisy_latents.shape[0]
+
+        # Patches are the same in both streams, and both are one batch as far as the probe's stream goes.
+        tokens = transformer.embed_patches(noisy_latents)
+        temb = transformer.embed_condition(
+            timesteps.repeat(2), torch.cat([main_labels, probe_labels]), dtype=noisy_latents.dtype
+        )
+        tokens = transformer.apply_blocks(torch.cat([tokens, tokens]), temb, end=self.probe_depth)
+        tokens, probe_tokens = tokens.split(batch_size)
+
+        temb = temb[:batch_size]
+        tokens = transformer.apply_blocks(tokens, temb, start=self.probe_depth)
+        return transformer.project_out(tokens, temb), probe_tokens

@@ -1,0 +1,428 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+from .paths import get_path
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .transformer_sit import SiTTransformer2DModel
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
+INTERVAL_TOLERANCE = 1e-6
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> import diffusers_lsep
+        >>> from diffusers import DiffusionPipeline
+
+        >>> pipe = DiffusionPipeline.from_pretrained("lsep/sit-xl-256", torch_dtype=torch.bfloat16).to("cuda")
+        >>> generator = torch.Generator("cuda").manual_seed(0)
+        >>> images = pipe(["golden retriever", 88], guidance_scale=1.8, guidance_interval=(0.0, 0.7)).images
+        ```
+"""
+
+
+class LSEPPipeline(DiffusionPipeline):
+    r"""
+    Class-conditional image generation with a [`SiTTransformer2DModel`], in the latent space of a VAE or on pixels.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Args:
+        transformer ([`SiTTransformer2DModel`]): Predicts the velocity of the flow.
+        scheduler ([`FlowMatchSDEScheduler`] or a flow-matching scheduler of diffusers): Integrates the flow.
+        vae ([`AutoencoderKL`], *optional*): Decodes latents. Without it the model works on pixels in [-1, 1].
+        id2label (`dict[int, str]`, *optional*):
+            Names of the classes; several names of one class are separated by commas, as in `facebook/DiT-XL-2-256`.
+        path_type (`str`, *optional*):
+            The path that the transformer was trained on, `"linear"` or `"cosine"`. Saved with the pipeline, so that a
+            scheduler which is wrong for it is noticed. The scheduler's own if not given, and `"linear"` if it has
+            none.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        scheduler: FlowMatchSDEScheduler,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[int, str] | None = None,
+        path_type: str | None = None,
+    ):
+        super().__init__()
+        if path_type is None:
+            path_type = scheduler.config.get("path_type", "linear")
+        get_path(path_type)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+        # JSON has only strings as keys.
+        id2label = {int(class_id): label for class_id, label in id2label.items()} if id2label is not None else None
+        self.register_to_config(id2label=id2label, path_type=path_type)
+        self._ids_of_label: dict[str, list[int]] = {}
+        for class_id, label in (id2label or {}).items():
+            for name in label.split(","):
+                ids = self._ids_of_label.setdefault(name.strip(), [])
+                if class_id not in ids:
+                    ids.append(class_id)
+
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The names of the classes, in alphabetical order, with their ids; without names that several classes have."""
+        return {name: ids[0] for name, ids in sorted(self._ids_of_label.items()) if len(ids) == 1}
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current step is guided."""
+        return self._guidance_active
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Maps the names of classes to their ids.
+
+        Args:
+            label (`str` or `list[str]`): Names of classes.
+
+        Returns:
+            `list[int]`: Class ids.
+
+        Raises:
+            `ValueError`: if a name is not one of `labels`, or if several classes have it.
+        """
+        ids = []
+        for name in [label] if isinstance(label, str) else label:
+            candidates = self._ids_of_label.get(name, [])
+            if len(candidates) > 1:
+                described = ", ".join(f"{i} ({self.config.id2label[i]})" for i in candidates)
+                raise ValueError(f"`class_labels`: {name!r} is the name of several classes: {described}. Pass the id.")
+            if not candidates:
+                raise ValueError(f"`class_labels`: there is no class {name!r}. {self._describe_labels(name)}")
+            ids.append(candidates[0])
+        return ids
+
+    def _describe_labels(self, name: str) -> str:
+        import difflib
+
+        if not self._ids_of_label:
+            return "The pipeline has no names of classes (`id2label`); pass ids."
+        close = difflib.get_close_matches(name, self._ids_of_label, n=5)
+        if close:
+            return f"Close names are {close}; `pipe.labels` has all of them."
+        names = list(self.labels)
+        return f"The names are {names}." if len(names) <= 20 else "`pipe.labels` has all names."
+
+    def _get_class_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.tolist()
+        if not isinstance(class_labels, (list, tuple, range, np.ndarray)):
+            class_labels = [class_labels]
+        if len(class_labels) == 0:
+            raise ValueError("`class_labels` has to hold at least one class, but is empty.")
+
+        num_classes = self.transformer.config.num_classes
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str):
+                ids += self.get_label_ids(label)
+                continue
+            try:
+                class_id = operator.index(label)  # integers of all kinds, numpy's too
+            except TypeError:
+                class_id = None
+            if class_id is None or isinstance(label, bool):
+                raise ValueError(
+                    f"`class_labels` has to be a class id, the name of a class, or a list of these, but holds"
+                    f" {label!r} of type {type(label).__name__}."
+                )
+            if not 0 <= class_id < num_classes:
+                raise ValueError(f"`class_labels` has to lie in 0..{num_classes - 1}, but holds {class_id}.")
+            ids.append(class_id)
+        return ids
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        sigmas: list[float] | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        if sigmas is None and num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale}.")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval}."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has to be one generator or a list of one for each of the {batch_size} images, but is a"
+                f" list of {len(generator)}."
+            )
+        shape = self._latents_shape(batch_size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has to be of shape {list(shape)}, but is of shape {list(latents.shape)}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` has to be one of {list(OUTPUT_TYPES)}, but is {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be a part of {self._callback_tensor_inputs}, but has"
+                f" {unknown}."
+            )
+        self._check_scheduler(sigmas)
+
+    def _check_scheduler(self, sigmas: list[float] | None):
+        scheduler, path_type = self.scheduler, self.config.path_type
+        name = type(scheduler).__name__
+        if sigmas is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"`sigmas` cannot be used with {name}, which does not take any.")
+
+        if isinstance(scheduler, FlowMatchSDEScheduler):
+            if scheduler.config.path_type != path_type:
+                raise ValueError(
+                    f"`scheduler` has `path_type={scheduler.config.path_type!r}`, but the transformer was trained on"
+                    f" the path {path_type!r}."
+                )
+            return
+
+        is_flow_match = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
+        if not is_flow_match and not scheduler.config.get("use_flow_sigmas", False):
+            raise ValueError(
+                f"`scheduler` has to be a flow-matching scheduler, but {name} has `use_flow_sigmas=False`. Try"
+                f" `{name}.from_config(pipe.scheduler.config, use_flow_sigmas=True,"
+                " prediction_type='flow_prediction')`."
+            )
+        if not is_flow_match and scheduler.config.get("prediction_type") != "flow_prediction":
+            raise ValueError(
+                f"`scheduler` has to take a velocity, `prediction_type='flow_prediction'`, but {name} has"
+                f" `prediction_type={scheduler.config.get('prediction_type')!r}`."
+            )
+        if path_type == "linear":
+            return
+        # These two follow dx = v dt and nothing else; all others use the linear path's alpha and sigma.
+        if not is_flow_match or scheduler.config.get("stochastic_sampling", False):
+            raise ValueError(
+                f"`scheduler` {name} is for the linear path, but the transformer was trained on the path"
+                f" {path_type!r}. Use FlowMatchSDEScheduler, FlowMatchEulerDiscreteScheduler (without"
+                " `stochastic_sampling`) or FlowMatchHeunDiscreteScheduler."
+            )
+
+    def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        config = self.transformer.config
+        return batch_size, config.in_channels, config.sample_size, config.sample_size
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The initial noise `[B, C, S, S]`, in float32 whatever the dtype of the model."""
+        if latents is not None:
+            return latents.to(device=device, dtype=torch.float32)
+        return randn_tensor(self._latents_shape(batch_size), generator=generator, device=device, dtype=torch.float32)
+
+    def _set_timesteps(self, num_inference_steps: int, device: torch.device, sigmas: list[float] | None):
+        scheduler = self.scheduler
+        takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+        if (
+            sigmas is None
+            and takes_sigmas
+            and not isinstance(scheduler, FlowMatchSDEScheduler)
+            and not scheduler.config.get("use_flow_sigmas", False)
+        ):
+            # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+        if sigmas is not None:
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=device)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents `[B, C, S, S]` into images in [-1, 1], `[B, 3, H, W]`; without a VAE they are the images."""
+        if self.vae is None:
+            return latents
+        latents = latents / self.vae.config.scaling_factor
+        if self.vae.config.get("shift_factor") is not None:
+            latents = latents + self.vae.config.shift_factor
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str],
+        num_inference_steps: int = 250,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        sigmas: list[float] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, as in all pipelines of diffusers
+    ) -> ImagePipelineOutput | tuple[Any]:
+        r"""
+        Generates one image for each class label.
+
+        Args:
+            class_labels (`int`, `str` or a list of these):
+                Class ids in `0..num_classes - 1`, or names of classes (see `labels`).
+            num_inference_steps (`int`, defaults to `250`): Number of steps of the scheduler.
+            guidance_scale (`float`, defaults to `1.0`):
+                Scale `s` of classifier-free guidance (arXiv 2207.12598), `v_null + s (v_class - v_null)`. Off if not
+                above 1.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+                The times `t`, both ends included, at which guidance acts (arXiv 2404.07724). Outside, the model is
+                evaluated once per step and not twice.
+            generator (`torch.Generator` or a list of them, *optional*):
+                Makes generation deterministic. With a list of one generator per image, an image depends on its own
+                generator only, not on the rest of the batch.
+            latents (`torch.Tensor` of shape `[B, C, S, S]`, *optional*): Initial noise, in place of a draw.
+            sigmas (`list[float]`, *optional*):
+                The grid of times, for schedulers that take one, in place of `num_inference_steps`.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called at the end of each step as `callback_on_step_end(pipe, i, timestep, callback_kwargs)`. What it
+                returns under `"latents"` replaces the latents.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                The tensors that `callback_kwargs` holds.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            `ValueError`: if an argument is none of the above, before any work.
+        """
+        # 1. Check inputs
+        class_ids = self._get_class_ids(class_labels)
+        batch_size = len(class_ids)
+        self.check_inputs(
+            batch_size,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generator,
+            latents,
+            sigmas,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Timesteps. Times are compared on the host: no synchronisation in the loop.
+        self._set_timesteps(num_inference_steps, device, sigmas)
+        self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        times = self.scheduler.sigmas[: len(timesteps)].tolist()
+        self._num_timesteps = len(timesteps)
+
+        # 3. Latents and classes
+        latents = self.prepare_latents(batch_size, device, generator, latents)
+        class_ids = torch.tensor(class_ids, device=device)
+        null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
+
+        # 4. Denoising loop
+        low, high = guidance_interval
+        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if accepts_generator else {}
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                # The second evaluation of a step is guided if the first one was.
+                if getattr(self.scheduler, "state_in_first_order", True):
+                    in_interval = low - INTERVAL_TOLERANCE <= times[i] <= high + INTERVAL_TOLERANCE
+                    self._guidance_active = guidance_scale > 1 and in_interval
+
+                model_input = latents.to(self.transformer.dtype)
+                time = torch.full((batch_size,), times[i], dtype=torch.float32, device=device)
+                if self.do_classifier_free_guidance:
+                    velocity, null_velocity = (
+                        self.transformer(
+                            torch.cat([model_input, model_input]),
+                            timestep=torch.cat([time, time]),
+                            class_labels=torch.cat([class_ids, null_ids]),
+                            return_dict=False,
+                        )[0]
+                        .float()
+                        .chunk(2)
+                    )
+                    velocity = null_velocity + guidance_scale * (velocity - null_velocity)
+                else:
+                    velocity = self.transformer(model_input, timestep=time, class_labels=class_ids, return_dict=False)[
+                        0
+                    ].float()
+
+                latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+
+                progress_bar.update()
+
+        # 5. Decode
+        if output_type == "latent":
+            image = latents
+        else:
+            image = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)

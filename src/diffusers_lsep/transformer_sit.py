@@ -1,0 +1,408 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import torch
+import torch.nn as nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
+from diffusers.utils import apply_lora_scale
+
+
+# Widths, depths and heads of DiT (arXiv 2212.09748, table 1), which SiT, REPA and LSEP keep.
+_SIZES = {
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+
+SIT_PRESETS: dict[str, dict[str, int]] = {
+    f"SiT-{size}/{patch_size}": {"patch_size": patch_size, **arguments}
+    for size, arguments in _SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+"""Constructor arguments of [`SiTTransformer2DModel`] by the name the papers use, such as `"SiT-XL/2"`."""
+
+
+class SiTAttnProcessor:
+    """Self-attention of a [`SiTTransformerBlock`] through the attention backend that is active in diffusers."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+        # A fixed head size and `-1` for the heads: under tensor parallelism a rank holds only some of them.
+        query = query.unflatten(-1, (-1, attn.head_dim))
+        key = key.unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+
+        if attn.norm_q is not None:
+            # The norms come out in float32 under autocast; attention kernels want one dtype.
+            query = attn.norm_q(query).to(value.dtype)
+            key = attn.norm_k(key).to(value.dtype)
+
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](hidden_states.flatten(2, 3))
+
+
+class SiTAttention(nn.Module, AttentionModuleMixin):
+    """
+    Multi-head self-attention with bias on every projection.
+
+    Args:
+        query_dim (`int`): Width of the tokens.
+        heads (`int`): Number of heads.
+        dim_head (`int`): Width of a head.
+        qk_norm (`bool`, defaults to `False`): Whether queries and keys pass a LayerNorm (affine, eps 1e-5) per head.
+        processor (`SiTAttnProcessor`, *optional*): What computes the attention.
+    """
+
+    _default_processor_cls = SiTAttnProcessor
+    _available_processors = [SiTAttnProcessor]
+
+    def __init__(
+        self,
+        query_dim: int,
+        heads: int,
+        dim_head: int,
+        qk_norm: bool = False,
+        processor: SiTAttnProcessor | None = None,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim_head
+        self.use_bias = True
+
+        inner_dim = heads * dim_head
+        self.to_q = nn.Linear(query_dim, inner_dim)
+        self.to_k = nn.Linear(query_dim, inner_dim)
+        self.to_v = nn.Linear(query_dim, inner_dim)
+        self.norm_q = nn.LayerNorm(dim_head, eps=1e-5) if qk_norm else None
+        self.norm_k = nn.LayerNorm(dim_head, eps=1e-5) if qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim)])
+
+        self.set_processor(processor if processor is not None else self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class SiTTransformerBlock(nn.Module):
+    """
+    A transformer block with adaLN-Zero conditioning (arXiv 2212.09748, section 3.2).
+
+    Args:
+        dim (`int`): Width of the tokens and of the condition.
+        num_attention_heads (`int`): Number of attention heads.
+        attention_head_dim (`int`): Width of a head.
+        mlp_ratio (`float`, defaults to `4.0`): Hidden width of the MLP over the width of the tokens.
+        qk_norm (`bool`, defaults to `False`): Whether queries and keys are normalised.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(dim)
+        self.attn = SiTAttention(dim, num_attention_heads, attention_head_dim, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        # 1. Self-attention. norm1 also gives the modulation of the MLP.
+        norm_hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
+        hidden_states = hidden_states + gate_msa.unsqueeze(1) * self.attn(norm_hidden_states)
+
+        # 2. MLP
+        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_mlp.unsqueeze(1)) + shift_mlp.unsqueeze(1)
+        return hidden_states + gate_mlp.unsqueeze(1) * self.ff(norm_hidden_states)
+
+
+class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    The Scalable Interpolant Transformer (SiT, arXiv 2401.08740): a class-conditional DiT that predicts the velocity of
+    a flow from data (`t = 0`) to noise (`t = 1`).
+
+    Args:
+        sample_size (`int`, defaults to `32`):
+            Height and width of the latents (or of the images, for a model on pixels). The table of position
+            embeddings follows it and is not saved, so `from_pretrained(..., sample_size=64)` makes a 512 px model of a
+            256 px one.
+        patch_size (`int`, defaults to `2`): Height and width of a patch, which is one token.
+        in_channels (`int`, defaults to `4`): Channels of the input.
+        out_channels (`int`, *optional*): Channels of the output; `in_channels` if not given.
+        num_layers (`int`, defaults to `28`): Number of transformer blocks.
+        num_attention_heads (`int`, defaults to `16`): Number of attention heads.
+        attention_head_dim (`int`, defaults to `72`):
+            Width of a head. `num_attention_heads * attention_head_dim` is the width of the tokens and has to be
+            divisible by 4.
+        mlp_ratio (`float`, defaults to `4.0`): Hidden width of the MLPs over the width of the tokens.
+        num_classes (`int`, defaults to `1000`): Number of classes. Index `num_classes` is the null class.
+        qk_norm (`bool`, defaults to `False`): Whether queries and keys pass a LayerNorm.
+
+    Raises:
+        `ValueError`: if a size is below 1, if `sample_size` is not divisible by `patch_size`, or if the width is not
+        divisible by 4.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTTransformerBlock", "PatchEmbed"]
+    _repeated_blocks = ["SiTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "time_embedding", "class_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        self._check_config()
+        self.out_channels = out_channels or in_channels
+        self.inner_dim = num_attention_heads * attention_head_dim
+
+        # 1. Input: patches, time, class
+        self.pos_embed = PatchEmbed(
+            height=sample_size,
+            width=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=self.inner_dim,
+        )
+        self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=self.inner_dim)
+        self.class_embedding = nn.Embedding(num_classes + 1, self.inner_dim)
+
+        # 2. Transformer blocks
+        self.transformer_blocks = nn.ModuleList(
+            [
+                SiTTransformerBlock(self.inner_dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm)
+                for _ in range(num_layers)
+            ]
+        )
+
+        # 3. Output
+        self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
+
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def _check_config(self):
+        config = self.config
+        for name in (
+            "sample_size",
+            "patch_size",
+            "in_channels",
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "num_classes",
+        ):
+            if config[name] < 1:
+                raise ValueError(f"`{name}` has to be at least 1, but is {config[name]}.")
+        if config.out_channels is not None and config.out_channels < 1:
+            raise ValueError(f"`out_channels` has to be None or at least 1, but is {config.out_channels}.")
+        if config.sample_size % config.patch_size:
+            raise ValueError(
+                f"`sample_size` has to be divisible by `patch_size`, but {config.sample_size} is not divisible by"
+                f" {config.patch_size}."
+            )
+        width = config.num_attention_heads * config.attention_head_dim
+        if width % 4:
+            raise ValueError(
+                "`num_attention_heads * attention_head_dim` has to be divisible by 4 (the position embedding has sine"
+                f" and cosine of two axes), but {config.num_attention_heads} * {config.attention_head_dim} = {width}."
+            )
+
+    def initialize_weights(self):
+        """
+        Draws the weights as SiT does: Xavier-uniform projections, N(0, 0.02) for the embeddings of time and class,
+        zero for all modulations and for the output layer, so that every block starts as the identity.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+
+        for block in self.transformer_blocks:
+            for projection in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
+                # The three are rows of one Xavier-uniform matrix [3 D, D] in the original: bound sqrt(6 / (3 D + D)),
+                # which is the Xavier bound sqrt(6 / 2 D) of a single [D, D] matrix times sqrt(1 / 2).
+                nn.init.xavier_uniform_(projection.weight, gain=0.5**0.5)
+            nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(self.norm_out.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Turns latents `[B, C, S, S]` into tokens `[B, N, D]` with their position embedding, `N = (S / patch_size)^2`.
+
+        Raises:
+            `ValueError`: if the shape is not the one that the model was built for.
+        """
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"`hidden_states` has to be of shape [batch, {', '.join(map(str, expected))}], but is of shape"
+                f" {list(hidden_states.shape)}. For another size load the model with"
+                " `from_pretrained(..., sample_size=...)`."
+            )
+        return self.pos_embed(hidden_states)
+
+    def embed_condition(
+        self, timestep: torch.Tensor | float, class_labels: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """
+        Embeds time and class.
+
+        Args:
+            timestep (`torch.Tensor` of shape `[B]` or `float`): `t` in [0, 1]; its sinusoids are computed in float32.
+            class_labels (`torch.Tensor` of shape `[B]`): Class indices in `0..num_classes`.
+            dtype (`torch.dtype`): The dtype to compute in.
+
+        Returns:
+            `torch.Tensor` of shape `[B, D]`.
+        """
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep, dtype=torch.float32, device=class_labels.device)
+        timestep = timestep.expand(class_labels.shape[0])
+        temb = self.time_embedding(self.time_proj(timestep).to(dtype))
+        return temb + self.class_embedding(class_labels).to(temb.dtype)
+
+    def apply_blocks(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, start: int = 0, end: int | None = None
+    ) -> torch.Tensor:
+        """
+        Runs the transformer blocks `start..end - 1` (to the last one if `end` is not given) on tokens `[B, N, D]` with
+        the condition `[B, D]` of `embed_condition`.
+        """
+        for block in self.transformer_blocks[start:end]:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+            else:
+                hidden_states = block(hidden_states, temb)
+        return hidden_states
+
+    def project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Turns the tokens `[B, N, D]` after the last block into the velocity `[B, C, S, S]`."""
+        hidden_states = self.proj_out(self.norm_out(hidden_states, temb))
+        patch_size = self.config.patch_size
+        grid_size = self.config.sample_size // patch_size
+        hidden_states = hidden_states.unflatten(1, (grid_size, grid_size))
+        hidden_states = hidden_states.unflatten(-1, (patch_size, patch_size, self.out_channels))
+        return hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Predicts the velocity `d x_t / d t`.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `[B, C, S, S]`): The noisy latents `x_t`.
+            timestep (`torch.Tensor` of shape `[B]`, or scalar):
+                `t` in [0, 1], where 1 is noise: the schedulers' `timesteps` divided by their `num_train_timesteps`.
+                Keep it in float32 whatever the dtype of the model.
+            class_labels (`torch.Tensor` of shape `[B]`):
+                Class indices in `0..num_classes`; `num_classes` stands for no class.
+            attention_kwargs (`dict`, *optional*): `scale` scales the LoRA layers, if there are any.
+            return_dict (`bool`, defaults to `True`): Whether to return an output class in place of a tuple.
+
+        Returns:
+            [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: the velocity `[B, C, S, S]`.
+
+        Raises:
+            `ValueError`: if `hidden_states` is not of the shape that the model was built for.
+        """
+        # 1. Input
+        temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
+        hidden_states = self.embed_patches(hidden_states)
+
+        # 2. Blocks
+        hidden_states = self.apply_blocks(hidden_states, temb)
+
+        # 3. Output
+        sample = self.project_out(hidden_states, temb)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def hidden_states_at(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        num_layers: int | list[int],
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """
+        Returns the tokens after some of the blocks, for probing; no block beyond the deepest one asked for is run.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `[B, C, S, S]`): The noisy latents `x_t`.
+            timestep (`torch.Tensor` of shape `[B]`, or scalar): `t` in [0, 1].
+            class_labels (`torch.Tensor` of shape `[B]`): Class indices in `0..num_classes`.
+            num_layers (`int` or `list[int]`):
+                After how many blocks, `0..num_layers` of the config (0: the embedded patches).
+
+        Returns:
+            `torch.Tensor` of shape `[B, N, D]`, or a list of such in the order of `num_layers`.
+
+        Raises:
+            `ValueError`: if a depth is outside the model.
+        """
+        depths = [num_layers] if isinstance(num_layers, int) else list(num_layers)
+        for depth in depths:
+            if not 0 <= depth <= self.config.num_layers:
+                raise ValueError(
+                    f"`num_layers` has to lie between 0 and the model's {self.config.num_layers} blocks, but is"
+                    f" {num_layers}."
+                )
+
+        temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
+        hidden_states = self.embed_patches(hidden_states)
+        tokens, start = {}, 0
+        for depth in sorted(set(depths)):
+            hidden_states = self.apply_blocks(hidden_states, temb, start, depth)
+            tokens[depth], start = hidden_states, depth
+        return tokens[num_layers] if isinstance(num_layers, int) else [tokens[depth] for depth in depths]
