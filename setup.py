@@ -5,42 +5,45 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
-extras = {
-    "train": ["matplotlib", "tensorboard"],
-    "eval": ["matplotlib", "scipy", "torch-fidelity", "torchvision"],
-    "quality": ["ruff>=0.9"],
-}
+# Also in src/diffusers_lsep/__init__.py and CITATION.cff: tests/test_package.py checks that the three agree.
+VERSION = "0.1.0.dev0"
+
+extras = {}
+extras["train"] = ["matplotlib>=3.8", "tensorboard>=2.16"]
+extras["eval"] = ["matplotlib>=3.8", "scipy>=1.12", "torch-fidelity>=0.4", "torchvision>=0.21"]
+extras["quality"] = ["ruff>=0.9"]
 extras["test"] = [
     *extras["train"],
     *extras["eval"],
     *extras["quality"],
-    "parameterized",
-    "peft",
+    "parameterized",  # imported by diffusers' own test mixins, which tests/upstream runs
+    "peft>=0.15",
     "pytest>=8",
-    "pytest-timeout",
+    "pytest-timeout>=2.3",
 ]
 
 setup(
     name="diffusers_lsep",
-    version="0.1.0.dev0",
+    version=VERSION,
     description="LSEP, generative training with a linear probe in place of an external encoder, native in diffusers",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The diffusers_lsep authors",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     keywords=["diffusers", "flow matching", "SiT", "LSEP", "image generation", "representation learning"],
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"diffusers_lsep": ["py.typed", "*.json"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # that of diffusers 0.42
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42",
         "transformers>=5.0",
         "accelerate>=1.10",
         "datasets>=4.0",
-        "huggingface-hub>=1.0",
-        "safetensors>=0.5",
+        "huggingface-hub>=1.32",
+        "safetensors>=0.8",
         "evaluate>=0.4.5",
     ],
     extras_require=extras,
@@ -48,7 +51,10 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

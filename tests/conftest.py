@@ -2,6 +2,36 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 
+import pytest
+import torch
 
-# Before any Hugging Face library is imported: no test may reach out to the Hub by accident.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The libraries read these when they are imported, and the processes that tests start inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches out to the Hub by accident
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub of the tests speaks plain LFS
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture
+def tiny_transformer():
+    """Makes `SiTTransformer2DModel`s with random weights everywhere: fresh ones give zero."""
+    from diffusers_lsep import SiTTransformer2DModel
+
+    def make(seed=0, **config):
+        defaults = {
+            "sample_size": 8,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "num_classes": 10,
+        }
+        model = SiTTransformer2DModel(**{**defaults, **config})
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                offset = 1.0 if "norm_q.weight" in name or "norm_k.weight" in name else 0.0
+                parameter.copy_(offset + torch.randn(parameter.shape, generator=generator) * 0.2)
+        return model.eval()
+
+    return make

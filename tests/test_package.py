@@ -1,0 +1,164 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The package itself: what importing it costs, its metadata, its pinned versions, and `.ci/run`."""
+
+import importlib.metadata
+import importlib.resources
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import diffusers_lsep
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def imported_modules(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines())
+
+
+def test_import_loads_no_package_that_diffusers_does_not_load():
+    extra = imported_modules("import diffusers_lsep") - imported_modules("from diffusers import DiffusionPipeline")
+    packages = {module.partition(".")[0] for module in extra} - set(sys.stdlib_module_names)
+    assert "diffusers_lsep" in packages
+    # Classes of diffusers itself are what this package is built from; torch may load a part of itself with them.
+    assert packages <= {"diffusers_lsep", "diffusers", "torch"}, sorted(extra)
+
+
+def test_exports():
+    contract = {
+        "SiTTransformer2DModel",
+        "SIT_PRESETS",
+        "FlowMatchSDEScheduler",
+        "LSEPPipeline",
+        "LinearProbe",
+        "LSEPObjective",
+        "convert_original_checkpoint",
+    }
+    assert contract <= set(diffusers_lsep.__all__)
+    for name in diffusers_lsep.__all__:
+        assert getattr(diffusers_lsep, name) is not None, name
+
+
+def test_type_hints_are_published():
+    assert importlib.resources.files("diffusers_lsep").joinpath("py.typed").is_file()
+
+
+def test_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert diffusers_lsep.__version__ == importlib.metadata.version("diffusers_lsep") == citation["version"]
+
+
+def test_metadata():
+    metadata = importlib.metadata.metadata("diffusers_lsep")
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert {"train", "eval", "test"} <= set(metadata.get_all("Provides-Extra"))
+    required = {
+        requirement.name
+        for requirement in map(Requirement, metadata.get_all("Requires-Dist"))
+        if requirement.marker is None
+    }
+    assert required == {
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "huggingface-hub",
+        "safetensors",
+        "evaluate",
+    }
+
+
+def test_command_line_entry_point():
+    (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name="diffusers-lsep")
+    assert callable(entry_point.load())
+
+
+def test_constraints_pin_every_dependency():
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
+            assert match, f"not a pin: {line}"
+            pins[canonicalize_name(match[1])] = match[2]
+    for requirement in map(Requirement, importlib.metadata.requires("diffusers_lsep")):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is not in constraints.txt"
+        assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} forbids {pins[name]}"
+
+
+def test_every_source_file_names_its_license():
+    header = "# Copyright 2026 The diffusers_lsep authors.\n# SPDX-License-Identifier: Apache-2.0\n"
+    files = [ROOT / "setup.py"]
+    files += [path for folder in ("src", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 5
+    assert not [str(path) for path in files if not path.read_text(encoding="utf-8").startswith(header)]
+
+
+def run_ci(tmp_path: Path, readme: str) -> subprocess.CompletedProcess:
+    """Runs `.ci/run` of a small project with the given README, as CI does: `CI=true`, no standard input."""
+    project = tmp_path / "project"
+    (project / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", project / ".ci" / "run")
+    (project / "README.md").write_text(readme)
+    (project / "Makefile").write_text("quality:\n\t@echo quality of $$(ls)\n")
+    identity = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    subprocess.run(["git", "add", "."], cwd=project, check=True)
+    subprocess.run(["git", *identity, "commit", "--quiet", "-m", "Start"], cwd=project, check=True)
+    (project / "untracked").touch()
+    (tmp_path / "tmp").mkdir()
+    return subprocess.run(
+        ["bash", ".ci/run"],
+        cwd=project,
+        env={**os.environ, "CI": "true", "TMPDIR": str(tmp_path / "tmp")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_ci_runs_the_readme_command_in_a_fresh_environment_and_clone(tmp_path):
+    code = "import sys; print('*' * 3, 'pytest in', sys.prefix)"
+    readme = f'# Title\n```bash\npip install --help > /dev/null && python -c "{code}"\npytest again\n```\n'
+    result = run_ci(tmp_path, readme)
+    assert result.returncode == 0, result.stderr
+    ran = re.search(r"^\*\*\* pytest in (.*)\n\+ make quality\nquality of Makefile README.md$", result.stdout, re.M)
+    assert ran, result.stdout
+    assert Path(ran[1]).is_relative_to(tmp_path / "tmp")
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert {path.name for path in (tmp_path / "project").iterdir()} == {
+        ".ci",
+        ".git",
+        "Makefile",
+        "README.md",
+        "untracked",
+    }
+
+
+def test_ci_fails_with_the_tests(tmp_path):
+    result = run_ci(tmp_path, "pip install --help > /dev/null && sh -c 'exit 3' pytest\n")
+    assert result.returncode == 3
+    assert "quality of" not in result.stdout
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("commands", [[], ["pip install a && pytest", "pip install b && pytest"]], ids=["none", "two"])
+def test_ci_refuses_a_readme_without_one_test_command(tmp_path, commands):
+    result = run_ci(tmp_path, "\n".join(["# Title", "run pytest", "pip install something", *commands, ""]))
+    assert result.returncode == 1
+    assert "README.md must have exactly one line that starts with 'pip install' and runs pytest" in result.stderr
+    assert result.stderr.splitlines()[1:] == (commands or ["none"])
+    assert list((tmp_path / "tmp").iterdir()) == []
