@@ -277,9 +277,10 @@ class LSEPPipeline(DiffusionPipeline):
             and not scheduler.config.get("use_flow_sigmas", False)
         ):
             # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         if sigmas is not None:
-            scheduler.set_timesteps(sigmas=sigmas, device=device)
+            # Some schedulers calculate with them as they are, which takes an array.
+            scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float64), device=device)
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
 

@@ -1,0 +1,266 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusers_lsep import LinearProbe, LSEPObjective
+from diffusers_lsep.objective import timesteps_from_uniform
+from diffusers_lsep.paths import get_path
+
+
+@pytest.fixture
+def make_objective(tiny_transformer):
+    def make(with_probe=True, seed=0, **arguments):
+        transformer = tiny_transformer(seed, num_layers=3)
+        probe = None
+        if with_probe:
+            torch.manual_seed(seed)
+            probe = LinearProbe(32, 10)
+        return LSEPObjective(transformer, probe, **{"probe_depth": 2, **arguments})
+
+    return make
+
+
+def batch(batch_size=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(batch_size, 4, 8, 8, generator=generator),
+        "class_labels": torch.randint(0, 10, (batch_size,), generator=generator),
+        "noise": torch.randn(batch_size, 4, 8, 8, generator=generator),
+        "timesteps": torch.rand(batch_size, generator=generator),
+        "class_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
+        "probe_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
+        "crop_window": torch.tensor([[0, 0, 3], [1, 0, 3], [0, 1, 3], [1, 1, 3], [1, 0, 3], [0, 0, 3]])[:batch_size],
+    }
+
+
+def straightforward_losses(objective, draws, path_type="linear", weights=(0.0225, 0.03, 10)):
+    """The method written down plainly: two separate streams, and a loop over samples for crop and weight."""
+    transformer, probe = objective.transformer, objective.probe
+    labels, t, path = draws["class_labels"], draws["timesteps"], get_path(path_type)
+    shaped = t[:, None, None, None]
+    noisy = path.alpha(shaped) * draws["latents"] + path.sigma(shaped) * draws["noise"]
+    target = path.d_alpha(shaped) * draws["latents"] + path.d_sigma(shaped) * draws["noise"]
+    main_labels = labels.masked_fill(draws["class_dropout_mask"], 10)
+    probe_labels = labels.masked_fill(draws["probe_dropout_mask"], 10)
+    denoising = ((transformer(noisy, t, main_labels).sample - target) ** 2).mean()
+
+    tokens = transformer.hidden_states_at(noisy, t, probe_labels, objective.probe_depth)
+    table = torch.linspace(*weights)
+    probe_loss, hits = 0.0, 0
+    for i in range(len(labels)):
+        top, left, size = draws["crop_window"][i].tolist()
+        grid = tokens[i].reshape(4, 4, -1)[top : top + size, left : left + size]
+        logits = probe.linear(probe.norm(grid.reshape(size * size, -1).mean(dim=0)))
+        weight = table[min(int(t[i] * weights[2]), weights[2] - 1)]
+        probe_loss = probe_loss + weight * F.cross_entropy(logits[None], labels[i : i + 1])
+        hits += int(logits.argmax() == labels[i])
+    return denoising, probe_loss / len(labels), hits / len(labels)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("probe_depth", [1, 2, 3])
+def test_one_pass_equals_two_separate_streams(make_objective, path_type, probe_depth):
+    objective = make_objective(path_type=path_type, probe_depth=probe_depth)
+    draws = batch()
+    output = objective(**draws)
+    output.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in objective.named_parameters()}
+
+    objective.zero_grad()
+    denoising, probe_loss, accuracy = straightforward_losses(objective, draws, path_type)
+    (denoising + probe_loss).backward()
+    torch.testing.assert_close(output.denoising_loss, denoising.detach())
+    torch.testing.assert_close(output.probe_loss, probe_loss.detach())
+    torch.testing.assert_close(output.loss, output.denoising_loss + output.probe_loss)
+    torch.testing.assert_close(output.denoising_losses.mean(), output.denoising_loss)
+    torch.testing.assert_close(output.probe_losses.mean(), output.probe_loss)
+    assert output.probe_accuracy.item() == pytest.approx(accuracy)
+    for name, parameter in objective.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_probe_weight_is_piecewise_constant_in_time(make_objective):
+    objective = make_objective(probe_weight_start=0.1, probe_weight_end=0.4, num_probe_weights=4)
+    draws = batch(5)
+    draws["timesteps"] = torch.tensor([0.0, 0.2499, 0.25, 0.99, 1.0])
+    with torch.no_grad():
+        torch.nn.init.zeros_(objective.probe.linear.weight)  # cross-entropy ln 10 everywhere
+    output = objective(**draws)
+    expected = torch.tensor([0.1, 0.1, 0.2, 0.4, 0.4]) * math.log(10)
+    torch.testing.assert_close(output.probe_losses, expected)
+    halved = objective(**draws, probe_weight_scale=torch.tensor(0.5))
+    torch.testing.assert_close(halved.probe_losses, expected / 2)
+    torch.testing.assert_close(halved.loss, halved.denoising_loss + output.probe_loss / 2)
+
+
+def test_constant_weight(make_objective):
+    objective = make_objective(probe_weight_start=0.03, probe_weight_end=0.03, num_probe_weights=1)
+    with torch.no_grad():
+        torch.nn.init.zeros_(objective.probe.linear.weight)
+    torch.testing.assert_close(objective(**batch()).probe_loss, torch.tensor(0.03 * math.log(10)))
+
+
+def test_without_a_probe_it_is_plain_flow_matching(make_objective):
+    objective = make_objective(with_probe=False)
+    draws = batch()
+    output = objective(**draws)
+    expected = straightforward_losses(make_objective(), draws)[0]
+    torch.testing.assert_close(output.loss, expected)
+    assert output.probe_loss == 0 and output.probe_accuracy is None and output.probe_losses is None
+    assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"transformer"}
+
+
+def test_what_is_not_given_is_drawn_from_the_generator(make_objective):
+    objective = make_objective(crop_size=(2, 4))
+    draws = batch()
+    arguments = {name: draws[name] for name in ("latents", "class_labels")}
+    first, again, other = (objective(**arguments, generator=torch.Generator().manual_seed(s)).loss for s in (0, 0, 1))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert first != other
+
+
+def test_labels_are_dropped_with_their_probabilities_and_independently(make_objective):
+    objective = make_objective()
+    seen = {}
+    hook = objective.transformer.class_embedding.register_forward_hook(
+        lambda _, inputs, __: seen.update(ids=inputs[0])
+    )
+    count = 8000
+    with torch.no_grad():
+        objective(torch.zeros(count, 4, 8, 8), torch.arange(count) % 10, generator=torch.Generator().manual_seed(0))
+    hook.remove()
+    main, probe = (seen["ids"] == 10).float().split(count)
+    assert main.mean().item() == pytest.approx(0.1, abs=0.012)
+    assert probe.mean().item() == pytest.approx(0.9, abs=0.012)
+    assert (main * probe).mean().item() == pytest.approx(0.09, abs=0.012)
+
+
+def test_crop_windows_have_one_size_and_reach_every_place(make_objective):
+    objective = make_objective(crop_size=(2, 4))
+    sizes = set()
+    for seed in range(20):
+        window = objective.draw_crop_window(200, "cpu", torch.Generator().manual_seed(seed))
+        size = window[0, 2].item()
+        sizes.add(size)
+        assert (window[:, 2] == size).all()
+        for starts in (window[:, 0], window[:, 1]):
+            assert set(starts.tolist()) == set(range(4 - size + 1))
+    assert sizes == {2, 3, 4}
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_timestep_distributions(path_type):
+    path = get_path(path_type)
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    assert timesteps_from_uniform(uniform, path, "uniform") is uniform
+    t = timesteps_from_uniform(uniform, path, "logit_normal")
+    log_ratio = torch.log(path.sigma(t) / path.alpha(t)).double()
+    assert log_ratio.mean().item() == pytest.approx(0, abs=1e-3)
+    assert log_ratio.std().item() == pytest.approx(1, abs=1e-3)
+    ends = timesteps_from_uniform(torch.tensor([0.0, 1 - 2**-24]), path, "logit_normal")
+    assert 0 < ends[0] < ends[1] < 1
+
+
+def test_logit_normal_is_used_for_the_draws(make_objective):
+    objective = make_objective(timestep_sampling="logit_normal")
+    seen = {}
+    objective.transformer.time_proj.register_forward_hook(lambda _, inputs, __: seen.update(t=inputs[0]))
+    with torch.no_grad():
+        objective(torch.zeros(4000, 4, 8, 8), torch.zeros(4000, dtype=torch.long))
+    t = seen["t"][:4000]
+    assert torch.log(t / (1 - t)).std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_probe_averages_in_float32_and_sees_only_its_window():
+    probe = LinearProbe(8, 3)
+    tokens = torch.randn(2, 16, 8)
+    window = torch.tensor([[1, 2, 2], [0, 0, 4]])
+    logits = probe(tokens, window=window)
+    grid = tokens[0].reshape(4, 4, 8)[1:3, 2:4].reshape(4, 8).mean(dim=0)
+    torch.testing.assert_close(logits[0], probe.linear(probe.norm(grid)))
+    torch.testing.assert_close(logits[1], probe(tokens)[1])
+    many = torch.full((1, 4096, 8), 0.01, dtype=torch.bfloat16)
+    many[0, 0] = 30.0
+    expected = probe.linear(probe.norm(many.float().mean(dim=1)))
+    torch.testing.assert_close(probe(many), expected)
+
+
+def test_probe_is_saved_and_loaded(tmp_path):
+    probe = LinearProbe(8, 3)
+    probe.save_pretrained(tmp_path)
+    loaded = LinearProbe.from_pretrained(tmp_path)
+    tokens = torch.randn(2, 16, 8)
+    torch.testing.assert_close(loaded(tokens), probe(tokens), rtol=0, atol=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_modes_give_the_same_loss(make_objective):
+    objective, draws = make_objective(), batch()
+    torch.testing.assert_close(objective.train()(**draws).loss, objective.eval()(**draws).loss, rtol=0, atol=0)
+
+
+def test_bfloat16_autocast_keeps_losses_in_float32(make_objective):
+    objective, draws = make_objective(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = objective(**draws)
+    assert output.loss.dtype == output.probe_losses.dtype == torch.float32
+    torch.testing.assert_close(output.loss, objective(**draws).loss, rtol=0.02, atol=0.02)
+
+
+def test_step_compiles_to_one_graph(make_objective):
+    """One graph means that nothing is read back by the host and that no loop depends on the data."""
+    objective, draws = make_objective(), batch()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    scale = torch.tensor(1.0)
+    loss = compiled(**draws, probe_weight_scale=scale).loss
+    loss.backward()
+    torch.testing.assert_close(loss, objective(**draws).loss, rtol=1e-5, atol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(**batch(seed=1), probe_weight_scale=scale * 0.5)
+
+
+def test_gradient_checkpointing_changes_nothing(make_objective):
+    gradients = []
+    for checkpointing in (False, True):
+        objective = make_objective().train()
+        if checkpointing:
+            objective.transformer.enable_gradient_checkpointing()
+        objective(**batch()).loss.backward()
+        gradients.append([parameter.grad for parameter in objective.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"probe_depth": 0}, r"`probe_depth` has to lie in 1\.\.3, .* but is 0"),
+        ({"probe_depth": 4}, r"`probe_depth` has to lie in 1\.\.3, .* but is 4"),
+        ({"crop_size": (3, 5)}, r"`crop_size` has to be \(low, high\) with 1 <= low <= high <= 4, .* but is \(3, 5\)"),
+        ({"crop_size": (3, 2)}, r"`crop_size` has to be .* but is \(3, 2\)"),
+        ({"crop_size": (0, 2)}, r"`crop_size` has to be .* but is \(0, 2\)"),
+        ({"probe_dropout_prob": 1.1}, r"`probe_dropout_prob` has to lie in \[0, 1\], but is 1.1"),
+        ({"class_dropout_prob": -0.1}, r"`class_dropout_prob` has to lie in \[0, 1\], but is -0.1"),
+        ({"probe_weight_start": -1.0}, "`probe_weight_start` has to be a number not below 0, but is -1.0"),
+        ({"probe_weight_end": math.inf}, "`probe_weight_end` has to be a number not below 0, but is inf"),
+        ({"num_probe_weights": 0}, "`num_probe_weights` has to be at least 1, but is 0"),
+        ({"num_probe_weights": 1}, "`num_probe_weights=1` is a constant weight .* 0.0225 and 0.03"),
+        ({"timestep_sampling": "beta"}, "`timestep_sampling` has to be one of .*, but is 'beta'"),
+        ({"path_type": "vp"}, "`path_type` has to be one of .*, but is 'vp'"),
+    ],
+)
+def test_impossible_settings_are_refused(make_objective, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective(**arguments)
+
+
+def test_probe_and_transformer_have_to_fit(tiny_transformer):
+    with pytest.raises(ValueError, match="`probe` has to have `hidden_size=32` and `num_classes=10` .* has 16 and 10"):
+        LSEPObjective(tiny_transformer(), LinearProbe(16, 10), probe_depth=1)
+    with pytest.raises(ValueError, match="`transformer` has to predict .* `in_channels=4` and `out_channels=8`"):
+        LSEPObjective(tiny_transformer(out_channels=8), LinearProbe(32, 10), probe_depth=1)
+    with pytest.raises(ValueError, match="`num_classes` has to be at least 1, but is 0"):
+        LinearProbe(8, 0)

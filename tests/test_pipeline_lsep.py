@@ -1,0 +1,439 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from PIL import Image
+
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.paths import get_path
+
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "crane", "crane"]
+ID2LABEL = {i: f"digit {i}, {name}" for i, name in enumerate(NAMES)}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.fixture
+def make_pipeline(tiny_transformer):
+    def make(vae=False, scheduler=None, path_type=None, **config):
+        if vae:
+            torch.manual_seed(0)
+            vae = AutoencoderKL(
+                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **two_blocks(), scaling_factor=0.5
+            )
+        pipe = LSEPPipeline(
+            transformer=tiny_transformer(**config),
+            scheduler=scheduler or FlowMatchSDEScheduler(),
+            vae=vae or None,
+            id2label=ID2LABEL,
+            path_type=path_type,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+def two_blocks():
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+    }
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class GaussianFlow(ModelMixin, ConfigMixin):
+    """The exact velocity of Gaussian data of mean 0.3 and standard deviation 0.2, in place of a network."""
+
+    @register_to_config
+    def __init__(self, sample_size=64, in_channels=8, num_classes=1, path_type="linear"):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.path = get_path(path_type)
+        self.times = []
+
+    def forward(self, hidden_states, timestep, class_labels, return_dict=True):
+        self.times += timestep[:1].tolist()
+        path, t = self.path, timestep.double()[:, None, None, None]
+        variance = (0.2 * path.alpha(t)) ** 2 + path.sigma(t) ** 2
+        slope = (0.04 * path.alpha(t) * path.d_alpha(t) + path.sigma(t) * path.d_sigma(t)) / variance
+        velocity = path.d_alpha(t) * 0.3 + slope * (hidden_states - 0.3 * path.alpha(t))
+        return (velocity.to(hidden_states.dtype),)
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_outputs_in_pixel_space(make_pipeline):
+    pipe = make_pipeline(in_channels=3)
+    arguments = {"class_labels": [1, 2], "num_inference_steps": 3}
+    pil, array, tensor, latent = (
+        pipe(**arguments, generator=generators(0, 1), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    )
+    assert [image.size for image in pil] == [(8, 8)] * 2 and pil[0].mode == "RGB"
+    assert array.shape == (2, 8, 8, 3) and tensor.shape == latent.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(tensor, (latent / 2 + 0.5).clamp(0, 1))
+    np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype("uint8"))
+    assert pipe(**arguments, generator=generators(0, 1), return_dict=False)[0][1].tobytes() == pil[1].tobytes()
+
+
+def test_grey_images_in_pixel_space(make_pipeline):
+    (image,) = make_pipeline(in_channels=1)("zero", num_inference_steps=2).images
+    assert isinstance(image, Image.Image) and image.mode == "L" and image.size == (8, 8)
+
+
+def test_outputs_through_a_vae(make_pipeline):
+    pipe = make_pipeline(vae=True)
+    latents = pipe([3, 4], num_inference_steps=2, generator=generators(0, 1), output_type="latent").images
+    images = pipe([3, 4], num_inference_steps=2, generator=generators(0, 1), output_type="pt").images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / 0.5).sample
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+    assert images.shape == (2, 3, 16, 16)
+
+
+def test_bfloat16_model_keeps_its_latents_in_float32(make_pipeline):
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    seen = []
+    pipe.transformer.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append((args[0].dtype, kwargs["timestep"].dtype)), with_kwargs=True
+    )
+    latents = pipe(1, num_inference_steps=3, output_type="latent").images
+    assert latents.dtype == torch.float32
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+    assert pipe(1, num_inference_steps=2).images[0].size == (16, 16)
+
+
+# --- generators -----------------------------------------------------------------------------------------------------
+
+
+def test_an_image_depends_on_its_own_generator_alone(make_pipeline):
+    pipe = make_pipeline()
+    arguments = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 1.5}
+    a = pipe([1, 2, 3], generator=generators(10, 11, 12), **arguments).images
+    b = pipe([7, 2, 9], generator=generators(99, 11, 98), **arguments).images
+    assert torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], b[0])
+    alone = pipe([2], generator=generators(11), **arguments).images
+    torch.testing.assert_close(alone[0], a[1], rtol=1e-4, atol=1e-4)
+
+
+def test_one_generator_and_given_latents(make_pipeline):
+    pipe = make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none"))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    drawn = pipe([1, 2], num_inference_steps=3, generator=generators(3)[0], output_type="latent").images
+    given = pipe([1, 2], num_inference_steps=3, latents=latents, output_type="latent").images
+    assert torch.equal(drawn, given)
+
+
+# --- guidance -------------------------------------------------------------------------------------------------------
+
+
+def batch_sizes(pipe, **arguments):
+    sizes = []
+    hook = pipe.transformer.register_forward_hook(lambda _, args, output: sizes.append(len(args[0])))
+    pipe([1], output_type="latent", **arguments)
+    hook.remove()
+    return sizes
+
+
+def test_guidance_costs_a_second_evaluation_inside_its_interval_only(make_pipeline):
+    pipe = make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none"))
+    steps = {"num_inference_steps": 5}  # t = 1, 0.8, 0.6, 0.4, 0.2
+    assert batch_sizes(pipe, **steps) == [1] * 5
+    assert batch_sizes(pipe, guidance_scale=1.0, **steps) == [1] * 5
+    assert batch_sizes(pipe, guidance_scale=2.0, **steps) == [2] * 5
+    # Both ends belong to the interval.
+    assert batch_sizes(pipe, guidance_scale=2.0, guidance_interval=(0.4, 0.8), **steps) == [1, 2, 2, 2, 1]
+    assert batch_sizes(pipe, guidance_scale=2.0, guidance_interval=(0.0, 0.39), **steps) == [1, 1, 1, 1, 2]
+
+
+def test_second_evaluation_of_a_step_keeps_the_decision_of_the_first(make_pipeline):
+    heun = make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none", solver_order=2))
+    # Evaluations at t = 1; 0.8, 0.8; 0.6, 0.6; 0.4, 0.4; 0.2, 0.2. The steps from 0.8 and 0.6 are guided.
+    arguments = {"num_inference_steps": 5, "guidance_scale": 2.0, "guidance_interval": (0.6, 0.8)}
+    expected = [1, 1, 2, 2, 2, 2, 1, 1, 1]
+    assert batch_sizes(heun, **arguments) == expected
+    # diffusers' own has another grid, 1 ... 0.001, and the same layout.
+    theirs = make_pipeline(scheduler=FlowMatchHeunDiscreteScheduler())
+    assert batch_sizes(theirs, **{**arguments, "guidance_interval": (0.5, 0.8)}) == [1, 1, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_guidance_moves_the_velocity_away_from_the_null_class(make_pipeline):
+    pipe = make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none"))
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        conditional, null = (pipe.transformer(latents, 1.0, torch.tensor([k])).sample for k in (3, 10))
+    expected = latents - (null + 2.5 * (conditional - null))
+    found = pipe(3, num_inference_steps=1, guidance_scale=2.5, latents=latents, output_type="latent").images
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_classes_by_id_name_and_list(make_pipeline):
+    pipe = make_pipeline()
+    assert pipe.get_label_ids("three") == [3] and pipe.get_label_ids(["digit 1", "five"]) == [1, 5]
+    assert pipe.labels["seven"] == 7 and "crane" not in pipe.labels and pipe.labels["digit 9"] == 9
+    arguments = {"num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe([3, 5], generator=generators(0, 1), **arguments).images
+    for labels in (["three", 5], [np.int64(3), "digit 5"], torch.tensor([3, 5]), (3, 5), np.array([3, 5])):
+        assert torch.equal(pipe(labels, generator=generators(0, 1), **arguments).images, expected)
+    assert pipe("three", **arguments).images.shape[0] == pipe(3, **arguments).images.shape[0] == 1
+
+
+# --- callbacks ------------------------------------------------------------------------------------------------------
+
+
+def test_callback_sees_and_replaces_latents_and_interrupts(make_pipeline):
+    pipe = make_pipeline()
+    steps = []
+
+    def callback(pipe, i, timestep, callback_kwargs):
+        steps.append((i, float(timestep), pipe.num_timesteps, pipe.guidance_scale))
+        if i == 2:
+            pipe._interrupt = True
+            return {"latents": torch.zeros_like(callback_kwargs["latents"])}
+        return {}
+
+    images = pipe(1, num_inference_steps=5, guidance_scale=1.5, callback_on_step_end=callback, output_type="latent")
+    assert [step[0] for step in steps] == [0, 1, 2] and not images.images.any()
+    assert steps[0] == (0, 1000.0, 5, 1.5)
+
+
+# --- schedulers -----------------------------------------------------------------------------------------------------
+
+
+def gaussian_std(scheduler, path_type="linear", steps=50, **arguments):
+    pipe = LSEPPipeline(GaussianFlow(path_type=path_type), scheduler, path_type=path_type)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(0, steps, generator=generators(0)[0], output_type="latent", **arguments).images
+    return images.mean().item(), images.std().item(), pipe.transformer.times
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "std"),
+    [
+        (FlowMatchSDEScheduler(), 0.189),
+        (FlowMatchSDEScheduler(last_step="tweedie"), 0.197),
+        (FlowMatchSDEScheduler(diffusion_form="none"), 0.190),
+        (FlowMatchSDEScheduler(diffusion_form="none", solver_order=2), 0.199),
+        (FlowMatchEulerDiscreteScheduler(), 0.190),
+        (FlowMatchHeunDiscreteScheduler(), 0.200),
+        (DPMSolverMultistepScheduler(**FLOW), 0.200),
+        (UniPCMultistepScheduler(**FLOW), 0.200),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, ConfigMixin) else None,
+)
+def test_schedulers_bring_noise_to_the_data(scheduler, std):
+    """32,768 values: the standard error of their standard deviation is 0.0008."""
+    mean, found, times = gaussian_std(scheduler)
+    assert found == pytest.approx(std, abs=0.003) and mean == pytest.approx(0.3, abs=0.005)
+    assert times[0] == pytest.approx(1, abs=2e-3), "the network takes t in [0, 1]"
+    # The times that the network sees are those of the grid, also where a scheduler rounds its timesteps.
+    assert times == pytest.approx(scheduler.sigmas[: len(times)].tolist(), abs=1e-7) and len(set(times)) == 50
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected_std"),
+    [
+        # The expected data at t = 0.04 have a smaller spread than the data: 0.2^2 / sqrt(0.2^2 + tan(0.02 pi)^2).
+        (FlowMatchSDEScheduler(path_type="cosine", last_step="tweedie"), 0.1908),
+        (FlowMatchSDEScheduler(path_type="cosine", diffusion_form="none"), 0.2),
+        (FlowMatchEulerDiscreteScheduler(), 0.2),
+        (FlowMatchHeunDiscreteScheduler(), 0.2),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, ConfigMixin) else None,
+)
+def test_schedulers_that_are_let_on_the_cosine_path_are_right_there(scheduler, expected_std):
+    mean, std, _ = gaussian_std(scheduler, "cosine", steps=200)
+    assert std == pytest.approx(expected_std, abs=0.005) and mean == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DPMSolverMultistepScheduler(**FLOW),
+        DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"),
+        UniPCMultistepScheduler(**FLOW),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_schedulers_are_refused_on_the_cosine_path(scheduler):
+    with pytest.raises(ValueError, match="`scheduler` .* is for the linear path, but .* the path 'cosine'"):
+        gaussian_std(scheduler, "cosine")
+
+
+def test_euler_of_diffusers_gets_the_grid_of_the_papers(make_pipeline):
+    """By its own choice it would end at 0.001."""
+    ours, theirs = FlowMatchSDEScheduler(diffusion_form="none"), FlowMatchEulerDiscreteScheduler()
+    arguments = {"class_labels": [1, 2], "num_inference_steps": 7, "output_type": "latent"}
+    expected = make_pipeline(scheduler=ours)(**arguments, generator=generators(0, 1)).images
+    found = make_pipeline(scheduler=theirs)(**arguments, generator=generators(0, 1)).images
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.sigmas, torch.linspace(1, 0, 8))
+
+
+def test_schedulers_are_swapped_as_users_do(make_pipeline):
+    pipe = make_pipeline()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
+    pipe(1, num_inference_steps=4)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe(1, num_inference_steps=4)
+    pipe.scheduler = FlowMatchSDEScheduler.from_config(pipe.scheduler.config)
+    pipe(1, num_inference_steps=4)
+
+
+def test_own_sigmas(make_pipeline):
+    for scheduler in (FlowMatchSDEScheduler(), FlowMatchEulerDiscreteScheduler(), UniPCMultistepScheduler(**FLOW)):
+        pipe = make_pipeline(scheduler=scheduler)
+        assert batch_sizes(pipe, sigmas=[1.0, 0.7, 0.2]) == [1, 1, 1]
+        torch.testing.assert_close(scheduler.sigmas.float(), torch.tensor([1.0, 0.7, 0.2, 0.0]), rtol=1e-3, atol=1e-3)
+
+
+# --- saving and loading ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vae", [False, True])
+def test_a_new_process_generates_the_same_images(make_pipeline, tmp_path, vae):
+    pipe = make_pipeline(vae=vae)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert index["_class_name"] == "LSEPPipeline" and index["path_type"] == "linear"
+    assert index["transformer"] == ["diffusers_lsep", "SiTTransformer2DModel"]
+    assert index["scheduler"] == ["diffusers_lsep", "FlowMatchSDEScheduler"]
+    assert index["vae"] == (["diffusers", "AutoencoderKL"] if vae else [None, None])
+
+    script = """
+import sys, torch
+import diffusers_lsep
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+images = pipe(["three", 4], num_inference_steps=3, guidance_scale=1.5, generator=generator, output_type="pt").images
+torch.save(images, sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "pipeline", tmp_path / "images.pt"], check=True)
+    found = torch.load(tmp_path / "images.pt", weights_only=True)
+    expected = pipe(["three", 4], 3, guidance_scale=1.5, generator=generators(0, 1), output_type="pt").images
+    assert torch.equal(found, expected)
+
+
+def test_loaded_pipeline_keeps_names_path_and_settings(make_pipeline, tmp_path):
+    make_pipeline(scheduler=FlowMatchSDEScheduler(path_type="cosine", last_step="tweedie")).save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is LSEPPipeline
+    assert pipe.config.path_type == "cosine" and pipe.scheduler.config.last_step == "tweedie"
+    assert pipe.get_label_ids("three") == [3] and pipe.config.id2label[3] == "digit 3, three"
+    swapped = DiffusionPipeline.from_pretrained(tmp_path, scheduler=FlowMatchSDEScheduler())
+    with pytest.raises(ValueError, match="`path_type='linear'`, but .* path 'cosine'"):
+        swapped(1)
+
+
+def test_model_offload_and_from_pipe(make_pipeline):
+    pipe = make_pipeline(vae=True)
+    expected = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    again = LSEPPipeline.from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(1, num_inference_steps=2, generator=generators(0), output_type="pt").images, expected)
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": 10}, r"`class_labels` has to lie in 0\.\.9, but holds 10"),
+        ({"class_labels": [3, -1]}, r"`class_labels` has to lie in 0\.\.9, but holds -1"),
+        ({"class_labels": []}, "`class_labels` has to hold at least one class, but is empty"),
+        ({"class_labels": [1.5]}, "`class_labels` has to be a class id, .* but holds 1.5 of type float"),
+        ({"class_labels": True}, "`class_labels` has to be a class id, .* but holds True of type bool"),
+        ({"class_labels": "thre"}, r"there is no class 'thre'\. Close names are \['three'"),
+        ({"class_labels": "xyzzyx"}, r"there is no class 'xyzzyx'\. The names are \['digit 0'"),
+        (
+            {"class_labels": "crane"},
+            r"'crane' is the name of several classes: 8 \(digit 8, crane\), 9 \(digit 9, crane",
+        ),
+        ({"num_inference_steps": 0}, "`num_inference_steps` has to be at least 1, but is 0"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be a finite number, but is nan"),
+        ({"guidance_interval": (0.7, 0.2)}, r"`guidance_interval` has to be .* but is \(0.7, 0.2\)"),
+        ({"guidance_interval": (-0.1, 0.2)}, r"`guidance_interval` has to be .* but is \(-0.1, 0.2\)"),
+        ({"guidance_interval": (0.1, 1.2)}, r"`guidance_interval` has to be .* but is \(0.1, 1.2\)"),
+        ({"guidance_interval": (0.1,)}, r"`guidance_interval` has to be .* but is \(0.1,\)"),
+        ({"latents": torch.zeros(1, 4, 9, 9)}, r"`latents` has to be of shape \[1, 4, 8, 8\], but .* \[1, 4, 9, 9\]"),
+        ({"generator": generators(0, 1)}, "`generator` .* one for each of the 1 images, but is a list of 2"),
+        ({"output_type": "jpg"}, "`output_type` has to be one of .*, but is 'jpg'"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has to be a part of \['latents'\], but has \['noise'\]"),
+        ({"sigmas": [0.2, 0.9]}, "`sigmas` have to decrease"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, message):
+    pipe = make_pipeline()
+    pipe.transformer.forward = None  # any work would fail
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": 1, **arguments})
+
+
+def test_names_need_an_id2label(tiny_transformer):
+    with pytest.raises(ValueError, match="The pipeline has no names of classes"):
+        LSEPPipeline(tiny_transformer(), FlowMatchSDEScheduler())("three")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "message"),
+    [
+        (
+            FlowMatchHeunDiscreteScheduler(),
+            {"sigmas": [1.0, 0.5]},
+            "`sigmas` cannot be used with FlowMatchHeunDiscrete",
+        ),
+        (
+            DPMSolverMultistepScheduler(**FLOW),
+            {"sigmas": [1.0, 0.5]},
+            "`sigmas` cannot be used with DPMSolverMultistep",
+        ),
+        (DDIMScheduler(), {}, "`scheduler` has to be a flow-matching scheduler, but DDIMScheduler has"),
+        (
+            DPMSolverMultistepScheduler(use_flow_sigmas=True),
+            {},
+            "`scheduler` has to take a velocity, .* but DPMSolverMultistepScheduler has `prediction_type='epsilon'`",
+        ),
+        (FlowMatchSDEScheduler(path_type="cosine"), {}, "`scheduler` has `path_type='cosine'`, but .* path 'linear'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, ConfigMixin) else None,
+)
+def test_schedulers_that_do_not_fit_are_refused(make_pipeline, scheduler, arguments, message):
+    pipe = make_pipeline()
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=message):
+        pipe(1, **arguments)
+
+
+def test_unknown_path_is_refused(make_pipeline):
+    with pytest.raises(ValueError, match="`path_type` has to be one of .*, but is 'vp'"):
+        make_pipeline(path_type="vp")
