@@ -1,0 +1,137 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How fast one core reads shuffled batches of VAE moments, and how much memory the reader takes.
+
+    python benchmarks/read_latents.py
+
+Two synthetic sets are written in the format of `examples/encode_latents.py` and deleted afterwards: a small one, and
+one of ImageNet's size (1,281,167 rows of `[8, 32, 32]` float16: 21 GB of disk). Rates are taken on rows that lie
+scattered over the whole set and that a first pass has brought into the page cache: per second of the clock, and per
+second of the one core (which is what a machine with other work on it tells reliably). Memory is that of a fresh
+process for each set.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from diffusers_lsep.latents import MomentsDataset, MomentsShardWriter, finish_moments, moments_features, shard_name
+
+
+def write_set(folder: Path, num_rows: int, shape: tuple[int, int, int], shard_size: int, batch_size: int = 64) -> None:
+    rng = np.random.default_rng(0)
+    id2label = {index: f"class {index}" for index in range(1000)}
+    features = moments_features(id2label, flip=False, images=False)
+    block = rng.standard_normal((shard_size, *shape), dtype=np.float32).astype(np.float16)
+    # Every shard repeats one block of values: they only have to be there.
+    values = [row.tobytes() for row in block]
+    num_shards = -(-num_rows // shard_size)
+    folder.mkdir()
+    for shard in range(num_shards):
+        rows = range(shard * shard_size, min((shard + 1) * shard_size, num_rows))
+        with MomentsShardWriter(folder / shard_name(shard, num_shards), features) as writer:
+            for first in range(0, len(rows), batch_size):
+                batch = rows[first : first + batch_size]
+                ids = [f"{row:08d}" for row in batch]
+                labels = rng.integers(0, 1000, len(batch)).tolist()
+                writer.write({"id": ids, "label": labels, "moments": values[first : first + len(batch)]})
+    settings = {
+        "id2label": id2label,
+        "scaling_factor": 0.18215,
+        "shift_factor": None,
+        "moments_shape": shape,
+        "dtype": "float16",
+        "flip": False,
+    }
+    finish_moments(folder, settings, features, num_shards)
+
+
+def memory() -> dict[str, float]:
+    """Resident memory of this process in MB: all, and what it maps from files."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    values = {words[0]: int(words[1]) / 1e3 for words in lines if words[0] in ("VmRSS:", "RssFile:")}
+    return {"resident": values["VmRSS:"], "mapped": values["RssFile:"]}
+
+
+def measure(folder: Path, num_read: int, batch_size: int, repeats: int) -> str:
+    """Read `num_read` scattered rows in several orders, in this process; a row of the table."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    before = memory()["resident"]
+    start = time.perf_counter()
+    dataset = MomentsDataset(folder)
+    opened = time.perf_counter() - start
+    rng = np.random.default_rng(1)
+    rows = rng.permutation(len(dataset))[:num_read]
+    rates = {"first pass": [], "load": [], "__getitems__": []}
+    after_first = None
+    for name, read, times in (
+        ("first pass", dataset.load, 1),
+        ("load", dataset.load, repeats),
+        ("__getitems__", dataset.__getitems__, repeats),
+    ):
+        for _ in range(times):
+            order = rng.permutation(rows).tolist()
+            start = np.array([time.perf_counter(), time.process_time()])
+            for first in range(0, len(order), batch_size):
+                read(order[first : first + batch_size])
+            rates[name].append(len(order) / (np.array([time.perf_counter(), time.process_time()]) - start))
+        after_first = after_first or memory()["resident"]
+    after = memory()
+    median = {name: [f"{value:,.0f}" for value in np.median(values, axis=0)] for name, values in rates.items()}
+    size = len(dataset) * np.prod(dataset.moments_shape) * dataset.dtype.itemsize / 1e9
+    return (
+        f"| {len(dataset):,} | {size:.1f} | {len(rows):,} | {opened:.2f} | {median['first pass'][0]} | "
+        f"{' / '.join(median['load'])} | {' / '.join(median['__getitems__'])} | {before:.0f} | {after_first:.0f} | "
+        f"{after['resident']:.0f} | {after['mapped']:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_281_167], help="Sizes of the sets.")
+    parser.add_argument("--shape", type=int, nargs=3, default=[8, 32, 32], help="Shape of a row's moments.")
+    parser.add_argument("--shard_size", type=int, default=8192, help="Rows per shard.")
+    parser.add_argument("--read", type=int, default=200_000, help="Rows to read per pass; they have to fit the cache.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Rows per batch.")
+    parser.add_argument("--repeats", type=int, default=5, help="Passes with a warm cache.")
+    parser.add_argument("--data_dir", type=Path, help="Where to write the sets (default: the temporary folder).")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the child process
+    args = parser.parse_args()
+    if args.measure:
+        print(measure(args.measure, args.read, args.batch_size, args.repeats))
+        return
+
+    needed = max(args.rows) * np.prod(args.shape) * 2 * 1.01
+    with tempfile.TemporaryDirectory(dir=args.data_dir, prefix="read_latents_") as place:
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            parser.error(
+                f"`--rows` {max(args.rows)} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place}"
+            )
+        print(
+            "| rows | GB | rows read | open, s | first pass, rows/s | `load`, rows/s | `__getitems__`, rows/s | "
+            "MB before | MB after one pass | MB after all | of it mapped files |"
+        )
+        print("|---" * 11 + "|", flush=True)
+        for num_rows in args.rows:
+            folder = Path(place) / "set"
+            write_set(folder, num_rows, tuple(args.shape), args.shard_size)
+            options = ["--read", args.read, "--batch_size", args.batch_size, "--repeats", args.repeats]
+            command = [sys.executable, __file__, "--measure", folder, *options]
+            print(
+                subprocess.run(map(str, command), check=True, capture_output=True, text=True).stdout,
+                end="",
+                flush=True,
+            )
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Labelled images in folders and archives, as ImageNet and EDM2/REPA data sets lie on disk; nothing is unpacked."""
+
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from .latents import pair_labels, walk_files
+
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+
+
+class ImageFiles:
+    """
+    Images in a folder, or at known places in uncompressed archives.
+
+    Args:
+        root (`Path`): The folder, or the archive.
+        names (`list[str]`): Of each image, in the order of the rows; relative to `root` where that is a folder.
+        labels (`np.ndarray` of int64): Of each image.
+        id2label (`dict[int, str]`): Name of each class.
+        archives (`list[Path]`): The archives, none for a folder.
+        places (`np.ndarray` of int64, `[len(names), 4]`): Archive, offset, size, and whether deflated.
+    """
+
+    def __init__(self, root, names, labels, id2label, archives=(), places=None):
+        self.root, self.names, self.labels, self.id2label = root, names, labels, id2label
+        self.archives, self.places = archives, places
+
+    def read(self, row: int) -> bytes:
+        """The file of an image, as it was stored."""
+        if self.places is None:
+            return (self.root / self.names[row]).read_bytes()
+        archive, offset, size, deflated = self.places[row].tolist()
+        with open(self.archives[archive], "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        return zlib.decompress(data, -15) if deflated else data
+
+
+def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
+    """
+    Find labelled images. Rows are in the order of the names; nothing is decoded.
+
+    Args:
+        train_data_dir (`str` or `os.PathLike`):
+            A folder with one sub-folder of images per class (ImageNet's synsets), the same in an uncompressed .tar or
+            in a .zip, a folder with one .tar per class, a .tar of such .tar files (ImageNet as distributed), or an
+            `images` folder or zip of EDM2/REPA, whose `dataset.json` gives the labels. Classes are numbered in the
+            alphabetical order of their names.
+
+    Raises:
+        ValueError: If there are no images, or it is in doubt what their classes are.
+    """
+    path = Path(train_data_dir)
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        images = _open_tars(path, tars) if tars else _open_folder(path)
+    elif path.is_file() and path.suffix == ".tar":
+        images = _open_tars(path, [path])
+    elif zipfile.is_zipfile(path):
+        images = _open_zip(path)
+    else:
+        raise ValueError(f"`train_data_dir` must be a folder, an uncompressed .tar or a .zip, got {path}.")
+    if not images.names:
+        raise ValueError(f"`train_data_dir` holds no images: {path}.")
+    return images
+
+
+def _open_folder(root: Path) -> ImageFiles:
+    names = sorted(name for name in walk_files(root) if _is_image(name))
+    if (root / "dataset.json").is_file():
+        labels = pair_labels((root / "dataset.json").read_bytes(), names)
+        return ImageFiles(root, names, labels, _numbered_classes(labels))
+    if (root / "images" / "dataset.json").is_file():
+        raise ValueError(f"`train_data_dir` must be the folder of images itself: {root / 'images'}.")
+    if len({name.split("/", 1)[0] for name in names}) == 1 and names[0].count("/") > 1:
+        raise ValueError(
+            f"`train_data_dir` must hold the folders of the classes, which seem to be deeper: {names[0]}."
+        )
+    return ImageFiles(root, names, *_classes_of_folders(names))
+
+
+def _open_zip(path: Path) -> ImageFiles:
+    places = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            if _is_image(info.filename):
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(
+                        f"`train_data_dir` must be a stored or deflated .zip, {info.filename} is neither."
+                    )
+                # The local header ends with a name and an extra field whose lengths only the header itself tells.
+                file.seek(info.header_offset + 26)
+                offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                places[info.filename] = (0, offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
+        names = sorted(places)
+        if "dataset.json" in archive.namelist():
+            labels = pair_labels(archive.read("dataset.json"), names)
+            classes = labels, _numbered_classes(labels)
+        else:
+            classes = _classes_of_folders(_without_wrapper(names))
+    return ImageFiles(path, names, *classes, [path], np.array([places[name] for name in names], np.int64))
+
+
+def _open_tars(root: Path, tars: list[Path]) -> ImageFiles:
+    """Index of one archive (of folders, or of an archive per class), or of a folder with one archive per class."""
+    places = {}
+    for index, path in enumerate(tars):
+        prefix = f"{path.stem}/" if root.is_dir() else ""
+        with open(path, "rb") as file:
+            for name, offset, size in _members_of_tar(file, path):
+                if name.endswith(".cls"):
+                    raise ValueError(f"`train_data_dir` must hold one .tar per class, {path} is a WebDataset shard.")
+                if name.endswith(".tar"):
+                    if prefix:
+                        raise ValueError(f"`train_data_dir` must hold one .tar per class, {path} holds more: name it.")
+                    # A member lies uncompressed in its archive, so places in it are places in the outer file.
+                    for inner, inner_offset, inner_size in _members_of_tar(file, path, offset):
+                        if _is_image(inner):
+                            places[f"{Path(name).stem}/{inner}"] = (index, inner_offset, inner_size, 0)
+                elif _is_image(name):
+                    places[prefix + name] = (index, offset, size, 0)
+    names = sorted(places)
+    classes = _classes_of_folders(_without_wrapper(names))
+    return ImageFiles(root, names, *classes, tars, np.array([places[name] for name in names], np.int64))
+
+
+def _members_of_tar(file, path: Path, start: int = 0) -> list[tuple[str, int, int]]:
+    """Name, offset and size of the regular files in the archive that begins at `start`."""
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isreg()]
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"`train_data_dir` must be an uncompressed .tar, {path} is not ({error}). Unpack it first."
+        ) from error
+
+
+def _is_image(name: str) -> bool:
+    # Archives made on a Mac carry "._x.jpg" beside "x.jpg".
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.rsplit("/", 1)[-1].startswith(".")
+
+
+def _numbered_classes(labels: np.ndarray) -> dict[int, str]:
+    return {index: str(index) for index in range(int(labels.max(initial=-1)) + 1)}
+
+
+def _without_wrapper(names: list[str]) -> list[str]:
+    """Names in an archive without the folders that hold everything else in it."""
+    while names and len({name.split("/", 1)[0] for name in names}) == 1 and all(name.count("/") > 1 for name in names):
+        names = [name.split("/", 1)[1] for name in names]
+    return names
+
+
+def _classes_of_folders(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+    """Labels from the first folder in each name; classes are numbered alphabetically, as ImageNet's synsets are."""
+    loose = [name for name in names if "/" not in name]
+    if loose:
+        raise ValueError(f"`train_data_dir` must hold one folder of images per class, {loose[0]} lies in none.")
+    classes = sorted({name.split("/", 1)[0] for name in names})
+    if SPLIT_NAMES & set(classes):
+        raise ValueError(
+            f"`train_data_dir` must hold a folder per class, but {', '.join(classes[:5])} look like splits."
+        )
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[name.split("/", 1)[0]] for name in names], np.int64), dict(enumerate(classes))
