@@ -197,13 +197,6 @@ def read_labels(
     return labels, names + [str(index) for index in range(len(names), num_classes)]
 
 
-def split_rows(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the rows of a data set at random into those to train on and the `fraction` to hold out, both sorted."""
-    order = keyed_generator(seed, 0, _SPLIT).permutation(num_rows)
-    num_held_out = max(1, round(num_rows * fraction))
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
-
-
 class SampleSource(Protocol):
     """What a [`SampleStream`] reads: images, or what a VAE made of them."""
 
@@ -292,6 +285,72 @@ class ImageSource:
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
+class SourceSubset:
+    """
+    Some rows of another source.
+
+    Args:
+        source ([`SampleSource`]): The other source.
+        rows (`np.ndarray`): The rows to take from it.
+    """
+
+    def __init__(self, source: SampleSource, rows: np.ndarray):
+        self.kind = source.kind
+        self.labels = source.labels[rows]
+        self.source = source
+        self.source_rows = rows
+
+    def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
+        return self.source.load(self.source_rows[rows], flips)
+
+
+def cut_off(source: SampleSource, fraction: float, seed: int) -> tuple[SourceSubset, SourceSubset]:
+    """Divides a source at random into the rows to train on and the `fraction` of all that is held out."""
+    order = keyed_generator(seed, 0, _SPLIT).permutation(len(source.labels))
+    num_held_out = max(1, round(len(order) * fraction))
+    rest, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return SourceSubset(source, rest), SourceSubset(source, held_out)
+
+
+def open_images(
+    splits: "datasets.DatasetDict",
+    resolution: int,
+    num_channels: int,
+    image_column: str = "image",
+    label_column: str = "label",
+    num_classes: int | None = None,
+    validation_split: str | None = None,
+) -> tuple[ImageSource, ImageSource | None, list[str]]:
+    """
+    Opens the training split of a data set, and a held-out one.
+
+    Args:
+        splits (`datasets.DatasetDict`): The data set, by [`load_image_dataset`].
+        resolution (`int`): Side of the images in pixels.
+        num_channels (`int`): 1 for grey, 3 for RGB.
+        image_column (`str`, defaults to `"image"`): Column of the images.
+        label_column (`str`, defaults to `"label"`): Column of the labels.
+        num_classes (`int`, *optional*): Number of classes, if the labels do not show all.
+        validation_split (`str`, *optional*): Name of the held-out split.
+
+    Returns:
+        `tuple[ImageSource, ImageSource | None, list[str]]`: what to train on, what is held out, the classes' names.
+
+    Raises:
+        `ValueError`: if a split or a column is missing or holds something else.
+    """
+    for split in ("train", validation_split):
+        if split is not None and split not in splits:
+            flag = "the data set" if split == "train" else "`validation_split`"
+            raise ValueError(f"{flag} has no split {split!r}; the splits are {list(splits)}.")
+    labels, names = read_labels(splits["train"], label_column, num_classes)
+    source = ImageSource(splits["train"], labels, resolution, num_channels, image_column)
+    if validation_split is None:
+        return source, None, names
+    labels, _ = read_labels(splits[validation_split], label_column, len(names), names)
+    return source, ImageSource(splits[validation_split], labels, resolution, num_channels, image_column), names
+
+
 # --- The stream of training samples ---------------------------------------------------------------------------------
 
 
@@ -374,7 +433,7 @@ class SampleStream(torch.utils.data.Dataset):
         batch["crop_window"] = torch.from_numpy(np.concatenate([start, size[:, None]], axis=1))
         return batch
 
-    def held_out(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def held_out_batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """
         A batch of these rows with draws that are the same at every call, to measure on: no image is mirrored, the main
         stream is given the label, and the probe's stream, which has to find it in the image, is not.

@@ -1,0 +1,549 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a SiT with LSEP ("No Alignment Needed for Generation", arXiv 2509.21565).
+
+    accelerate launch examples/train_lsep.py                            # the bundled digits, some minutes on two cores
+    accelerate launch examples/train_lsep.py --train_data_dir images/   # your own: one subfolder per class
+
+Without a data flag, flags that are not given come from `examples/configs/digits`; with one, from the paper. Argument
+lists are read as `@file`: flags as on the command line, on any number of lines, `#` starts a comment.
+
+SIGTERM and SIGUSR1 make the script save a checkpoint and exit with code 75; run it again with the same flags and
+`--resume_from_checkpoint latest`. `accelerate launch` itself then exits with 1, as for every script that fails.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from diffusers_lsep import (
+    FlowMatchSDEScheduler,
+    LinearProbe,
+    LSEPObjective,
+    LSEPPipeline,
+    SiTTransformer2DModel,
+)
+from diffusers_lsep.checkpointing import (
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+    whole_folder,
+    write_text,
+)
+from diffusers_lsep.data import SampleStream, StreamBatches, keep_batch, sample_posterior
+from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.training_log import MetricsFile, StepMetrics, plot_curves, read_metrics
+from diffusers_lsep.training_setup import (
+    Setup,
+    compare_settings,
+    find_run_to_continue,
+    parse_args,
+    prepare,
+    remove_outputs,
+)
+
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be continued
+
+
+# --- 1. Processes ---------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=check_tracker(args),
+        project_dir=str(Path(args.output_dir, args.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"train_lsep.py runs on one device or data-parallel, not on {accelerator.distributed_type}.")
+    args.mixed_precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
+        if args.num_cpu_threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+            args.num_cpu_threads = max(1, len(os.sched_getaffinity(0)) // processes_here)
+        if args.num_cpu_threads is not None:
+            torch.set_num_threads(args.num_cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def check_tracker(args: argparse.Namespace) -> str | None:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if args.report_to is None:
+        args.report_to = "tensorboard" if "tensorboard" in available else "none"
+    if args.report_to not in ("none", "all", *available):
+        raise ValueError(
+            f"`--report_to` has to be none, all or one of the trackers that are installed, {available}, but is"
+            f" {args.report_to!r}. (tensorboard comes with `pip install 'diffusers_lsep[train]'`.)"
+        )
+    return None if args.report_to == "none" else args.report_to
+
+
+class StopSignal:
+    """Notices SIGTERM and SIGUSR1, and lets all processes agree to stop after the same step."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.name: str | None = None
+        # On the host: a question to the device would stop it at every step.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame):
+        self.name = signal.Signals(number).name
+
+    def arrived(self) -> bool:
+        if self.group is None:
+            return self.name is not None
+        flag = torch.tensor([self.name is not None], dtype=torch.int32)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(flag.item())
+
+
+# --- 2. Training ----------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Model, optimiser, average and stream of one run, and what is done with them."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, setup: Setup, settings: dict[str, Any]):
+        self.args, self.accelerator, self.setup, self.settings = args, accelerator, setup, settings
+        self.output_dir = Path(args.output_dir)
+
+        # 1. Transformer, probe and objective
+        set_seed(args.seed)
+        transformer = SiTTransformer2DModel(**setup.config)
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        probe = None if args.no_lsep else LinearProbe(width, transformer.config.num_classes)
+        grid_size = transformer.config.sample_size // transformer.config.patch_size
+        self.objective = LSEPObjective(
+            transformer,
+            probe,
+            path_type=args.path_type,
+            probe_depth=args.probe_depth,
+            probe_dropout_prob=args.probe_dropout_prob,
+            class_dropout_prob=args.class_dropout_prob,
+            crop_size=(args.crop_size_min, grid_size),
+            probe_weight_start=args.probe_weight_start,
+            probe_weight_end=args.probe_weight_end,
+            num_probe_weights=args.num_probe_weights,
+            timestep_sampling=args.timestep_sampling,
+        )
+        self.objective.train()
+        if args.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.pipeline = LSEPPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchSDEScheduler(path_type=args.path_type),
+            vae=setup.vae,
+            id2label=dict(enumerate(setup.names)),
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.validation_labels = self.get_validation_labels()
+        if setup.vae is not None:
+            setup.vae.to(accelerator.device)
+            setup.vae.enable_slicing()
+
+        # 2. The stream of samples
+        latent_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
+        stream_options = {
+            "latent_shape": latent_shape,
+            "seed": args.seed,
+            "samples_per_step": setup.samples_per_step,
+            "grid_size": grid_size,
+            "crop_size_min": args.crop_size_min,
+            "class_dropout_prob": args.class_dropout_prob,
+            "probe_dropout_prob": args.probe_dropout_prob,
+            "path_type": args.path_type,
+            "timestep_sampling": args.timestep_sampling,
+            "random_flip": args.random_flip,
+            "posterior_noise": setup.vae is not None,
+        }
+        self.stream = SampleStream(setup.source, **stream_options)
+        self.held_out = SampleStream(setup.held_out, **stream_options) if setup.held_out is not None else None
+        self.stream.__getitems__([0])  # to find now what would go wrong later
+
+    def get_validation_labels(self) -> list[int]:
+        """The classes of which samples are drawn; if none are asked for, up to ten, evenly spaced."""
+        num_classes = len(self.setup.names)
+        if self.args.validation_labels is None:
+            return np.linspace(0, num_classes - 1, min(10, num_classes)).round().astype(int).tolist()
+        ids = []
+        for label in self.args.validation_labels:
+            if label in self.setup.names:
+                ids.append(self.setup.names.index(label))
+            elif label.isdigit() and int(label) < num_classes:
+                ids.append(int(label))
+            else:
+                raise ValueError(
+                    f"`--validation_labels` have to be names of classes or lie in 0..{num_classes - 1}, but {label!r}"
+                    " is neither."
+                )
+        return ids
+
+    def prepare_training(self, checkpoint: Path | None):
+        """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
+        args, accelerator, objective = self.args, self.accelerator, self.objective
+        objective.to(accelerator.device)
+        groups = [{"params": list(objective.transformer.parameters()), "lr": args.learning_rate}]
+        if objective.probe is not None:
+            groups.append({"params": list(objective.probe.parameters()), "lr": args.probe_learning_rate})
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+            fused=True,
+        )
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler, self.optimizer, args.lr_warmup_steps, args.max_train_steps
+        )
+        self.ema = None
+        if args.use_ema:
+            min_decay = 0.0 if args.ema_warmup else args.ema_decay
+            self.ema = EMAModel(objective.parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
+            # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
+            self.ema.optimization_step = 0 if args.ema_warmup else 1
+
+        self.step, self.last_checkpoint = 0, checkpoint
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, objective, self.optimizer, self.ema)
+            self.step = state["step"]
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+                group["lr"] = rate
+            if self.ema is not None:
+                self.ema.optimization_step = state["ema_step"]
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+
+        batches = StreamBatches(
+            args.train_batch_size,
+            start=self.step * self.setup.samples_per_step,
+            end=max(self.step, args.max_train_steps) * self.setup.samples_per_step,
+        )
+        loader = torch.utils.data.DataLoader(
+            self.stream,
+            batch_sampler=batches,
+            collate_fn=keep_batch,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
+        self.probe_weight_scale = torch.ones((), device=accelerator.device)
+
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The arguments of the objective for a batch of the stream: images and moments become latents."""
+        images, moments = batch.pop("images", None), batch.pop("moments", None)
+        noise = batch.pop("posterior_noise", None)
+        if noise is None:
+            return {"latents": images, **batch}
+        vae = self.setup.vae
+        if moments is None:
+            with torch.no_grad(), self.accelerator.autocast():
+                posterior = vae.encode(images).latent_dist
+            moments = torch.cat([posterior.mean, posterior.std], dim=1)
+        shift = vae.config.get("shift_factor")
+        return {"latents": sample_posterior(moments, noise, vae.config.scaling_factor, shift), **batch}
+
+    def train(self) -> bool:
+        """Trains to the end, and returns True, or until a signal arrives."""
+        args, accelerator, setup = self.args, self.accelerator, self.setup
+        stop = StopSignal(accelerator)
+        self.metrics = StepMetrics(accelerator, args.gradient_accumulation_steps)
+        self.progress = tqdm(
+            total=args.max_train_steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        batches = iter(self.loader)
+        self.collected_at = self.step
+        while self.step < args.max_train_steps:
+            # 1. The probe's weight: constant, and late in training an exponential decay (fractions of epochs count)
+            late = self.step / setup.steps_per_epoch - args.probe_decay_start_epoch
+            self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
+
+            # 2. Gradients
+            for _ in range(args.gradient_accumulation_steps):
+                start = time.perf_counter()
+                batch = next(batches)
+                data_wait = time.perf_counter() - start
+                with accelerator.accumulate(self.model):
+                    output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
+                    accelerator.backward(output.loss)
+                    self.metrics.add_batch(output, batch["timesteps"], data_wait)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                        self.metrics.add_step(grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+
+            # 3. Learning rate and average
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.objective.parameters())
+            self.step += 1
+            self.progress.update()
+
+            # 4. Reports and checkpoints. Nothing is saved or measured before all losses up to here are known.
+            last = self.step == args.max_train_steps
+            stopped = stop.arrived() and not last
+            saves = self.step % args.checkpointing_steps == 0 or last or stopped
+            validates = self.step % args.validation_steps == 0 or last
+            if self.step % args.logging_steps == 0 or saves or validates:
+                self.log()
+            if validates:
+                self.validate()
+            if saves:
+                self.save_checkpoint()
+            if stopped:
+                self.progress.close()
+                accelerator.print(
+                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.last_checkpoint} is complete."
+                    " Continue with the same flags and `--resume_from_checkpoint latest`."
+                )
+                return False
+        self.progress.close()
+        return True
+
+    def log(self):
+        """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
+        accelerator = self.accelerator
+        metrics, losses, grad_norms = self.metrics.collect()
+        scaled = accelerator.scaler is not None  # The scaler skips steps whose gradient overflows.
+        for offset, (loss, grad_norm) in enumerate(zip(losses, grad_norms), start=1):
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled):
+                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", grad_norm)
+                good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
+                raise FloatingPointError(
+                    f"the {what} of step {self.collected_at + offset} is {value}; the last good checkpoint {good}."
+                )
+        self.collected_at = self.step
+        metrics["images_per_second"] = self.setup.samples_per_step / metrics["seconds_per_step"]
+        metrics["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        if self.objective.probe is not None:
+            metrics["probe_learning_rate"] = self.lr_scheduler.get_last_lr()[1]
+        self.report(metrics)
+        shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
+        self.progress.set_postfix({label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics})
+
+    def report(self, metrics: dict[str, Any]):
+        if self.accelerator.is_main_process:
+            self.metrics_file.append({"step": self.step, "epoch": self.step / self.setup.steps_per_epoch, **metrics})
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        self.accelerator.log(scalars, step=self.step)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Puts the averaged weights into the model for a while."""
+        parameters = list(self.objective.parameters())
+        if self.ema is not None:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        self.objective.eval()
+        try:
+            yield
+        finally:
+            self.objective.train()
+            if self.ema is not None:
+                self.ema.restore(parameters)
+
+    def validate(self):
+        """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
+        accelerator = self.accelerator
+        with self.averaged_weights(), torch.no_grad():
+            if self.held_out is not None:
+                self.report(self.measure())
+            if accelerator.is_main_process:
+                self.draw_samples()
+        if accelerator.is_main_process:
+            draw_curves(self.output_dir)
+        accelerator.wait_for_everyone()
+
+    def measure(self) -> dict[str, float]:
+        """Losses and probe accuracy on the held-out images, which the processes share out."""
+        args, accelerator = self.args, self.accelerator
+        num_rows = len(self.held_out.source.labels)
+        rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
+        sums = torch.zeros(3, device=accelerator.device)
+        for first in range(0, len(rows), args.train_batch_size):
+            batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            output = self.objective(**self.inputs(batch))
+            sums[0] += output.denoising_losses.sum()
+            if output.probe_losses is not None:
+                sums[1] += output.probe_losses.sum()
+                sums[2] += output.probe_accuracy * len(output.probe_losses)
+        means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
+        names = ["validation_denoising_loss", "validation_probe_loss", "validation_probe_accuracy"]
+        return dict(zip(names[: 1 if self.objective.probe is None else 3], means))
+
+    def draw_samples(self):
+        """Writes `samples/step-N.png`: the same classes and the same noise every time."""
+        args, labels = self.args, self.validation_labels
+        class_ids = labels * args.num_validation_images
+        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_ids))]
+        with self.accelerator.autocast():
+            images = self.pipeline(
+                class_ids,
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.validation_guidance_scale,
+                generator=generators,
+            ).images
+        grid = make_labeled_grid(images, columns=len(labels), labels=[self.setup.names[i] for i in class_ids])
+        path = self.output_dir / "samples" / f"step-{self.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        grid.save(partial, format="PNG")
+        os.replace(partial, path)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
+
+    def save_pipeline(self, folder: Path):
+        """Writes the averaged weights as a pipeline, and the probe beside it."""
+        with self.averaged_weights():
+            self.pipeline.save_pretrained(folder)
+            if self.objective.probe is not None:
+                self.objective.probe.save_pretrained(folder / "probe")
+
+    def save_checkpoint(self):
+        args, accelerator = self.args, self.accelerator
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        if accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "ema_step": self.ema.optimization_step if self.ema is not None else None,
+                "lr_scheduler": self.lr_scheduler.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "settings": self.settings,
+            }
+            try:
+                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline)
+            except Exception as error:  # A full disk, for one, shows in many ways.
+                good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
+                raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
+            remove_old_checkpoints(self.output_dir, args.checkpoints_total_limit, args.milestone_steps)
+        self.last_checkpoint = folder
+        accelerator.wait_for_everyone()
+
+    def save_result(self):
+        """Writes the pipeline into the root of the output folder, `model_index.json` last."""
+        with whole_folder(self.output_dir / ".pipeline") as partial:
+            self.save_pipeline(partial)
+        source = self.output_dir / ".pipeline"
+        (self.output_dir / "model_index.json").unlink(missing_ok=True)
+        for path in sorted(source.iterdir(), key=lambda path: path.name == "model_index.json"):
+            target = self.output_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        source.rmdir()
+
+
+def draw_curves(output_dir: Path):
+    try:
+        plot_curves(read_metrics(output_dir / "metrics.jsonl"), output_dir / "curves.png")
+    except ImportError:
+        print("curves.png needs matplotlib: pip install 'diffusers_lsep[train]'", file=sys.stderr)
+
+
+def describe(args: argparse.Namespace, setup: Setup, trainer: Trainer) -> str:
+    """Sizes of a run, for `--dry_run`."""
+    transformer = trainer.objective.transformer
+    width, tokens = transformer.inner_dim, trainer.stream.grid_size**2
+    parameters = sum(p.numel() for p in transformer.parameters())
+    vae_parameters = sum(p.numel() for p in setup.vae.parameters()) if setup.vae is not None else 0
+    # Weights, gradients, AdamW's two moments and the average in float32. A block keeps about 34 values per token and
+    # channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention), in the dtype of the
+    # computation; with gradient checkpointing one block keeps them, and the others their input.
+    state = 4 * parameters * (5 if args.use_ema else 4) + 4 * vae_parameters
+    blocks = transformer.config.num_layers + (0 if args.no_lsep else args.probe_depth)
+    values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
+    activations = values * (4 if args.mixed_precision == "no" else 2) // 2
+    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
+    return (
+        f"transformer: {parameters:,} parameters, {transformer.config.num_layers} blocks of width {width}\n"
+        f"tokens: {tokens} per image\n"
+        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes\n"
+        f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch\n"
+        f"memory per process, roughly: {state / 1e9:.2f} GB of state, {activations / 1e9:.2f} GB of activations"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, Path(__file__).resolve().parent)
+    accelerator = make_accelerator(args)
+    output_dir = Path(args.output_dir)
+
+    # 1. Everything that can be wrong is found before anything is written
+    before = [find_run_to_continue(args, accelerator.print) if accelerator.is_main_process else None]
+    checkpoint, old_settings = broadcast_object_list(before)[0]
+    with accelerator.local_main_process_first():
+        setup = prepare(args, accelerator.num_processes)
+    settings = {
+        **vars(args),
+        **setup.facts,
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+    }
+    accelerator.print(json.dumps(settings, indent=2))
+    if old_settings is not None:
+        compare_settings(settings, old_settings, accelerator.print)
+    if args.resume_from_checkpoint:
+        accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
+    with torch.device("meta" if args.dry_run else "cpu"):
+        trainer = Trainer(args, accelerator, setup, settings)
+    if args.dry_run:
+        accelerator.print(describe(args, setup, trainer))
+        return 0
+    accelerator.wait_for_everyone()
+
+    # 2. Output folder
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir:
+            remove_outputs(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
+    trainer.prepare_training(checkpoint)
+    if accelerator.is_main_process:
+        trainer.metrics_file = MetricsFile(output_dir / "metrics.jsonl", last_step=trainer.step)
+    accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})
+
+    # 3. Training
+    finished = trainer.train()
+    if finished and accelerator.is_main_process:
+        trainer.save_result()
+        print(f"Saved the pipeline in {output_dir}, samples in {output_dir / 'samples'}.")
+    accelerator.end_training()
+    return 0 if finished else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

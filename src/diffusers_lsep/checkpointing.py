@@ -1,0 +1,242 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of training: complete or absent, free of pickles, and enough to continue bit for bit.
+
+checkpoint-1000/
+    model.safetensors        the weights in training, transformer and probe
+    optimizer.safetensors    AdamW's moments, by parameter
+    training_state.json      step, learning rates, loss scale, settings
+    pipeline/                the averaged weights, for `DiffusionPipeline.from_pretrained`, with `probe/`
+    manifest.json            size and SHA-256 of every other file
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from .objective import LinearProbe, LSEPObjective
+from .transformer_sit import SiTTransformer2DModel
+
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "training_state.json"
+PIPELINE_FOLDER = "pipeline"
+MANIFEST_FILE = "manifest.json"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """
+    Gives a new folder to write into, which takes the name `target` once the block ends and everything is on disk. If
+    the block fails nothing of it stays, and a folder that was there before is as it was.
+    """
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str):
+    """Writes a text file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    folder: Path,
+    objective: LSEPObjective,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    save_pipeline: Callable[[Path], None],
+):
+    """
+    Writes a checkpoint.
+
+    Args:
+        folder (`Path`): Where; replaced if it exists.
+        objective ([`LSEPObjective`]): Transformer and probe.
+        optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
+        state (`dict`): Whatever else there is to remember, as JSON.
+        save_pipeline (`Callable`): Saves the averaged weights, as a pipeline with a `probe/`, into the folder it gets.
+    """
+    with whole_folder(folder) as partial:
+        save_file(_tensors(objective.state_dict()), partial / MODEL_FILE)
+        save_file(_tensors(_optimizer_tensors(objective, optimizer)), partial / OPTIMIZER_FILE)
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        save_pipeline(partial / PIPELINE_FOLDER)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(
+    folder: Path, objective: LSEPObjective, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+) -> dict[str, Any]:
+    """
+    Restores a checkpoint into the objects that training uses.
+
+    Args:
+        folder (`Path`): The checkpoint, which [`find_damage`] found whole.
+        objective ([`LSEPObjective`]): Transformer and probe.
+        optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
+        ema (`EMAModel`, *optional*): The average of the objective's parameters, in their order.
+
+    Returns:
+        `dict`: the `state` that was given to [`save_checkpoint`].
+    """
+    objective.load_state_dict(load_file(folder / MODEL_FILE))
+
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
+        name, _, slot = key.rpartition(".")
+        states.setdefault(name, {})[slot] = tensor
+    by_index = {index: states[name] for index, name in enumerate(_names(objective, optimizer)) if name in states}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
+
+    if ema is not None:
+        average = dict(
+            SiTTransformer2DModel.from_pretrained(folder / PIPELINE_FOLDER / "transformer").named_parameters(
+                "transformer"
+            )
+        )
+        if objective.probe is not None:
+            average |= LinearProbe.from_pretrained(folder / PIPELINE_FOLDER / "probe").named_parameters("probe")
+        for (name, _), shadow in zip(objective.named_parameters(), ema.shadow_params, strict=True):
+            shadow.copy_(average[name].detach())
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state` that was given to [`save_checkpoint`]."""
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compares a checkpoint with its manifest. Returns what is wrong with it, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST_FILE} cannot be read: {error}"
+    for name, (size, digest) in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes in place of {size}"
+        if _sha256(path) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """The steps and folders of all checkpoints, damaged ones included, oldest first."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def choose_checkpoint(output_dir: Path, resume_from_checkpoint: str, report: Callable[[str], None]) -> Path | None:
+    """
+    Finds the checkpoint to continue from.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        resume_from_checkpoint (`str`):
+            A checkpoint's folder or its name inside `output_dir`, or `"latest"`: the newest one that is not damaged.
+        report (`Callable`): Is told which checkpoints are damaged.
+
+    Returns:
+        `Path` or None: the checkpoint; None if the latest of none is asked for.
+
+    Raises:
+        `ValueError`: if there is no such checkpoint, it is damaged, or all are.
+    """
+    if resume_from_checkpoint != "latest":
+        folder = Path(resume_from_checkpoint)
+        folder = folder if folder.is_dir() else output_dir / resume_from_checkpoint
+        damage = find_damage(folder) if folder.is_dir() else "there is no such folder"
+        if damage:
+            raise ValueError(f"`resume_from_checkpoint` {resume_from_checkpoint!r} cannot be used: {damage}.")
+        return folder
+
+    checkpoints = list_checkpoints(output_dir)
+    for _, folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        report(f"Skipping {folder}, which is damaged: {damage}.")
+    if checkpoints:
+        raise ValueError(f"`resume_from_checkpoint`: all checkpoints in {str(output_dir)!r} are damaged.")
+    return None
+
+
+def remove_old_checkpoints(output_dir: Path, total_limit: int | None, milestone_steps: int | None):
+    """Keeps the newest `total_limit` checkpoints, and besides them those at multiples of `milestone_steps`."""
+    ordinary = [
+        path for step, path in list_checkpoints(output_dir) if not (milestone_steps and step % milestone_steps == 0)
+    ]
+    for path in ordinary[: -total_limit if total_limit is not None else 0]:
+        # Out of sight first: a half-removed checkpoint would look like a damaged one.
+        path = path.rename(path.with_name(f".{path.name}.old"))
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _names(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters in the order in which the optimizer numbers them."""
+    name_of = {parameter: name for name, parameter in objective.named_parameters()}
+    return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{name}.{slot}": value
+        for index, name in enumerate(_names(objective, optimizer))
+        for slot, value in states.get(index, {}).items()
+    }
+
+
+def _tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,162 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What training reports: metrics and their curves."""
+
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .checkpointing import write_text
+from .objective import LSEPObjectiveOutput
+
+
+NUM_TIME_BINS = 10  # of the probe's loss against t
+
+
+class StepMetrics:
+    """
+    Collects the metrics of training steps on the device. They reach the host, and the other processes, in one transfer
+    per interval: `collect`.
+
+    Args:
+        accelerator (`Accelerator`): The processes, and the device.
+        gradient_accumulation_steps (`int`, defaults to `1`): Batches per step.
+    """
+
+    def __init__(self, accelerator: Accelerator, gradient_accumulation_steps: int = 1):
+        self.accelerator = accelerator
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._clear()
+
+    def _clear(self):
+        self._losses: list[torch.Tensor] = []  # one per batch
+        self._grad_norms: list[torch.Tensor] = []  # one per step
+        self._bins = torch.zeros(2, NUM_TIME_BINS, device=self.accelerator.device)
+        self._start = time.perf_counter()
+        self._wait = 0.0
+
+    def add_batch(self, output: LSEPObjectiveOutput, timesteps: torch.Tensor, data_wait: float):
+        """Takes in one batch, for which training waited `data_wait` seconds."""
+        accuracy = output.denoising_loss.new_zeros(()) if output.probe_accuracy is None else output.probe_accuracy
+        row = [output.loss.detach(), output.denoising_loss, output.probe_loss, accuracy]
+        self._losses.append(torch.stack([value.float() for value in row]))
+        if output.probe_losses is not None:
+            bins = (timesteps * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
+            losses = output.probe_losses.float()
+            self._bins.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+        self._wait += data_wait
+
+    def add_step(self, grad_norm: torch.Tensor):
+        """Ends a step."""
+        self._grad_norms.append(grad_norm.detach().float())
+
+    def collect(self) -> tuple[dict[str, Any], list[float], list[float]]:
+        """
+        Ends an interval.
+
+        Returns:
+            `tuple[dict, list[float], list[float]]`: the means over the interval and all processes, and the loss and
+            the gradient's norm of every step in it.
+        """
+        num_steps = len(self._grad_norms)
+        losses = torch.stack(self._losses).unflatten(0, (num_steps, self.gradient_accumulation_steps)).mean(dim=1)
+        grad_norms = torch.stack(self._grad_norms).to(losses.device)
+        values = torch.cat([losses.flatten(), grad_norms, self._bins.flatten()])
+        values = self.accelerator.reduce(values, reduction="sum").cpu()
+        seconds, wait = time.perf_counter() - self._start, self._wait
+
+        losses, grad_norms, bins = values.split([4 * num_steps, num_steps, 2 * NUM_TIME_BINS])
+        losses = losses.view(num_steps, 4) / self.accelerator.num_processes
+        grad_norms = grad_norms / self.accelerator.num_processes
+        sums, counts = bins.view(2, NUM_TIME_BINS).tolist()
+        means = losses.mean(dim=0).tolist()
+        metrics = {"loss": means[0], "denoising_loss": means[1]}
+        if any(counts):
+            metrics |= {"probe_loss": means[2], "probe_accuracy": means[3]}
+            metrics["probe_loss_by_time"] = [s / c if c else None for s, c in zip(sums, counts)]
+        metrics["grad_norm"] = grad_norms.mean().item()
+        metrics["seconds_per_step"] = seconds / num_steps
+        metrics["data_wait"] = wait / seconds
+        metrics["memory_gb"] = peak_memory(self.accelerator.device) / 1e9
+        self._clear()
+        return metrics, losses[:, 0].tolist(), grad_norms.tolist()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: the device's allocations, or on the CPU the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsFile:
+    """
+    `metrics.jsonl`: one JSON object per line, each with a `step`.
+
+    Args:
+        path (`Path`): The file.
+        last_step (`int`): What later steps wrote is dropped: a run that continues writes it anew.
+    """
+
+    def __init__(self, path: Path, last_step: int):
+        self.path = path
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def append(self, metrics: dict[str, Any]):
+        """Writes a line. Numbers that JSON lacks become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without one that a killed run left unfinished."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def plot_curves(metrics: list[dict[str, Any]], path: Path):
+    """
+    Draws the curves of a `metrics.jsonl` into a PNG file. Needs matplotlib.
+
+    Args:
+        metrics (`list[dict]`): Its lines.
+        path (`Path`): The file to write.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {
+        "denoising loss": (("denoising_loss", "training"), ("validation_denoising_loss", "held out")),
+        "probe loss, weighted": (("probe_loss", "training"), ("validation_probe_loss", "held out")),
+        "probe accuracy": (("probe_accuracy", "training"), ("validation_probe_accuracy", "held out")),
+        "gradient norm": (("grad_norm", "training"),),
+    }
+    known = {key for line in metrics for key, value in line.items() if value is not None}
+    panels = {title: keys for title, keys in panels.items() if known.intersection(key for key, _ in keys)}
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for key, name in keys:
+            points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points), label=name, marker="o" if name == "held out" else None, markersize=3)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend()
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=110)
+    os.replace(partial, path)

@@ -1,0 +1,389 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From the flags of `examples/train_lsep.py` to data and model, with every check that can be made before training."""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import AutoencoderKL
+from diffusers.optimization import SchedulerType
+
+from .checkpointing import choose_checkpoint, read_state
+from .data import SampleSource, cut_off, load_image_dataset, open_images
+from .latents import MomentsDataset, OriginalMomentsDataset
+from .objective import TIMESTEP_SAMPLINGS
+from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+
+
+# arXiv 2509.21565, as far as it is public. The depth for SiT-B is REPA's (arXiv 2410.06940); the paper has no SiT-S.
+PAPER_SETTINGS = {
+    "SiT-XL": {"probe_depth": 8, "probe_weight_start": 0.0225, "num_probe_weights": 10, "probe_learning_rate": 1e-4},
+    "SiT-L": {"probe_depth": 8, "probe_weight_start": 0.03, "num_probe_weights": 1, "probe_learning_rate": 1e-4},
+    "SiT-B": {"probe_depth": 4, "probe_weight_start": 0.03, "num_probe_weights": 1, "probe_learning_rate": 3e-2},
+}
+
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+
+# What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
+OUTPUTS = (
+    *("training_args.json", "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
+    *("model_index.json", "transformer", "scheduler", "vae", "probe", ".pipeline*"),
+)
+
+# Flags that a resumed run may change. What decides the method is compared through `Setup.facts` or refused.
+CHANGEABLE = {
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "logging_dir", "report_to"),
+    *("dataset_name", "dataset_config_name", "train_data_dir", "latents_dir", "cache_dir", "dataloader_num_workers"),
+    *("pretrained_vae_model_name_or_path", "preset", "model_config_name_or_path", "patch_size", "num_layers"),
+    *("num_attention_heads", "attention_head_dim", "qk_norm", "resolution", "image_channels", "num_classes"),
+    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"),
+    *("num_cpu_threads", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps", "logging_steps"),
+    *("validation_steps", "validation_labels", "validation_guidance_scale", "validation_inference_steps"),
+    *("num_validation_images",),
+}
+# Those that a resumed run may change where the learning rate does not depend on the length of the run.
+LENGTH = {"max_train_steps", "num_train_epochs"}
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a number from `low` to `high`, both included."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+            raise argparse.ArgumentTypeError(f"has to be {limits}, but is {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it if it is no number at all
+    return parse
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    count, size, probability = number(int, 0), number(int, 1), number(float, 0, 1)
+    positive = number(float, 0)
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", help="data set on the Hub, or a folder that `datasets` reads")
+    group.add_argument("--dataset_config_name", help="its configuration")
+    group.add_argument("--train_data_dir", help="folder of images, one subfolder per class or with a metadata.jsonl")
+    group.add_argument("--latents_dir", help="output of encode_latents.py, or a `vae-sd` folder of EDM2 and REPA")
+    group.add_argument("--cache_dir", help="where `datasets` keeps its files")
+    group.add_argument("--image_column", default="image")
+    group.add_argument("--label_column", default="label")
+    group.add_argument("--num_classes", type=size, help="if the labels do not show all classes")
+    group.add_argument("--resolution", type=size, help="side of the images; 256 if the model does not say")
+    group.add_argument("--image_channels", type=int, choices=(1, 3), help="without a VAE: 1 is grey; 3")
+    group.add_argument("--random_flip", action="store_true", help="mirror half of the images")
+    group.add_argument("--validation_split", help="held-out split: its name, or a fraction such as 0.05 to cut off")
+    group.add_argument("--dataloader_num_workers", type=count, default=0)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--preset", default="SiT-XL/2", choices=list(SIT_PRESETS), metavar="SiT-{S,B,L,XL}/{2,4,8}")
+    group.add_argument("--patch_size", type=size, help="in place of the preset's")
+    group.add_argument("--num_layers", type=size, help="in place of the preset's")
+    group.add_argument("--num_attention_heads", type=size, help="in place of the preset's")
+    group.add_argument("--attention_head_dim", type=size, help="in place of the preset's")
+    group.add_argument("--qk_norm", action="store_true", help="LayerNorm on queries and keys")
+    group.add_argument("--model_config_name_or_path", help="config of a SiTTransformer2DModel, in place of a preset")
+    group.add_argument("--pretrained_vae_model_name_or_path", help="AutoencoderKL; without it the model sees pixels")
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--no_lsep", action="store_true", help="train a plain SiT, without the probe")
+    group.add_argument("--path_type", default="linear", choices=("linear", "cosine"))
+    group.add_argument("--timestep_sampling", default="uniform", choices=TIMESTEP_SAMPLINGS)
+    group.add_argument("--class_dropout_prob", type=probability, default=0.1)
+    group.add_argument("--probe_depth", type=size, help="blocks before the probe; the paper's, or a third of all")
+    group.add_argument("--probe_dropout_prob", type=probability, default=0.9)
+    group.add_argument("--crop_size_min", type=size, help="smallest window of the probe in tokens; 3/4 of the grid")
+    group.add_argument("--probe_weight_start", type=positive, help="weight of the probe's loss at t = 0; the paper's")
+    group.add_argument("--probe_weight_end", type=positive, default=0.03, help="at t = 1")
+    group.add_argument("--num_probe_weights", type=size, help="steps between the two; the paper's")
+    group.add_argument("--probe_learning_rate", type=positive, help="the paper's for the size of the model")
+    group.add_argument("--probe_decay_start_epoch", type=positive, default=100, help="the probe's weight falls from")
+    group.add_argument("--probe_decay_epochs", type=positive, default=800, help="epochs in which it falls tenfold")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--train_batch_size", type=size, default=256, help="per process")
+    group.add_argument("--gradient_accumulation_steps", type=size, default=1)
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--num_train_epochs", type=positive, default=800)
+    group.add_argument("--max_train_steps", type=size, help="in place of --num_train_epochs")
+    group.add_argument("--learning_rate", type=positive, default=1e-4)
+    group.add_argument("--lr_scheduler", default="constant", choices=LR_SCHEDULERS)
+    group.add_argument("--lr_warmup_steps", type=count, default=0)
+    group.add_argument("--adam_beta1", type=probability, default=0.9)
+    group.add_argument("--adam_beta2", type=probability, default=0.999)
+    group.add_argument("--adam_weight_decay", type=positive, default=0.0)
+    group.add_argument("--adam_epsilon", type=positive, default=1e-8)
+    group.add_argument("--max_grad_norm", type=positive, default=1.0)
+    group.add_argument("--use_ema", action="store_true", default=True, help="average the weights (the default)")
+    group.add_argument("--no_ema", dest="use_ema", action="store_false", help="save the weights as they are")
+    group.add_argument("--ema_decay", type=probability, default=0.9999)
+    group.add_argument("--ema_warmup", action="store_true", help="decay (1 + step) / (10 + step) at first: short runs")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="as accelerate is configured")
+    group.add_argument("--allow_tf32", action="store_true")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything that is random")
+    group.add_argument("--num_cpu_threads", type=size, help="per process, on CPU; by default this machine's cores")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default="lsep-model")
+    group.add_argument("--overwrite_output_dir", action="store_true", help="delete the run that is there")
+    group.add_argument("--resume_from_checkpoint", help="a checkpoint, or `latest`")
+    group.add_argument("--checkpointing_steps", type=size, default=5000)
+    group.add_argument("--checkpoints_total_limit", type=size, help="how many to keep")
+    group.add_argument("--milestone_steps", type=size, help="keep those at multiples of it besides")
+    group.add_argument("--logging_steps", type=size, default=50)
+    group.add_argument("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
+    group.add_argument("--report_to", help="a tracker of accelerate, all, or none; tensorboard if it is installed")
+    group.add_argument("--validation_steps", type=size, default=5000, help="sample and measure every so many steps")
+    group.add_argument("--validation_labels", nargs="+", help="names or indices of classes to sample; up to 10 of all")
+    group.add_argument("--num_validation_images", type=size, default=4, help="per label")
+    group.add_argument("--validation_guidance_scale", type=positive, default=1.5)
+    group.add_argument("--validation_inference_steps", type=size, default=250)
+    group.add_argument("--dry_run", action="store_true", help="check and print everything, and train nothing")
+    return parser
+
+
+def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Namespace:
+    """
+    Reads the command line.
+
+    Args:
+        argv (`list[str]`): The arguments.
+        description (`str`): For `--help`.
+        examples (`Path`): The folder with the bundled data `digits` and its `configs/digits`.
+    """
+    parser = build_parser(description)
+    args = parser.parse_args(argv)
+    sources = [flag for flag in ("dataset_name", "train_data_dir", "latents_dir") if getattr(args, flag) is not None]
+    if not sources:
+        args = parser.parse_args([f"@{examples / 'configs' / 'digits'}", *argv])
+        args.train_data_dir = str(examples / "digits")
+    if len(sources) > 1:
+        parser.error(f"only one source of data can be given, but there are --{' and --'.join(sources)}")
+    if args.resume_from_checkpoint and args.overwrite_output_dir:
+        parser.error(
+            "--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it: give one of them"
+        )
+    if args.probe_decay_epochs == 0:
+        parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
+    return args
+
+
+@dataclass
+class Setup:
+    """What the flags come to."""
+
+    source: SampleSource
+    held_out: SampleSource | None
+    names: list[str]  # of the classes
+    config: dict[str, Any]  # of the transformer
+    vae: AutoencoderKL | None
+    samples_per_step: int
+    facts: dict[str, Any]  # what a resumed run has to have in common with its checkpoint, beside flags
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.source.labels) / self.samples_per_step
+
+
+def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
+    """Loads data and model, and fills in the flags that depend on them."""
+    # 1. VAE
+    latents = open_latents(args.latents_dir) if args.latents_dir is not None else None
+    vae, vae_options = None, {}
+    if latents is not None and args.pretrained_vae_model_name_or_path is None and hasattr(latents, "metadata"):
+        args.pretrained_vae_model_name_or_path = latents.metadata["vae"]
+        vae_options = {key: latents.metadata.get(f"vae_{key}") for key in ("subfolder", "revision")}
+    if args.pretrained_vae_model_name_or_path is not None:
+        try:
+            vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **vae_options)
+        except OSError as error:
+            path = args.pretrained_vae_model_name_or_path
+            raise ValueError(f"`--pretrained_vae_model_name_or_path` {path!r} cannot be loaded: {error}") from error
+        vae.requires_grad_(False).eval()
+    elif latents is not None:
+        raise ValueError("`--latents_dir` of this kind needs `--pretrained_vae_model_name_or_path` to make images.")
+    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+
+    # 2. Architecture and size
+    config: dict[str, Any] = dict(SIT_PRESETS[args.preset])
+    if args.model_config_name_or_path is not None:
+        try:
+            loaded = SiTTransformer2DModel.load_config(args.model_config_name_or_path)
+        except (OSError, ValueError) as error:
+            path = args.model_config_name_or_path
+            raise ValueError(f"`--model_config_name_or_path` {path!r} cannot be loaded: {error}") from error
+        config |= {name: value for name, value in loaded.items() if not name.startswith("_") and value is not None}
+    config |= {name: getattr(args, name) for name in SIT_PRESETS[args.preset] if getattr(args, name) is not None}
+    config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
+    if latents is not None:
+        config["sample_size"] = given(config, "sample_size", latents.moments_shape[-1], "`--latents_dir`")
+        args.resolution = given(vars(args), "resolution", config["sample_size"] * vae_factor, "`--latents_dir`")
+    args.resolution = args.resolution or config.get("sample_size", 256 // vae_factor) * vae_factor
+    if args.resolution % (vae_factor * config["patch_size"]):
+        raise ValueError(
+            f"`--resolution` has to be divisible by {vae_factor * config['patch_size']} (the VAE's factor {vae_factor}"
+            f" times the patch size {config['patch_size']}), but is {args.resolution}."
+        )
+    config["sample_size"] = given(config, "sample_size", args.resolution // vae_factor, "`--resolution`")
+    if vae is not None:
+        args.image_channels = given(vars(args), "image_channels", vae.config.in_channels, "the VAE")
+        config["in_channels"] = given(config, "in_channels", vae.config.latent_channels, "the VAE")
+    else:
+        args.image_channels = args.image_channels or config.get("in_channels", 3)
+        config["in_channels"] = given(config, "in_channels", args.image_channels, "`--image_channels`")
+
+    # 3. Data
+    try:
+        fraction, split = float(args.validation_split), None
+    except (TypeError, ValueError):
+        fraction, split = None, args.validation_split
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
+    if args.num_classes is not None:
+        given(config, "num_classes", args.num_classes, "`--num_classes`")
+    num_classes = args.num_classes or config.get("num_classes")
+    if latents is not None:
+        if split is not None:
+            raise ValueError(f"`--validation_split` of latents has to be a fraction such as 0.05, but is {split!r}.")
+        if args.random_flip and not latents.has_flips:
+            raise ValueError("`--random_flip` needs latents with mirror images, but `--latents_dir` has none.")
+        source, held_out, names = latents, None, [latents.id2label[i] for i in range(len(latents.id2label))]
+        if num_classes is not None and not len(names) <= num_classes:
+            raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
+        names += [str(index) for index in range(len(names), num_classes or 0)]
+    else:
+        splits = load_image_dataset(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        columns = (args.image_column, args.label_column)
+        source, held_out, names = open_images(
+            splits, args.resolution, args.image_channels, *columns, num_classes, split
+        )
+    if fraction is not None:
+        source, held_out = cut_off(source, fraction, args.seed)
+    config["num_classes"] = args.num_classes = len(names)
+
+    # 4. Method: what is not given is the paper's for this size
+    shape = {name: config[name] for name in SIT_PRESETS["SiT-XL/2"]}
+    args.preset = next((name for name, preset in SIT_PRESETS.items() if preset == shape), None)
+    paper = {**PAPER_SETTINGS["SiT-XL"], "probe_depth": None}
+    paper = PAPER_SETTINGS.get(args.preset.partition("/")[0], paper) if args.preset is not None else paper
+    for name, value in paper.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.probe_depth = args.probe_depth or max(1, config["num_layers"] // 3)
+    grid_size = config["sample_size"] // config["patch_size"]
+    args.crop_size_min = args.crop_size_min or max(1, grid_size * 3 // 4)
+    if args.crop_size_min > grid_size:
+        raise ValueError(
+            f"`--crop_size_min` has to lie in 1..{grid_size}, the side of the grid of tokens, but is"
+            f" {args.crop_size_min}."
+        )
+
+    # 5. Length
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    epochs = args.num_train_epochs
+    args.max_train_steps = args.max_train_steps or math.ceil(epochs * len(source.labels) / samples_per_step)
+    facts = {
+        "transformer": config,
+        "samples_per_step": samples_per_step,
+        "training_images": len(source.labels),
+        "training_labels": zlib.crc32(np.ascontiguousarray(source.labels)),
+        "class_names": zlib.crc32("\n".join(names).encode()),
+        "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
+    }
+    return Setup(source, held_out, names, config, vae, samples_per_step, facts)
+
+
+def given(values: dict[str, Any], name: str, needed: int, by: str) -> int:
+    """The value that is needed, unless another one was asked for."""
+    if values.get(name) not in (None, needed):
+        raise ValueError(f"`{name}` is {values[name]}, but {by} needs {needed}.")
+    return needed
+
+
+def open_latents(folder: str) -> MomentsDataset | OriginalMomentsDataset:
+    if (Path(folder) / "dataset.json").is_file():
+        return OriginalMomentsDataset(folder)
+    return MomentsDataset(folder)
+
+
+def find_run_to_continue(
+    args: argparse.Namespace, report: Callable[[str], None]
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """Checks the output folder. Returns the checkpoint to continue from, and the settings of the run to continue."""
+    output_dir = Path(args.output_dir)
+    parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"`--output_dir` {args.output_dir!r} cannot be written: {str(parent)!r} is no such folder.")
+    found = sorted(path.name for pattern in OUTPUTS for path in output_dir.glob(pattern))
+    settings_file = output_dir / "training_args.json"
+    if found and not settings_file.is_file():
+        raise ValueError(
+            f"`--output_dir` {args.output_dir!r} holds {', '.join(found[:4])}, but no run of this script: choose"
+            " another folder."
+        )
+    if args.resume_from_checkpoint:
+        checkpoint = choose_checkpoint(output_dir, args.resume_from_checkpoint, report)
+        if checkpoint is not None:
+            return checkpoint, read_state(checkpoint)["settings"]
+        return None, json.loads(settings_file.read_text(encoding="utf-8")) if found else None
+    if found and not args.overwrite_output_dir:
+        raise ValueError(
+            f"`--output_dir` {args.output_dir!r} already holds a run ({', '.join(found[:4])}). Continue it with"
+            " `--resume_from_checkpoint latest`, delete it with `--overwrite_output_dir`, or choose another folder."
+        )
+    return None, None
+
+
+def remove_outputs(output_dir: Path):
+    """Deletes what a run has written into its output folder, and nothing else."""
+    for pattern in OUTPUTS:
+        for path in output_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: Callable[[str], None]):
+    """Lists what differs from the run that is continued, and refuses what would change the method."""
+    may_change = CHANGEABLE | (LENGTH if settings["lr_scheduler"] in ("constant", "constant_with_warmup") else set())
+    missing = object()
+    changed = {
+        name: (before.get(name, missing), value)
+        for name, value in settings.items()
+        if before.get(name, missing) != value and name not in ("threads", "processes")
+    }
+    lines = {name: f"{name}: {'not set' if old is missing else old} -> {new}" for name, (old, new) in changed.items()}
+    refused = [line for name, line in lines.items() if name not in may_change]
+    if refused:
+        raise ValueError(
+            "`--resume_from_checkpoint` cannot continue a run with another method or other data: "
+            + "; ".join(refused)
+            + ". Start a new run in another `--output_dir`, or give the flags of the checkpoint."
+        )
+    for line in lines.values():
+        report(f"Changed since the checkpoint: {line}")
+    for name in ("threads", "processes"):
+        if before.get(name) != settings[name]:
+            report(f"The checkpoint was made with {before.get(name)} {name}, now there are {settings[name]}: the last")
+            report("bits of the results may differ from those of an uninterrupted run.")
