@@ -16,10 +16,11 @@ extras["test"] = [
     *extras["train"],
     *extras["eval"],
     *extras["quality"],
-    "parameterized",  # imported by diffusers' own test mixins, which tests/upstream runs
+    "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
     "peft>=0.15",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "requests-mock",
 ]
 
 setup(
