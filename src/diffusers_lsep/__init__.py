@@ -6,6 +6,7 @@
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .conversion import convert_original_checkpoint
 from .objective import LinearProbe, LSEPObjective
 from .pipeline_lsep import LSEPPipeline
 from .registration import register_with_diffusers
@@ -24,6 +25,7 @@ __all__ = [
     "ModelMixin",
     "SchedulerMixin",
     "SiTTransformer2DModel",
+    "convert_original_checkpoint",
 ]
 
 register_with_diffusers(SiTTransformer2DModel, FlowMatchSDEScheduler, LSEPPipeline)

@@ -1,0 +1,47 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command `diffusers-lsep`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+
+# Command -> the module with its `add_arguments(parser)` and `run(args)`, and what it does.
+COMMANDS = {
+    "convert": ("conversion", "turn an original LSEP, REPA or SiT checkpoint into a pipeline"),
+    "evaluate": ("evaluation.evaluate", "measure FID, sFID, inception score, precision and recall"),
+    "probe": ("evaluation.linear_probing", "fit linear probes to the hidden states of a model"),
+}
+
+
+def main(argv: Sequence[str] | None = None):
+    """
+    Runs `diffusers-lsep`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The arguments; those of the process if not given.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="diffusers-lsep", description="LSEP for diffusers.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module_name, purpose) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, allow_abbrev=False)
+        # Only the module that runs is imported: each needs libraries that the others do not.
+        if argv[:1] == [name]:
+            module = importlib.import_module(f".{module_name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"diffusers-lsep {args.command}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
