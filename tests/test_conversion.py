@@ -373,6 +373,9 @@ def test_a_position_table_that_is_not_the_fixed_one(save, lsep):
     lsep["ema"]["pos_embed"] = lsep["ema"]["pos_embed"][:, :15]
     with pytest.raises(ValueError, match=r"pos_embed has the shape \[1, 15, 64\]"):
         convert_original_checkpoint(save(lsep), **HEADS)
+    lsep["ema"]["pos_embed"] = torch.zeros(1).expand(1, 10**12, 64)
+    with pytest.raises(ValueError, match="pos_embed claims more elements than its storage holds"):
+        convert_original_checkpoint(save(lsep), **HEADS)
 
 
 def test_old_names_that_collide(save):

@@ -209,7 +209,7 @@ def _find_source(state_dict: dict[str, torch.Tensor], args: dict[str, Any], sour
         raise ValueError(f"the file looks like more than one project: {described}.")
     if not evidence and source is None:
         raise ValueError(
-            f"the content of the file does not tell which project it is from. `source` (`--source`) has to be given,"
+            "the content of the file does not tell which project it is from. `source` (`--source`) has to be given,"
             f" one of {list(SOURCES)}. SiT's networks run with time reversed, so a guess could be badly wrong."
         )
     if evidence and source is not None and source not in evidence:
@@ -346,11 +346,18 @@ def _check_position_table(table: torch.Tensor, width: int) -> int:
     grid_size = math.isqrt(table.shape[1])
     if tuple(table.shape) != (1, grid_size**2, width) or width % 4:
         raise ValueError(f"pos_embed has the shape {list(table.shape)}, which is no square grid of width {width}.")
+    if not _fits_storage(table):  # or else the comparison could take any amount of memory
+        raise ValueError("pos_embed claims more elements than its storage holds.")
     # A table in bfloat16 is off by 2^-9, one in float16 by less.
     tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2
     if not torch.allclose(table.float(), _position_table(width, grid_size), rtol=0, atol=tolerance):
         raise ValueError("pos_embed is not the fixed sine and cosine table of SiT, which is the only one supported.")
     return grid_size
+
+
+def _fits_storage(tensor: torch.Tensor) -> bool:
+    """False for a tensor of one number that its strides blow up."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _find_targets(
@@ -401,7 +408,7 @@ def _check_tensors(
             dtypes.append(f"{name} ({tensor.dtype}, {tensor.layout}, not {' or '.join(allowed)})")
         elif list(tensor.shape) != shape:
             shapes.append(f"{name} ({list(tensor.shape)}, not {shape})")
-        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        elif not _fits_storage(tensor):
             sizes.append(name)
         elif not torch.isfinite(tensor).all():
             values.append(name)
