@@ -1,0 +1,350 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Draws images from a saved LSEP pipeline: a few to look at, or 50,000 to evaluate.
+
+    python examples/sample.py --pretrained_model_name_or_path lsep-digits --class_labels 3 seven --output_dir samples
+    accelerate launch examples/sample.py --pretrained_model_name_or_path lsep/sit-xl-256 --num_images 50000 ...
+
+Every image is decided by `--seed`, its index and the batch it is in, and which images make a batch is fixed by their
+indices. So any number of processes writes the same files, and a run that was killed goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from PIL import Image
+from tqdm.auto import tqdm
+
+import diffusers_lsep
+from diffusers_lsep import FlowMatchSDEScheduler
+from diffusers_lsep.figures import make_labeled_grid
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What makes an image: a run is only continued if all of it is the same.
+IMAGE_SETTINGS = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "scheduler",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_interval",
+    "seed",
+    "batch_size",
+    "dtype",
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a saved LSEP pipeline."
+    )
+    parser.add_argument("--revision", help="Revision of the pipeline on the Hub.")
+    parser.add_argument("--variant", help="Variant of the weight files, such as fp16.")
+    parser.add_argument("--output_dir", required=True, help="Where the images go.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the images that are there.")
+
+    what = parser.add_argument_group("what to draw (one of the first two)")
+    what.add_argument(
+        "--class_labels", nargs="+", metavar="CLASS", help="Class ids or names, to be written as PNGs and a grid."
+    )
+    what.add_argument("--num_images", type=int, help="How many images to write into one samples.npz, for evaluation.")
+    what.add_argument(
+        "--num_images_per_class", type=int, default=4, help="With --class_labels: images of each class. Default: 4."
+    )
+    what.add_argument(
+        "--label_sampling",
+        choices=["random", "balanced"],
+        default="random",
+        help="With --num_images: classes drawn at random (the papers' protocol) or all equally often (lower FID, and"
+        " to be reported as such). Default: random.",
+    )
+    what.add_argument("--save_images", action="store_true", help="With --num_images: write PNGs as well.")
+
+    how = parser.add_argument_group("how to draw")
+    how.add_argument(
+        "--scheduler",
+        choices=["sde", "ode", "heun", "dpmpp", "unipc"],
+        help="Sampler in place of the one that the pipeline was saved with.",
+    )
+    how.add_argument("--num_inference_steps", type=int, default=250, help="Default: 250.")
+    how.add_argument("--guidance_scale", type=float, default=1.0, help="Default: 1.0, no guidance.")
+    how.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=(0.0, 1.0),
+        help="Times t at which guidance acts. Default: 0 1.",
+    )
+    how.add_argument("--seed", type=int, default=0, help="Default: 0.")
+    how.add_argument("--batch_size", type=int, default=32, help="Images at a time in one process. Default: 32.")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights. Default: float32.")
+
+    args = parser.parse_args(argv)
+    if (args.class_labels is None) == (args.num_images is None):
+        parser.error("exactly one of --class_labels and --num_images has to be given")
+    for name in ("num_images", "num_images_per_class", "batch_size", "num_inference_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
+    if args.seed < 0:
+        parser.error(f"--seed has to be at least 0, but is {args.seed}")
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--guidance_interval has to be LOW HIGH with 0 <= LOW <= HIGH <= 1, but is {low} {high}")
+    if args.label_sampling == "balanced" and args.num_images is None:
+        parser.error("--label_sampling goes with --num_images")
+    return args
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str | None):
+    """Gives the pipeline the sampler of that name; None keeps the one that it was saved with."""
+    config = {"path_type": pipe.config.path_type, "num_train_timesteps": pipe.scheduler.config.num_train_timesteps}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    if name == "sde":
+        saved = isinstance(pipe.scheduler, FlowMatchSDEScheduler) and pipe.scheduler.config.diffusion_form != "none"
+        pipe.scheduler = pipe.scheduler if saved else FlowMatchSDEScheduler(**config)
+    elif name == "ode":
+        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none")
+    elif name == "heun":
+        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none", solver_order=2)
+    elif name == "dpmpp":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+    elif name == "unipc":
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+
+
+def choose_class_ids(args: argparse.Namespace, pipe: DiffusionPipeline) -> np.ndarray:
+    """The class of every image, by its index."""
+    num_classes = pipe.transformer.config.num_classes
+    if args.num_images is None:
+        labels = [int(label) if label.lstrip("-").isdigit() else label for label in args.class_labels]
+        ids = []
+        for label in labels:
+            if isinstance(label, str):
+                ids += pipe.get_label_ids(label)
+            elif 0 <= label < num_classes:
+                ids.append(label)
+            else:
+                raise ValueError(f"`--class_labels` has to lie in 0..{num_classes - 1}, but holds {label}.")
+        return np.repeat(ids, args.num_images_per_class)
+    if args.label_sampling == "balanced":
+        return np.arange(args.num_images) % num_classes
+    return np.random.default_rng(np.random.Philox(key=args.seed)).integers(num_classes, size=args.num_images)
+
+
+def make_generator(seed: int, index: int) -> torch.Generator:
+    """
+    The generator of one image. On the CPU, so that the noise is the same on every device; torch's generator for the
+    CPU looks at 32 bits of its seed, and neighbours in these differ for all images of a run.
+    """
+    first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+    return torch.Generator().manual_seed((first + index) % 2**32)
+
+
+class ImageStore:
+    """
+    The images of a run, in a folder that lasts until all of them are there: one uncompressed array on disk, a byte for
+    each finished batch, and the settings. Any number of processes writes into it, each batch at its own place.
+    """
+
+    def __init__(self, folder: Path, num_images: int, image_shape: tuple[int, int, int], batch_size: int):
+        self.folder = folder
+        self.array_path = folder / "images.npy"
+        self.done_path = folder / "done"
+        self.shape = (num_images, *image_shape)
+        self.batch_size = batch_size
+        self.num_batches = math.ceil(num_images / batch_size)
+
+    def create(self, settings: dict):
+        """Makes the folder, or checks that the one from an earlier run has the same settings."""
+        settings_path = self.folder / "settings.json"
+        if settings_path.is_file():
+            earlier = json.loads(settings_path.read_text())
+            differing = [
+                f"{name} ({earlier.get(name)} before, {value} now)"
+                for name, value in settings.items()
+                if earlier.get(name) != value
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds an unfinished run with other settings: {', '.join(differing)}. Finish that"
+                    " run, or give `--overwrite_output_dir` to discard it."
+                )
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        np.lib.format.open_memmap(self.array_path, mode="w+", dtype=np.uint8, shape=self.shape).flush()
+        self.done_path.write_bytes(bytes(self.num_batches))
+        # Last, as it says that the rest is there.
+        write_json(settings_path, settings)
+
+    def pending(self) -> list[int]:
+        """The batches that are still to be drawn."""
+        return [batch for batch, done in enumerate(self.done_path.read_bytes()) if not done]
+
+    def write(self, batch: int, images: np.ndarray):
+        """Stores the images of a batch, then the fact that it is there."""
+        array = np.load(self.array_path, mmap_mode="r+")
+        array[batch * self.batch_size : batch * self.batch_size + len(images)] = images
+        array.flush()
+        with open(self.done_path, "r+b") as file:
+            file.seek(batch)
+            file.write(b"\1")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> np.ndarray:
+        return np.load(self.array_path, mmap_mode="r")
+
+
+def write_json(path: Path, content: dict):
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def draw(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: DiffusionPipeline,
+    store: ImageStore,
+    class_ids: np.ndarray,
+):
+    """Draws the batches of this process."""
+    pending = store.pending()
+    progress = tqdm(
+        total=len(class_ids),
+        initial=min(len(class_ids), (store.num_batches - len(pending)) * args.batch_size),
+        unit="image",
+        disable=not accelerator.is_main_process,
+    )
+    # The others read what is pending too, before anybody changes it.
+    accelerator.wait_for_everyone()
+    for batch in pending[accelerator.process_index :: accelerator.num_processes]:
+        indices = np.arange(batch * args.batch_size, (batch + 1) * args.batch_size)
+        images = pipe(
+            class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            guidance_interval=tuple(args.guidance_interval),
+            generator=[make_generator(args.seed, int(index)) for index in indices],
+            output_type="pt",
+        ).images
+        # As the papers' protocol does it: floor, where diffusers' own PIL images are rounded.
+        images = (255 * images.float()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        count = min(args.batch_size, len(class_ids) - batch * args.batch_size)
+        store.write(batch, images[:count])
+        progress.update(min(count * accelerator.num_processes, progress.total - progress.n))
+    progress.close()
+
+
+def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
+    """An uncompressed npz in the layout of ADM's sample files, array by array and without holding one in memory."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in (("arr_0", images), ("arr_1", class_ids)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(array), 256):
+                    file.write(np.ascontiguousarray(array[start : start + 256]).tobytes())
+    os.replace(temporary, path)
+
+
+def write_pngs(folder: Path, images: np.ndarray, class_ids: np.ndarray) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = len(str(len(images) - 1))
+    paths = []
+    for index, (image, class_id) in enumerate(zip(images, class_ids)):
+        path = folder / f"{index:0{digits}d}-class-{class_id}.png"
+        temporary = path.with_suffix(".tmp")
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, format="png")
+        os.replace(temporary, path)
+        paths.append(path)
+    return paths
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    accelerator = Accelerator()
+    output_dir = Path(args.output_dir)
+    store_dir = output_dir / ".unfinished"
+    result = output_dir / ("samples.npz" if args.num_images is not None else "grid.png")
+    if result.exists() and not args.overwrite_output_dir:
+        raise ValueError(
+            f"`--output_dir` {args.output_dir} already has {result.name}. Choose another folder, or give"
+            " `--overwrite_output_dir`."
+        )
+
+    # 1. Pipeline
+    pipe = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=DTYPES[args.dtype],
+    ).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    set_scheduler(pipe, args.scheduler)
+    class_ids = choose_class_ids(args, pipe)
+
+    # 2. Settings, which are stored beside the images
+    settings = {name: getattr(args, name) for name in IMAGE_SETTINGS}
+    settings["guidance_interval"] = list(args.guidance_interval)
+    settings["num_images"] = len(class_ids)
+    settings["class_labels"] = args.class_labels or f"{args.label_sampling} over all classes"
+    settings["sampler"] = type(pipe.scheduler).__name__
+    settings["sampler_config"] = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+    settings["quantization"] = "floor(255 * (x + 1) / 2)"
+    settings["diffusers_lsep_version"] = diffusers_lsep.__version__
+
+    # 3. Images
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    channels = pipe.vae.config.out_channels if pipe.vae is not None else pipe.transformer.config.in_channels
+    store = ImageStore(store_dir, len(class_ids), (side, side, channels), args.batch_size)
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir and result.exists():
+            shutil.rmtree(store_dir, ignore_errors=True)
+            result.unlink()
+        store.create(settings)
+    accelerator.wait_for_everyone()
+    draw(args, accelerator, pipe, store, class_ids)
+    accelerator.wait_for_everyone()
+
+    # 4. Results
+    if accelerator.is_main_process:
+        images = store.read()
+        if args.num_images is not None:
+            # ADM's protocol, and everything that reads its files, has three channels.
+            write_npz(result, np.broadcast_to(images, (*images.shape[:-1], max(3, channels))), class_ids)
+        if args.num_images is None or args.save_images:
+            paths = write_pngs(output_dir / "images", images, class_ids)
+        write_json(output_dir / "samples.json", {**settings, "class_ids": class_ids.tolist()})
+        if args.num_images is None:
+            id2label = pipe.config.id2label or {}
+            captions = [id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids.tolist()]
+            grid = make_labeled_grid([Image.open(path) for path in paths], args.num_images_per_class, captions)
+            temporary = result.with_name(f".{result.name}.tmp")
+            grid.save(temporary, format="png")
+            os.replace(temporary, result)
+        shutil.rmtree(store_dir)
+        where = result if args.num_images is not None else output_dir
+        print(f"{len(class_ids)} images in {where}, drawn by {accelerator.num_processes} process(es)")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """The script as a module: its `main` in this process, where a new one is not the point."""
+    spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pipeline_dir(tiny_transformer, tmp_path):
+    names = {i: f"digit {i}" for i in range(10)}
+    transformer = tiny_transformer(in_channels=3, num_layers=1)
+    LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label=names).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def run(sample, pipeline_dir, tmp_path):
+    def call(name, *arguments):
+        output_dir = tmp_path / name
+        standard = ["--pretrained_model_name_or_path", str(pipeline_dir), "--output_dir", str(output_dir)]
+        sample.main([*standard, "--num_inference_steps", "2", *map(str, arguments)])
+        return output_dir
+
+    return call
+
+
+def test_classes_become_pngs_and_a_grid(run):
+    output_dir = run("out", "--class_labels", 3, "digit 7", "--num_images_per_class", 3, "--batch_size", 4)
+    names = sorted(path.name for path in (output_dir / "images").iterdir())
+    assert names == [f"{i}-class-{3 if i < 3 else 7}.png" for i in range(6)]
+    assert Image.open(output_dir / "images" / names[0]).size == (8, 8)
+    grid = Image.open(output_dir / "grid.png")
+    assert grid.width > 3 * 64 and grid.height > 2 * 64
+    settings = json.loads((output_dir / "samples.json").read_text())
+    assert settings["class_ids"] == [3, 3, 3, 7, 7, 7] and settings["sampler"] == "FlowMatchSDEScheduler"
+    assert sorted(path.name for path in output_dir.iterdir()) == ["grid.png", "images", "samples.json"]
+
+
+def test_images_are_floored_samples_of_the_pipeline(run, sample, pipeline_dir):
+    from diffusers import DiffusionPipeline
+
+    output_dir = run("out", "--num_images", 5, "--batch_size", 3, "--guidance_scale", 1.5, "--save_images")
+    archive = np.load(output_dir / "samples.npz")
+    assert archive["arr_0"].shape == (5, 8, 8, 3) and archive["arr_0"].dtype == np.uint8
+    pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
+    generators = [sample.make_generator(0, i) for i in range(3)]
+    tensors = pipe(archive["arr_1"][:3], 2, guidance_scale=1.5, generator=generators, output_type="latent").images
+    expected = np.floor(np.clip(255 * (tensors.permute(0, 2, 3, 1).numpy() + 1) / 2, 0, 255))
+    assert (np.abs(archive["arr_0"][:3] - expected) > 0).mean() < 0.01  # 255 * (x / 2 + 0.5) in another order
+    assert np.abs(archive["arr_0"][:3] - expected).max() <= 1
+    png = np.asarray(Image.open(output_dir / "images" / f"4-class-{archive['arr_1'][4]}.png"))
+    np.testing.assert_array_equal(png, archive["arr_0"][4])
+
+
+def test_labels_are_random_or_balanced(run):
+    random = np.load(run("random", "--num_images", 40) / "samples.npz")["arr_1"]
+    balanced = np.load(run("balanced", "--num_images", 40, "--label_sampling", "balanced") / "samples.npz")["arr_1"]
+    assert np.bincount(balanced, minlength=10).tolist() == [4] * 10
+    assert np.bincount(random, minlength=10).tolist() != [4] * 10 and set(random) <= set(range(10))
+    again = np.load(run("fewer", "--num_images", 10) / "samples.npz")["arr_1"]
+    np.testing.assert_array_equal(again, random[:10])
+
+
+def test_seeds_differ_and_batch_size_hardly_matters(run):
+    arrays = [
+        np.load(run(f"run{i}", "--num_images", 12, *arguments) / "samples.npz")["arr_0"].astype(int)
+        for i, arguments in enumerate((["--batch_size", 5], ["--batch_size", 12], ["--seed", 1, "--batch_size", 5]))
+    ]
+    difference = np.abs(arrays[0] - arrays[1])
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.001
+    assert (arrays[0] != arrays[2]).mean() > 0.5
+
+
+def test_two_processes_and_an_interruption_change_nothing(run, sample, pipeline_dir, tmp_path, monkeypatch):
+    arguments = ["--num_images", 11, "--batch_size", 2]
+    expected = run("whole", *arguments)
+
+    # Killed after two batches, and gone on with by two processes.
+    write, count = sample.ImageStore.write, iter(range(10))
+
+    def write_or_die(store, batch, images):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        write(store, batch, images)
+
+    monkeypatch.setattr(sample.ImageStore, "write", write_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run("interrupted", *arguments)
+    assert (tmp_path / "interrupted" / ".unfinished" / "done").read_bytes() == b"\1\1\0\0\0\0"
+    assert not (tmp_path / "interrupted" / "samples.npz").exists()
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    command += ["--pretrained_model_name_or_path", pipeline_dir, "--output_dir", tmp_path / "interrupted"]
+    command += ["--num_inference_steps", 2, *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        list(map(str, command)), check=True, env=environment, timeout=300, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert "drawn by 2 process(es)" in output
+    found = tmp_path / "interrupted"
+    assert (found / "samples.npz").read_bytes() == (expected / "samples.npz").read_bytes()
+    assert (found / "samples.json").read_text() == (expected / "samples.json").read_text()
+    assert not (found / ".unfinished").exists()
+
+
+def test_an_unfinished_run_with_other_settings_is_not_mixed(run, sample, monkeypatch):
+    write = sample.ImageStore.write
+    monkeypatch.setattr(sample.ImageStore, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run("out", "--num_images", 4)
+    monkeypatch.setattr(sample.ImageStore, "write", write)
+    with pytest.raises(ValueError, match=r"other settings: guidance_scale \(1.0 before, 2.0 now\)"):
+        run("out", "--num_images", 4, "--guidance_scale", 2.0)
+    run("out", "--num_images", 4)
+
+
+@pytest.mark.parametrize("name", ["sde", "ode", "heun", "dpmpp", "unipc"])
+def test_schedulers(run, name):
+    output_dir = run("out", "--num_images", 2, "--scheduler", name)
+    settings = json.loads((output_dir / "samples.json").read_text())
+    expected = {"dpmpp": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+    assert settings["sampler"] == expected.get(name, "FlowMatchSDEScheduler")
+    if name in ("sde", "ode", "heun"):
+        assert settings["sampler_config"]["diffusion_form"] == ("linear" if name == "sde" else "none")
+        assert settings["sampler_config"]["solver_order"] == (2 if name == "heun" else 1)
+
+
+def test_what_is_there_is_not_overwritten_unasked(run):
+    before = (run("out", "--num_images", 2) / "samples.npz").read_bytes()
+    with pytest.raises(ValueError, match="already has samples.npz"):
+        run("out", "--num_images", 2, "--seed", 1)
+    output_dir = run("out", "--num_images", 2, "--seed", 1, "--overwrite_output_dir")
+    assert (output_dir / "samples.npz").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exactly one of --class_labels and --num_images has to be given"),
+        (["--class_labels", "1", "--num_images", "2"], "exactly one of --class_labels and --num_images"),
+        (["--num_images", "0"], "--num_images has to be at least 1, but is 0"),
+        (["--num_images", "1", "--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
+        (["--num_images", "1", "--seed", "-1"], "--seed has to be at least 0, but is -1"),
+        (["--num_images", "1", "--guidance_interval", "0.5", "0.2"], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
+        (["--num_images", "1", "--scheduler", "ddim"], "invalid choice: 'ddim'"),
+        (["--class_labels", "1", "--label_sampling", "balanced"], "--label_sampling goes with --num_images"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(run, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        run("out", *arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [("10", r"has to lie in 0\.\.9, but holds 10"), ("digit", "there is no class 'digit'")]
+)
+def test_unknown_classes_are_refused(run, tmp_path, label, message):
+    with pytest.raises(ValueError, match=message):
+        run("out", "--class_labels", label)
+    assert not (tmp_path / "out").exists()
