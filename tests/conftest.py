@@ -35,3 +35,29 @@ def tiny_transformer():
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of random weights for Inception in torch-fidelity's layout, with activations of order one throughout."""
+    import io
+
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class WithoutWeights(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    state = WithoutWeights("random", ["2048"], nothing).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for name, value in state.items():
+        if value.ndim > 1:
+            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
+        elif name.endswith("bias"):
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(state, path)
+    return path

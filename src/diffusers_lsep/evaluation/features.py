@@ -1,0 +1,95 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Features of a set of images, extracted by any number of processes and kept by the content of the images."""
+
+import math
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from .dinov2 import DINOv2Features
+from .images import EncodedImages, NpzImages
+from .inception import InceptionFeatures
+
+
+def process_state() -> PartialState:
+    """This process among the others. By itself `PartialState` takes every process on CPUs for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def default_cache_dir() -> Path:
+    """Where features are kept if no other place is named: beside the caches of Hugging Face's libraries."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "diffusers_lsep" / "features"
+
+
+def extract_features(
+    images: NpzImages | EncodedImages,
+    extractor: InceptionFeatures | DINOv2Features,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 64,
+) -> dict[str, np.ndarray]:
+    """
+    Features of all images, read back from the cache where the same images have been through the same network.
+
+    With several processes (accelerate) each takes a contiguous share of the batches, so their number changes nothing.
+    All write into the same files, so `cache_dir` has to be one that they share.
+
+    Args:
+        images ([`NpzImages`] or [`EncodedImages`]):
+            The images.
+        extractor ([`InceptionFeatures`] or [`DINOv2Features`]):
+            The network.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Where features are kept, about 20 kB per image for Inception; [`default_cache_dir`] if not given.
+        batch_size (`int`, defaults to `64`):
+            Images in one pass of the network; another one may change last bits.
+
+    Returns:
+        `dict[str, np.ndarray]`: for each of `extractor.widths` a memory-mapped float32 array `[count, width]`.
+    """
+    from tqdm.auto import tqdm
+
+    state = process_state()
+    folder = Path(default_cache_dir() if cache_dir is None else cache_dir) / extractor.name / images.content_hash[:32]
+    # The main process decides for all: a file system may show the others an older view.
+    is_cached, partial = broadcast_object_list([folder.is_dir(), f"{folder}.{uuid.uuid4().hex[:8]}.partial"])
+    if not is_cached:
+        partial = Path(partial)
+        try:
+            if state.is_main_process:
+                partial.mkdir(parents=True)
+                for name, width in extractor.widths.items():
+                    shape = (images.count, width)
+                    np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
+            state.wait_for_everyone()
+            arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in extractor.widths}
+
+            num_batches = math.ceil(images.count / batch_size)
+            shares = [rank * num_batches // state.num_processes * batch_size for rank in range(state.num_processes)]
+            start, stop = [*shares, images.count][state.process_index : state.process_index + 2]
+            description, is_silent = f"{extractor.name}: {images.name}", not state.is_main_process
+            with tqdm(total=stop - start, desc=description, unit="img", disable=is_silent) as progress:
+                for batch in images.batches(start, stop, batch_size):
+                    features = extractor(batch)
+                    for name, array in arrays.items():
+                        array[start : start + len(batch)] = features[name]
+                    start += len(batch)
+                    progress.update(len(batch))
+            for array in arrays.values():
+                array.flush()
+            state.wait_for_everyone()
+            if state.is_main_process and not folder.is_dir():  # else a concurrent run was faster
+                partial.rename(folder)
+        finally:
+            if state.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+        state.wait_for_everyone()
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in extractor.widths}

@@ -1,0 +1,493 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-lsep evaluate` and its `evaluate.Metric`, with random weights in Inception."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.cli import main
+from diffusers_lsep.evaluation import evaluate as command
+from diffusers_lsep.evaluation.evaluate import compute_feature_metrics, evaluate_images, format_table
+from diffusers_lsep.evaluation.features import extract_features
+from diffusers_lsep.evaluation.images import open_images
+from diffusers_lsep.evaluation.inception import InceptionFeatures
+from diffusers_lsep.evaluation.metrics import feature_statistics, inception_score
+
+
+SIZE = 8
+
+
+def make_images(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Samples, references, and what the network made of them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    np.savez(folder / "samples.npz", arr_0=make_images(8))
+    np.savez(folder / "reference.npz", arr_0=make_images(6, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(folder, inception_weights):
+    inception = InceptionFeatures(inception_weights)
+    return {
+        name: extract_features(open_images(folder / f"{name}.npz"), inception, folder / "cache", batch_size=4)
+        for name in ("samples", "reference")
+    }
+
+
+@pytest.fixture
+def arguments(folder, features, inception_weights, tmp_path):
+    """The command's arguments, quick ones unless others are given; features come from the cache."""
+
+    def make(*args, samples=folder / "samples.npz", reference=folder / "reference.npz", metrics=("kid",)):
+        return [
+            "evaluate",
+            *([str(samples)] if samples is not None else []),
+            *("--reference", str(reference), "--inception_weights", str(inception_weights)),
+            *("--cache_dir", str(folder / "cache"), "--batch_size", "4"),
+            *(("--metrics", *metrics) if metrics is not None else ()),
+            *("--output_dir", str(tmp_path / "out")),
+            *args,
+        ]
+
+    return make
+
+
+def read_results(tmp_path):
+    return json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_all_metrics_against_a_reference_with_statistics(arguments, features, folder, tmp_path, capsys, caplog):
+    # As ADM's VIRTUAL files: statistics that are not those of the images. Here they are the samples', moved, so that
+    # the Frechet distances are known.
+    moved = {}
+    for (mu, sigma), name, shift in ((("mu", "sigma"), "pool", 0.25), (("mu_s", "sigma_s"), "spatial", 0.5)):
+        mean, covariance = feature_statistics(features["samples"][name])
+        moved |= {mu: mean + shift, sigma: covariance}
+    np.savez(folder / "VIRTUAL.npz", arr_0=make_images(6, seed=1), **moved)
+    main(arguments(reference=folder / "VIRTUAL.npz", metrics=None))
+
+    results = read_results(tmp_path)
+    values = results["metrics"]
+    assert values["fid"] == pytest.approx(2048 * 0.25**2, rel=1e-8)
+    assert values["sfid"] == pytest.approx(2023 * 0.5**2, rel=1e-8)
+    assert values["inception_score"] == inception_score(features["samples"]["logits"])
+    expected = compute_feature_metrics(
+        features["samples"]["pool"], features["reference"]["pool"], ("precision", "recall", "kid")
+    )
+    assert {name: values[name] for name in expected} == expected
+    assert set(values) == {"fid", "sfid", "inception_score", *expected}
+
+    assert results["num_images"] == 8 and results["num_reference_images"] == 6 and results["image_size"] == [8, 8]
+    assert results["dataset"] == str(folder / "VIRTUAL.npz")
+    assert results["stored_reference_statistics"] == ["pool", "spatial"]
+    output = capsys.readouterr().out
+    assert "FID ↓" in output and "Precision ↑" in output and f"{values['fid']:.4f}" in output
+    notes = results["notes"]
+    assert [record.getMessage() for record in caplog.records if record.name == command.__name__] == notes
+    for expected_note in (
+        "`samples` holds 8 images, the protocol asks for 50,000",
+        "images are 8 x 8, published numbers for ImageNet are for 256 x 256 or 512 x 512",
+        "`samples` holds 8 images for FID's 2,048 features: the covariance is singular",
+        "`samples` holds 8 images for sFID's 2,023 features",
+        "`reference` holds 6 images, precision and recall are published against 10,000",
+        "KID is taken on subsets of 6 images",
+        "are not those of the Inception of 2015",
+    ):
+        assert any(expected_note in note for note in notes), expected_note
+    assert not any("no stored statistics" in note for note in notes)
+
+
+def test_statistics_of_the_images_where_none_are_stored(folder, features, inception_weights, monkeypatch):
+    # The distance itself is tested elsewhere: which moments it is given is what matters here
+    monkeypatch.setattr(command, "frechet_distance", lambda *moments: [float(np.sum(m)) for m in moments])
+    results = evaluate_images(
+        open_images(folder / "samples.npz"),
+        open_images(folder / "reference.npz", "reference"),
+        metrics=["fid", "sfid"],
+        inception_weights=inception_weights,
+        batch_size=4,
+        cache_dir=folder / "cache",
+    )
+    for name, feature in (("fid", "pool"), ("sfid", "spatial")):
+        moments = [
+            *feature_statistics(features["samples"][feature]),
+            *feature_statistics(features["reference"][feature]),
+        ]
+        assert results["metrics"][name] == [float(np.sum(m)) for m in moments]
+        title = command.METRICS[name]
+        assert any(f"`reference` has no stored statistics for {title}: those of its 6" in n for n in results["notes"])
+
+
+def test_samples_that_follow_the_protocol_are_not_warned_of(tmp_path):
+    class Protocol:
+        count, size, notes, statistics = 50_000, (256, 256), [], {}
+
+    class Virtual:
+        count, size, notes, statistics = 10_000, (256, 256), [], {"pool": (), "spatial": ()}
+
+    assert command._comparability_notes(Protocol, Virtual, command.DEFAULT_METRICS, command.PROTOCOL_DINOV2) == []
+
+
+def test_reference_of_statistics_alone(arguments, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "frechet_distance", lambda *moments: 1.0)  # of 2,048 features it takes seconds
+    np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    with pytest.raises(SystemExit, match=r"`metrics` 'kid' cannot be had: it needs 2 images, but `reference` holds 0"):
+        main(arguments(reference=folder / "statistics.npz", metrics=["kid"]))
+    main(arguments(reference=folder / "statistics.npz", metrics=None))
+    results = read_results(tmp_path)
+    assert set(results["metrics"]) == {"fid", "inception_score"}
+    assert "not measured, for want of images: sFID, Precision, Recall, KID" in results["notes"]
+    with pytest.raises(SystemExit, match="`samples` .* holds statistics but no images"):
+        main(arguments("--overwrite_output_dir", samples=folder / "statistics.npz"))
+
+
+def test_features_of_the_cache_are_used(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(InceptionFeatures, "__call__", lambda self, images: 1 / 0)
+    main(arguments())
+    with pytest.raises(ZeroDivisionError):
+        main(arguments("--overwrite_output_dir", "--cache_dir", str(tmp_path / "other")))
+
+
+def test_fd_dinov2(arguments, folder, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    from diffusers_lsep.evaluation.dinov2 import DINOv2Features
+
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    main(arguments("--dinov2_model", str(tmp_path / "dinov2"), metrics=["fd_dinov2"]))
+    results = read_results(tmp_path)
+    extractor = DINOv2Features(str(tmp_path / "dinov2"))
+    tokens = [extractor(make_images(count, seed))["class_token"] for count, seed in ((8, 0), (6, 1))]
+    expected = compute_feature_metrics(*tokens, metrics=["fid"])["fid"]
+    assert results["metrics"] == {"fd_dinov2": pytest.approx(expected, rel=1e-4)}
+    assert results["dinov2"] == extractor.name and "inception" not in results
+    assert any("FD-DINOv2 is published with facebook/dinov2-large, not" in note for note in results["notes"])
+
+
+def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path):
+    for index, image in enumerate(make_images(8)):
+        PIL.Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (folder / "samples.json").write_text(json.dumps({"seed": 3, "class_labels": "balanced over all classes"}))
+    main(arguments())
+    from_npz = read_results(tmp_path)
+    (folder / "samples.json").unlink()
+    main(arguments("--overwrite_output_dir", samples=tmp_path))
+    from_folder = read_results(tmp_path)
+    assert from_folder["metrics"] == from_npz["metrics"]
+    assert from_npz["sampling"] == {"seed": 3, "class_labels": "balanced over all classes"}
+    assert any("every class was drawn equally often" in note for note in from_npz["notes"])
+    assert from_folder["sampling"] is None
+
+
+def test_reference_is_cut_by_resolution(arguments, folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 256, (20 + index, 24, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    with pytest.raises(SystemExit, match="`reference` .* must hold images of one size, but has 6 sizes"):
+        main(arguments(reference=tmp_path / "photos"))
+    main(arguments("--resolution", "8", reference=tmp_path / "photos"))
+    assert read_results(tmp_path)["num_reference_images"] == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"samples": None}, [], "exactly one of `SAMPLES` and `--checkpoints` must be given, got None and None"),
+        ({}, ["--checkpoints", "run"], "exactly one of `SAMPLES` and `--checkpoints` must be given"),
+        ({}, ["--batch_size", "0"], "`--batch_size` must be at least 1, got 0"),
+        ({}, ["--num_images", "0"], "`--num_images` must be at least 1, got 0"),
+        ({}, ["--update_card", "nowhere"], "`--update_card` must be the folder of a saved pipeline, got 'nowhere'"),
+        (
+            {"samples": None},
+            ["--checkpoints", "run", "--update_card", "nowhere"],
+            "`--update_card` needs `SAMPLES`: a card is about one model",
+        ),
+        (
+            {"samples": None},
+            ["--checkpoints", "nowhere"],
+            "`checkpoints` must be a folder with `checkpoint-N` folders",
+        ),
+        ({"samples": "absent.npz"}, [], "`samples` must exist, there is no file 'absent.npz'"),
+        ({"reference": "absent/data"}, [], "`reference` must be an .npz, a folder of images or a data set"),
+        ({}, ["--inception_weights", "absent.pth"], "`inception_weights` must be a file, there is none at"),
+    ],
+)
+def test_usage_errors(arguments, changes, options, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main(arguments(*options, **changes))
+
+
+def test_other_errors_before_any_work(arguments, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments(metrics=["fidd"]))
+    assert "argument --metrics: invalid choice: 'fidd'" in capsys.readouterr().err
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
+    with pytest.raises(SystemExit, match="must be of one size, got 16 x 16 and 8 x 8"):
+        main(arguments(samples=tmp_path / "large.npz"))
+    np.savez(tmp_path / "few.npz", arr_0=make_images(3))
+    with pytest.raises(SystemExit, match="'precision' cannot be had: it needs 4 images, but `samples` holds 3"):
+        main(arguments(samples=tmp_path / "few.npz", metrics=["precision"]))
+    samples = open_images(folder / "samples.npz")
+    with pytest.raises(ValueError, match=r"`metrics` must be some of .* got \['fidd'\]"):
+        evaluate_images(samples, samples, metrics=["fidd"])
+    with pytest.raises(ValueError, match="`metrics` must be some of .* got none"):
+        evaluate_images(samples, samples, metrics=[])
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        evaluate_images(samples, samples, batch_size=0)
+
+
+def test_results_are_replaced_only_on_request(arguments, tmp_path):
+    main(arguments())
+    (tmp_path / "out" / "eval_results.json").write_text("mine")
+    with pytest.raises(
+        SystemExit, match=r"`--output_dir` already holds .*eval_results.json; `--overwrite_output_dir`"
+    ):
+        main(arguments())
+    assert (tmp_path / "out" / "eval_results.json").read_text() == "mine"
+    main(arguments("--overwrite_output_dir"))
+    assert "kid" in read_results(tmp_path)["metrics"]
+
+
+@pytest.fixture
+def save_pipeline(tiny_transformer):
+    def save(path, seed=0):
+        transformer = tiny_transformer(seed, in_channels=1, patch_size=4, num_layers=1)
+        LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label={0: "zero"}).save_pretrained(path)
+
+    return save
+
+
+def test_update_card(arguments, save_pipeline, tmp_path):
+    from huggingface_hub import ModelCard
+
+    save_pipeline(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWritten by hand.\n")
+    main(arguments("--update_card", str(tmp_path / "pipeline")))
+    results = read_results(tmp_path)
+    assert json.loads((tmp_path / "pipeline" / "eval_results.json").read_text()) == results
+    card = ModelCard.load(tmp_path / "pipeline" / "README.md")
+    assert "Written by hand." in card.text and card.data.license == "mit"
+    entries = {entry.metric_type: entry for entry in card.data.eval_results}
+    assert entries["kid"].metric_value == results["metrics"]["kid"]
+    assert entries["kid"].dataset_name == results["dataset"]
+
+
+def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (200, 1000):
+        save_pipeline(run / f"checkpoint-{step}" / "pipeline", seed=step)
+    (run / "checkpoint-30" / "samples").mkdir(parents=True)
+    (run / "checkpoint-30" / "samples" / "samples.npz").write_bytes((folder / "samples.npz").read_bytes())
+    options = ("--checkpoints", str(run), "--num_images", "6", "--num_inference_steps", "2")
+    main(arguments(*options, samples=None, metrics=["kid", "inception_score"]))
+
+    entries = json.loads((tmp_path / "out" / "eval_results.json").read_text())["checkpoints"]
+    assert [(entry["step"], entry["num_images"]) for entry in entries] == [(30, 8), (200, 6), (1000, 6)]
+    expected = compute_feature_metrics(features["samples"]["pool"], features["reference"]["pool"], ["kid"])
+    assert entries[0]["metrics"] == {**expected, "inception_score": entries[0]["metrics"]["inception_score"]}
+    assert len({entry["metrics"]["kid"] for entry in entries}) == 3
+    assert entries[1]["sampling"] == {"num_inference_steps": 2, "guidance_scale": 1.0, "class_labels": "random"}
+    assert any("grey images, repeated" in note for note in entries[1]["notes"])
+    assert "step 1000" in capsys.readouterr().out
+    with PIL.Image.open(tmp_path / "out" / "eval_curves.png") as image:
+        assert image.width > image.height
+        colours = {tuple(pixel) for pixel in np.asarray(image.convert("RGB")).reshape(-1, 3)}
+        assert len(colours) > 20
+
+    (run / "checkpoint-1000" / "pipeline" / "model_index.json").unlink()
+    with pytest.raises(SystemExit, match="checkpoint-1000 has neither samples/samples.npz nor a pipeline"):
+        main(arguments(*options, "--overwrite_output_dir", samples=None))
+
+
+def test_drawn_samples_are_the_pipeline_s(save_pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    from diffusers_lsep.evaluation.checkpoints import DrawnSamples
+
+    save_pipeline(tmp_path / "pipeline")
+    samples = DrawnSamples(tmp_path / "pipeline", num_images=5, num_inference_steps=3)
+    batches = list(samples.batches(0, 5, 2))
+    assert [batch.shape for batch in batches] == [(2, 8, 8, 3), (2, 8, 8, 3), (1, 8, 8, 3)]
+    np.testing.assert_array_equal(next(samples.batches(2, 5, 2)), batches[1])
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    labels = np.random.Generator(np.random.Philox(key=0)).integers(10, size=5)
+    latents = pipe(
+        labels[2:4],
+        num_inference_steps=3,
+        generator=[torch.Generator().manual_seed(seed) for seed in (2, 3)],
+        output_type="latent",
+    ).images
+    expected = np.floor(np.clip(255 * (latents.numpy() + 1) / 2, 0, 255)).astype(np.uint8)
+    difference = np.abs(batches[1].astype(int) - expected.transpose(0, 2, 3, 1))  # (x + 1) / 2 or x / 2 + 0.5
+    assert difference.max() <= 1 and difference.mean() < 0.01
+    assert expected.std() > 10
+
+    names = {DrawnSamples(tmp_path / "pipeline", 5, steps).content_hash for steps in (3, 4)}
+    save_pipeline(tmp_path / "pipeline", seed=1)
+    names.add(DrawnSamples(tmp_path / "pipeline", 5, 3).content_hash)
+    assert samples.content_hash in names and len(names) == 3
+
+
+def test_table():
+    table = format_table(
+        {
+            "a.npz": {"fid": 1.23456, "inception_score": 215.979, "kid": 0.00123, "kid_std": 0.0001},
+            "step 10": {"fid": 10.0, "inception_score": 3.0, "kid": 0.1, "kid_std": 0.0},
+        }
+    )
+    assert table.splitlines() == [
+        "| samples | FID ↓   | Inception Score ↑ | KID ↓               |",
+        "|---------|---------|-------------------|---------------------|",
+        "| a.npz   | 1.2346  | 215.98            | 0.001230 ± 0.000100 |",
+        "| step 10 | 10.0000 | 3.00              | 0.100000 ± 0.000000 |",
+    ]
+
+
+def test_two_processes_give_the_same_features_and_results(arguments, features, folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import sys
+
+from diffusers_lsep.cli import main
+from diffusers_lsep.evaluation.features import process_state
+from diffusers_lsep.evaluation.inception import InceptionFeatures
+
+
+extract = InceptionFeatures.__call__
+
+
+def extract_and_tell(self, images):
+    print(f"process {process_state().process_index} of {process_state().num_processes}: {len(images)} images")
+    return extract(self, images)
+
+
+InceptionFeatures.__call__ = extract_and_tell
+main(sys.argv[1:])
+"""
+    )
+    main(arguments())
+    alone = read_results(tmp_path)
+    # 8 and 6 images in batches of 4: a batch for either process
+    argv = arguments("--cache_dir", str(tmp_path / "cache"), "--overwrite_output_dir")
+    command_line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    finished = subprocess.run(
+        [*command_line, *argv], env=environment, timeout=300, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    told = sorted(line for line in finished.stdout.splitlines() if line.startswith("process"))
+    assert told == [
+        "process 0 of 2: 4 images",
+        "process 0 of 2: 4 images",
+        "process 1 of 2: 2 images",
+        "process 1 of 2: 4 images",
+    ]
+    assert finished.stdout.count("KID ↓") == 1
+    assert read_results(tmp_path) == alone
+    files = list((tmp_path / "cache").rglob("*.npy"))
+    assert len(files) == 2 * 3
+    for path in files:
+        np.testing.assert_array_equal(np.load(path), np.load(folder / path.relative_to(tmp_path)))
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+class TestGenerationMetric:
+    @pytest.fixture
+    def metric(self, tmp_path):
+        from diffusers_lsep.evaluation import GenerationMetric
+
+        return GenerationMetric(cache_dir=str(tmp_path))
+
+    @pytest.fixture
+    def options(self, folder, features, inception_weights):
+        return {"inception_weights": inception_weights, "cache_dir": folder / "cache", "batch_size": 4}
+
+    def test_paths_give_the_command_s_numbers(self, metric, arguments, folder, options, tmp_path, monkeypatch):
+        metrics = ["kid", "precision", "recall", "inception_score"]
+        main(arguments(metrics=metrics))
+        expected = read_results(tmp_path)["metrics"]
+        paths = {"predictions": str(folder / "samples.npz"), "references": str(folder / "reference.npz")}
+        assert metric.compute(**paths, metrics=metrics, **options) == expected
+        lists = {name: [path] for name, path in paths.items()}
+        assert metric.compute(**lists, metrics=metrics, **options) == expected
+
+    def test_image_files(self, metric, arguments, options, tmp_path):
+        files = {}
+        for name, images in (("samples", make_images(8)), ("reference", make_images(6, seed=1))):
+            files[name] = [tmp_path / f"{name}-{index}.png" for index in range(len(images))]
+            for path, image in zip(files[name], images):
+                PIL.Image.fromarray(image).save(path)
+        main(arguments())
+        result = metric.compute(
+            predictions=files["samples"], references=files["reference"], metrics=["kid"], **options
+        )
+        assert result == read_results(tmp_path)["metrics"]
+
+    def test_features(self, metric, features):
+        pools = [features[name]["pool"][:, :16] for name in ("samples", "reference")]
+        result = metric.compute(predictions=pools[0], references=pools[1])
+        assert result == compute_feature_metrics(*pools)
+        assert set(result) == {"fid", "precision", "recall", "kid", "kid_std"}
+        assert set(metric.compute(predictions=pools[0], references=pools[1], metrics=["fid"])) == {"fid"}
+
+    def test_rows_are_collected(self, metric, features):
+        pools = [features[name]["pool"][:6, :16] for name in ("samples", "reference")]
+        for start in (0, 4):
+            metric.add_batch(predictions=pools[0][start : start + 4], references=pools[1][start : start + 4])
+        assert metric.compute() == compute_feature_metrics(*pools)
+
+    def test_errors(self, metric, features):
+        pool = features["samples"]["pool"]
+        with pytest.raises(ValueError, match="`predictions` and `references` must be given both"):
+            metric.compute(predictions=pool)
+        with pytest.raises(ValueError, match="`predictions` and `references` must be both files, or both features"):
+            metric.compute(predictions=pool, references="reference.npz")
+        with pytest.raises(ValueError, match=r"\['batch_size'\] cannot be used with features"):
+            metric.compute(predictions=pool, references=pool, batch_size=3)
+        with pytest.raises(ValueError, match=r"`metrics` of features must be some of .* got \['sfid'\]"):
+            metric.compute(predictions=pool, references=pool, metrics=["sfid"])
+        with pytest.raises(ValueError, match="`features` must be finite, row 0 holds NaN"):
+            metric.compute(predictions=np.full((5, 3), np.nan), references=pool[:, :3])
+        with pytest.raises(ValueError, match="`features` must hold at least 2 rows, got 0"):
+            metric.compute(predictions=np.zeros((0, 3)), references=pool[:, :3])
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    script = """
+import sys
+
+import diffusers_lsep.evaluation as evaluation
+
+evaluation.frechet_distance
+heavy = {"datasets", "evaluate", "matplotlib", "torch_fidelity"} & set(sys.modules)
+print(*heavy)
+evaluation.open_images, evaluation.evaluate_images, evaluation.InceptionFeatures, evaluation.DINOv2Features
+print(*{"evaluate", "matplotlib", "torch_fidelity"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
