@@ -23,7 +23,15 @@ from diffusers import AutoencoderKL
 
 from diffusers_lsep.data import SampleStream, center_crop, convert_mode, sample_posterior
 from diffusers_lsep.image_files import open_image_files
-from diffusers_lsep.latents import MomentsDataset, OriginalMomentsDataset, pair_labels
+from diffusers_lsep.latents import (
+    MomentsDataset,
+    MomentsShardWriter,
+    OriginalMomentsDataset,
+    finish_moments,
+    moments_features,
+    pair_labels,
+    shard_name,
+)
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "encode_latents.py"
@@ -547,12 +555,33 @@ class TestMomentsDataset:
             assert torch.equal(dataset.load(rows, flips), expected)
         assert dataset.load([]).shape == (0, 4, 8, 8)
 
-    def test_in_a_data_loader_that_pickles_it(self, encoded):
-        dataset = MomentsDataset(encoded)
-        loader = torch.utils.data.DataLoader(
-            dataset, batch_size=5, shuffle=True, num_workers=1, multiprocessing_context="spawn"
+    def test_many_record_batches(self, tmp_path):
+        """Each value tells its row and whether it is the mirror image; the shards hold several record batches."""
+        features = moments_features({0: "a", 1: "b"}, flip=True, images=False)
+        shards = [range(0), range(2600), range(2600, 2601), range(2601, 5000)]
+        for index, shard in enumerate(shards):
+            with MomentsShardWriter(tmp_path / shard_name(index, len(shards)), features) as writer:
+                for first in range(shard.start, shard.stop, 100):
+                    rows = range(first, min(first + 100, shard.stop))
+                    columns = {"id": [str(row) for row in rows], "label": [row % 2 for row in rows]}
+                    columns["moments"] = [np.array([row, 0], np.float32).tobytes() for row in rows]
+                    columns["moments_flipped"] = [np.array([row, 1], np.float32).tobytes() for row in rows]
+                    writer.write(columns, [{"id": f"bad {first}", "error": "cut"}] if first % 1000 == 0 else [])
+        settings = {"id2label": {0: "a", 1: "b"}, "moments_shape": [2, 1, 1], "dtype": "float32", "flip": True}
+        metadata = finish_moments(
+            tmp_path, settings | {"scaling_factor": 1.0, "shift_factor": None}, features, len(shards)
         )
-        batches = list(loader)
+        assert (metadata["num_rows"], metadata["num_unreadable"]) == (5000, 3)
+        assert "bad 2000" in (tmp_path / "unreadable.jsonl").read_text()
+        dataset = MomentsDataset(tmp_path)
+        rng = np.random.default_rng(0)
+        rows, flips = rng.permutation(5000), rng.random(5000) < 0.5
+        assert dataset.load(rows, flips).flatten(1).tolist() == np.stack([rows, flips], axis=1).astype(float).tolist()
+        assert dataset.labels.tolist() == [0, 1] * 2500
+
+    def test_in_a_data_loader(self, encoded):
+        dataset = pickle.loads(pickle.dumps(MomentsDataset(encoded)))  # as workers that are not forked get it
+        batches = list(torch.utils.data.DataLoader(dataset, batch_size=5, shuffle=True, num_workers=1))
         moments, labels = (torch.cat([batch[key] for batch in batches]) for key in ("moments", "label"))
         assert moments.dtype == torch.float16
         order = [int((moments == row).flatten(1).all(dim=1).nonzero()) for row in dataset.load(range(21))]

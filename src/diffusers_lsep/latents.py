@@ -31,6 +31,8 @@ UNREADABLE_FILE = "unreadable.jsonl"
 TEMPORARY_SUFFIX = ".tmp"
 # The key of a record batch's own metadata that lists the images of that batch which could not be read.
 UNREADABLE_KEY = b"unreadable"
+# Opening a set looks at the head of every record batch: few and large ones make that quick.
+ROWS_PER_RECORD_BATCH = 1024
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -323,19 +325,31 @@ class MomentsShardWriter:
 
         self._file = _open_temporary(self.path)
         self._writer = pa.ipc.new_stream(self._file, self.schema)
+        self._columns = {field.name: [] for field in self.schema}
+        self._unreadable = []
         return self
 
     def write(self, columns: dict[str, list], unreadable: Sequence[dict[str, str]] = ()) -> None:
-        """Append the rows of one batch (`columns`: lists of equal length) and what of it could not be read."""
+        """Append rows (`columns`: lists of equal length) and list images that could not be read."""
+        for name, values in self._columns.items():
+            values += columns[name]
+        self._unreadable += unreadable
+        if len(self._columns["id"]) >= ROWS_PER_RECORD_BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
         import pyarrow as pa
 
-        arrays = [pa.array(columns[field.name], field.type) for field in self.schema]
+        arrays = [pa.array(self._columns[field.name], field.type) for field in self.schema]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
-        self._writer.write_batch(batch, {UNREADABLE_KEY: json.dumps(list(unreadable))} if unreadable else None)
+        self._writer.write_batch(batch, {UNREADABLE_KEY: json.dumps(self._unreadable)} if self._unreadable else None)
+        self._columns = {name: [] for name in self._columns}
+        self._unreadable = []
 
     def __exit__(self, error_type, error, traceback) -> None:
         try:
             if error_type is None:
+                self._flush()
                 self._writer.close()
                 _publish(self._file, self.path)
         finally:
