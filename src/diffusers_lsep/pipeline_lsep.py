@@ -3,6 +3,7 @@
 import inspect
 import math
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers.schedulers import (
 )
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
 
 from .paths import get_path
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -35,7 +37,7 @@ EXAMPLE_DOC_STRING = """
         >>> import diffusers_lsep
         >>> from diffusers import DiffusionPipeline
 
-        >>> pipe = DiffusionPipeline.from_pretrained("lsep/sit-xl-256", torch_dtype=torch.bfloat16).to("cuda")
+        >>> pipe = DiffusionPipeline.from_pretrained("lsep/sit-xl-256", dtype=torch.bfloat16).to("cuda")
         >>> generator = torch.Generator("cuda").manual_seed(0)
         >>> images = pipe(["golden retriever", 88], guidance_scale=1.8, guidance_interval=(0.0, 0.7)).images
         ```
@@ -70,7 +72,7 @@ class LSEPPipeline(DiffusionPipeline):
         transformer: SiTTransformer2DModel,
         scheduler: FlowMatchSDEScheduler,
         vae: AutoencoderKL | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         path_type: str | None = None,
     ):
         super().__init__()
@@ -113,6 +115,80 @@ class LSEPPipeline(DiffusionPipeline):
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs,
+    ):
+        """
+        Saves the pipeline in a folder, as [`DiffusionPipeline.save_pretrained`] does.
+
+        Args:
+            push_to_hub (`bool`, defaults to `False`):
+                Whether to upload the pipeline afterwards, but nothing else that the folder may hold.
+            kwargs:
+                For uploading: `repo_id` (the name of the folder if not given), and the arguments of [`push_to_hub`].
+        """
+        super().save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack
+        )
+        if push_to_hub:
+            from .hub import push_folder
+
+            defaults = {"repo_id": os.path.basename(os.path.abspath(save_directory)), "license": None}
+            push_folder(save_directory, **{**defaults, **kwargs})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        with_code: bool = False,
+    ) -> CommitInfo:
+        """
+        Uploads the pipeline to the Hub, as safetensors and with a model card.
+
+        Args:
+            repo_id (`str`): The repository, `"namespace/name"`; created if it does not exist.
+            commit_message (`str`, *optional*): Title of the commit.
+            private (`bool`, *optional*): Whether a new repository is private.
+            token (`str`, *optional*): Access token; the one of `hf auth login` if not given.
+            create_pr (`bool`, defaults to `False`): Whether to open a pull request in place of a commit.
+            safe_serialization (`bool`, defaults to `True`): Pickles are not uploaded, so nothing else is allowed.
+            variant (`str`, *optional*): The variant to save the weights as, such as `"fp16"`.
+            revision (`str`, *optional*): The branch to push to, made if it does not exist.
+            license (`str`, *optional*):
+                Licence of the weights, as the Hub spells it. The model card claims none if not given.
+            with_code (`bool`, defaults to `False`):
+                Whether to add the code, with which diffusers loads the pipeline with `trust_remote_code=True` where
+                diffusers_lsep is not installed.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: the commit.
+
+        Raises:
+            `ValueError`: if `safe_serialization` is False.
+            `ConnectionError`: if the connection breaks. Calling it again completes the upload.
+        """
+        from .hub import push_pipeline
+
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` has to be True for uploading, but is False.")
+        return push_pipeline(
+            self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
+        )
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -215,13 +291,19 @@ class LSEPPipeline(DiffusionPipeline):
             )
         self._check_scheduler(sigmas)
 
+    @property
+    def _scheduler_has_path(self) -> bool:
+        # Of all schedulers only FlowMatchSDEScheduler. Not told by its class, of which there are several where a
+        # repository brings its own code (see `hub.add_code`).
+        return hasattr(self.scheduler, "path")
+
     def _check_scheduler(self, sigmas: list[float] | None):
         scheduler, path_type = self.scheduler, self.config.path_type
         name = type(scheduler).__name__
         if sigmas is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"`sigmas` cannot be used with {name}, which does not take any.")
 
-        if isinstance(scheduler, FlowMatchSDEScheduler):
+        if self._scheduler_has_path:
             if scheduler.config.path_type != path_type:
                 raise ValueError(
                     f"`scheduler` has `path_type={scheduler.config.path_type!r}`, but the transformer was trained on"
@@ -273,7 +355,7 @@ class LSEPPipeline(DiffusionPipeline):
         if (
             sigmas is None
             and takes_sigmas
-            and not isinstance(scheduler, FlowMatchSDEScheduler)
+            and not self._scheduler_has_path
             and not scheduler.config.get("use_flow_sigmas", False)
         ):
             # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.

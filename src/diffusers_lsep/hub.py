@@ -1,0 +1,267 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Saved pipelines on the Hugging Face Hub: uploading them, and giving them the code to load without this package."""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from .model_card import (
+    CARD_NAME,
+    EVAL_RESULTS_NAME,
+    SavedPipeline,
+    merge_model_cards,
+    point_usage_at,
+    write_model_card,
+)
+
+
+logger = logging.get_logger(__name__)
+
+PROBE_FOLDER = "probe"
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
+
+# The component classes that a repository with code brings along: module, class, and the base class that goes in its
+# place in the code of the pipeline. That only names it as a type, and diffusers executes the component's own file
+# later, which makes another class of the same name.
+REMOTE_COMPONENTS = {
+    "transformer": ("transformer_sit", "SiTTransformer2DModel", "ModelMixin"),
+    "scheduler": ("scheduling_flow_match_sde", "FlowMatchSDEScheduler", "SchedulerMixin"),
+}
+REMOTE_PIPELINE_FILE = "pipeline.py"
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    license: str | None,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """
+    Uploads a saved pipeline to the Hub, in one commit: its components, its probe, the model card with its images and
+    the evaluation's results. Whatever else is in the folder stays here: checkpoints, optimiser states, logs. A folder
+    without a model card gets one. Weights of an earlier push that have another name now (other shards) are removed.
+
+    Sections of the model card that somebody wrote on the Hub are kept.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that `LSEPPipeline.save_pretrained` wrote.
+        repo_id (`str`): The repository, `"namespace/name"`; created if it does not exist.
+        license (`str`):
+            Licence of the weights, as the Hub spells it. None is to claim none beyond what the model card in `folder`
+            says; the command lines of this package insist on one.
+        token (`str`, *optional*): Access token; the one of `hf auth login` if not given.
+        private (`bool`, *optional*): Whether a new repository is private.
+        revision (`str`, *optional*): The branch to push to, made from `main` if it does not exist.
+        commit_message (`str`, *optional*): Title of the commit.
+        create_pr (`bool`, defaults to `False`): Whether to open a pull request in place of a commit to the branch.
+
+    Returns:
+        `CommitInfo`: the commit.
+
+    Raises:
+        `ValueError`: before anything is sent, if `folder` holds no pipeline of this package, or if weights of a
+        component are missing or are pickles.
+        `ConnectionError`: if the connection breaks. Nothing is visible on the Hub then; pushing again completes it.
+    """
+    validate_repo_id(repo_id)
+    folder = Path(folder)
+    pipeline = SavedPipeline(folder)
+    if not (folder / CARD_NAME).is_file():
+        write_model_card(folder, repo_id=repo_id, license=license)
+    card = ModelCard.load(folder / CARD_NAME)
+    files = _files_to_push(pipeline, card)
+    if license is None and card.data.license is None:
+        logger.warning(f"`license` is not given: the model card of {repo_id} claims none.")
+
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+        point_usage_at(card, repo_id)
+        if license is not None:
+            card.data.license = license
+        card = merge_model_cards(_card_on_hub(api, repo_id, revision) or card, card)
+
+        operations = [
+            CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=str(card).encode()),
+            *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in files),
+        ]
+        on_hub = api.list_repo_files(repo_id, revision=revision)
+        operations += [CommitOperationDelete(path_in_repo=path) for path in _outdated_weights(on_hub, files)]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload LSEPPipeline",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except OfflineModeIsEnabled:
+        raise
+    except (httpx.TransportError, ConnectionError, RuntimeError) as error:
+        # The client raises a RuntimeError that names the file, with the reason as its cause.
+        reason = f"{error} {error.__cause__}" if error.__cause__ is not None else str(error)
+        raise ConnectionError(
+            f"Pushing {folder} to {repo_id} did not end: {reason} Nothing of it is visible on the Hub. Push again:"
+            " files that arrived are not sent twice."
+        ) from error
+
+
+def push_pipeline(
+    pipeline: DiffusionPipeline,
+    repo_id: str,
+    license: str | None,
+    variant: str | None = None,
+    with_code: bool = False,
+    *arguments,
+) -> CommitInfo:
+    """Saves a pipeline and pushes it: `LSEPPipeline.push_to_hub`. More `arguments` are those of `push_folder`."""
+    with TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder, variant=variant)
+        if with_code:
+            add_code(folder)
+        return push_folder(folder, repo_id, license, *arguments)
+
+
+def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:
+    """The files to upload, without the model card: by what they are for, so that no others slip in."""
+    folder = pipeline.folder
+    images = [name for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.text) if "://" not in name]
+    code = [REMOTE_PIPELINE_FILE] if pipeline.has_code else []
+    files = [name for name in ["model_index.json", EVAL_RESULTS_NAME, *code, *images] if (folder / name).is_file()]
+
+    components = [
+        name
+        for name, value in pipeline.index.items()
+        if name != "_class_name" and isinstance(value, list) and len(value) == 2 and value[0] is not None
+    ]
+    for name in components:
+        if not (folder / name).is_dir():
+            raise ValueError(
+                f"`folder` has to hold all components of the pipeline, but there is no {name} in {folder}."
+            )
+    if (folder / PROBE_FOLDER).is_dir():
+        components.append(PROBE_FOLDER)
+    for name in components:
+        for path in sorted((folder / name).iterdir()):
+            if path.suffix in PICKLE_SUFFIXES:
+                raise ValueError(
+                    f"`folder` has to hold weights as safetensors, but {path} is a pickle. Save the pipeline with"
+                    " `safe_serialization=True`."
+                )
+            if path.is_file() and path.suffix in COMPONENT_SUFFIXES:
+                files.append(f"{name}/{path.name}")
+    for name in components:
+        config = folder / name / "config.json"
+        if config.is_file() and not any(
+            file.startswith(f"{name}/") and file.endswith(".safetensors") for file in files
+        ):
+            raise ValueError(f"`folder` has to hold the weights of {name}, but there are none in {folder / name}.")
+    return files
+
+
+def _weights_key(path: str) -> tuple[str, str | None] | None:
+    """What weights a file is a part of, whatever its shards: component and name, and variant; None if it is none."""
+    shard = re.fullmatch(r"(.+/[^.]+?)(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors", path)
+    index = re.fullmatch(r"(.+/[^.]+)\.safetensors\.index(?:\.([^.]+))?\.json", path)
+    match = shard or index
+    return match.groups() if match else None
+
+
+def _outdated_weights(on_hub: list[str], files: list[str]) -> list[str]:
+    """diffusers would load the shards of an earlier push in place of a single new file."""
+    keys = {_weights_key(path) for path in files} - {None}
+    return [path for path in on_hub if _weights_key(path) in keys and path not in files]
+
+
+def _card_on_hub(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    try:
+        path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
+    except RemoteEntryNotFoundError:
+        return None
+    return ModelCard.load(path, ignore_metadata_errors=True)
+
+
+def add_code(folder: str | os.PathLike):
+    """
+    Adds the code of the model, the scheduler and the pipeline to a saved pipeline, so that diffusers loads it with
+    `trust_remote_code=True` where this package is not installed. From then on diffusers asks for that argument
+    wherever the folder is loaded. Components of other libraries are left as they are.
+
+    The files are made of this package's modules. Each stands alone and holds what it imports from other modules.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that `LSEPPipeline.save_pretrained` wrote.
+
+    Raises:
+        `ValueError`: if `folder` holds no pipeline of this package.
+    """
+    folder = Path(folder)
+    index = SavedPipeline(folder).index
+    _write(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
+    index["_class_name"] = [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]
+    for component, (module, class_name, _) in REMOTE_COMPONENTS.items():
+        if index[component][1] == class_name:
+            _write(folder / component / f"{module}.py", _standalone_source(module))
+            index[component] = [module, class_name]
+    _write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _standalone_source(module: str, imported: frozenset[str] = frozenset()) -> str:
+    """
+    The source of a module of this package with nothing left that needs the others: a module that it imports stands in
+    place of the import; a component class is replaced by its base class (see `REMOTE_COMPONENTS`); methods that import
+    from the package while they run, such as `push_to_hub`, are left to the base class. `imported` holds the imports
+    that were made before.
+    """
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported_here = imported | {ast.unparse(node) for node in imports}
+    stand_ins = {name: (class_name, base) for name, class_name, base in REMOTE_COMPONENTS.values()}
+    edits = []
+    for node in imports:
+        text = None
+        if ast.unparse(node) in imported:
+            text = ""
+        elif isinstance(node, ast.ImportFrom) and node.level and node.module in stand_ins:
+            class_name, base = stand_ins[node.module]
+            text = f"from diffusers import {base} as {class_name}\n"
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            text = f"\n\n# {node.module}.py\n{_standalone_source(node.module, imported_here)}\n\n"
+        if text is not None:
+            edits.append((node.lineno, node.end_lineno, text))
+    for method in (method for node in tree.body if isinstance(node, ast.ClassDef) for method in node.body):
+        if any(isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(method)):
+            start = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
+            edits.append((start, method.end_lineno, ""))
+
+    lines = source.splitlines(keepends=True)
+    for start, end, text in sorted(edits, reverse=True):
+        lines[start - 1 : end] = [text]
+    text = "".join(lines)
+    if imported:
+        text = "".join(text.splitlines(keepends=True)[2:])  # the licence is at the top of the file already
+    return re.sub(r"\n{4,}", "\n\n\n", text)
+
+
+def _write(path: Path, text: str):
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

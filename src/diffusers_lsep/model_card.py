@@ -1,0 +1,475 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards of saved pipelines, made of what is in the folder and of what the caller knows.
+
+The sections stand between comments. A section is rewritten when a new card is made; what somebody writes outside of
+the comments stays.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from .transformer_sit import SIT_PRESETS
+
+
+CARD_NAME = "README.md"
+EVAL_RESULTS_NAME = "eval_results.json"
+
+PIPELINE_TAG = "unconditional-image-generation"
+TAGS = ["class-conditional", "sit", "lsep", "arxiv:2509.21565"]
+
+# What the weights were trained with: a sentence, and tags beyond the common ones.
+SOURCES = {
+    "lsep": (
+        "Trained with LSEP ([arXiv:2509.21565](https://arxiv.org/abs/2509.21565)): a linear probe, which is used in"
+        " training only, makes an early layer linearly separable; no external encoder takes part.",
+        [],
+    ),
+    "repa": (
+        "The weights are those of a REPA checkpoint ([arXiv:2410.06940](https://arxiv.org/abs/2410.06940)), not"
+        " trained with LSEP.",
+        ["arxiv:2410.06940"],
+    ),
+    "sit": (
+        "The weights are those of a SiT checkpoint ([arXiv:2401.08740](https://arxiv.org/abs/2401.08740)), not"
+        " trained with LSEP.",
+        ["arxiv:2401.08740"],
+    ),
+}
+
+METRIC_NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+
+CITATION = """\
+```bibtex
+@article{yun2025lsep,
+  title = {No Alignment Needed for Generation: Learning Linearly Separable Representations in Diffusion Models},
+  author = {Yun, Junno and Al\\c{c}alar, Ya\\c{s}ar Utku and Ak\\c{c}akaya, Mehmet},
+  journal = {arXiv preprint arXiv:2509.21565},
+  year = {2025}
+}
+```"""
+
+
+def _section_pattern(name: str = r"\w+") -> re.Pattern:
+    return re.compile(rf"<!-- diffusers_lsep: ({name}) -->\n(.*?)\n<!-- /diffusers_lsep -->\n*", flags=re.DOTALL)
+
+
+def _render(name: str, content: str) -> str:
+    return f"<!-- diffusers_lsep: {name} -->\n{content}\n<!-- /diffusers_lsep -->\n\n"
+
+
+@dataclass
+class Gallery:
+    """
+    Images in a model card and how they were made.
+
+    Args:
+        image (`str`): File of the grid, relative to the pipeline's folder.
+        class_labels (`list[int]` or `list[str]`): Classes of the images, row by row.
+        seeds (`list[int]`): Seeds of their generators, one per image.
+    """
+
+    image: str
+    class_labels: list[int] | list[str]
+    seeds: list[int]
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    license: str | None = None,
+    source: str | None = None,
+    dataset: str | None = None,
+    base_model: str | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    gallery: Gallery | None = None,
+) -> Path:
+    """
+    Writes the model card of a saved pipeline, `README.md`. If there is one, its sections are brought up to date, and
+    what was written by hand stays.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A folder that `LSEPPipeline.save_pretrained` wrote. Metrics are read from its `eval_results.json`, if there
+            is one.
+        repo_id (`str`, *optional*): Where the model is going to be on the Hub; the folder itself if not given.
+        license (`str`, *optional*): Licence of the weights, as the Hub spells it. None is claimed if not given.
+        source (`str`, *optional*): What the weights were trained with: `"lsep"`, `"repa"` or `"sit"`.
+        dataset (`str`, *optional*): Id on the Hub of the data set that it was trained on.
+        base_model (`str`, *optional*): Id on the Hub of the model that it was fine-tuned from.
+        training_args (`Mapping[str, Any]`, *optional*): Flags of the training run. Tokens are left out.
+        sampling (`Mapping[str, Any]`, *optional*):
+            Arguments for calling the pipeline, such as `num_inference_steps` and `guidance_scale`.
+        gallery (`Gallery`, *optional*): Images to show.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        `ValueError`: if `folder` holds no pipeline of this package, if `source` is none of these, if the gallery's
+        image is not in the folder or lacks seeds, or if `eval_results.json` is not what `evaluate` writes.
+    """
+    folder = Path(folder)
+    if source is not None and source not in SOURCES:
+        raise ValueError(f"`source` has to be one of {list(SOURCES)}, but is {source!r}.")
+    if gallery is not None and not (folder / gallery.image).is_file():
+        raise ValueError(f"`gallery` names {gallery.image!r}, but there is no such file in {folder}.")
+    if gallery is not None and len(gallery.seeds) != len(gallery.class_labels):
+        raise ValueError(
+            f"`gallery` has to have one seed per image, but has {len(gallery.seeds)} seeds for"
+            f" {len(gallery.class_labels)} images."
+        )
+    pipeline = SavedPipeline(folder)
+    results = _read_eval_results(folder / EVAL_RESULTS_NAME)
+    name = repo_id.split("/")[-1] if repo_id is not None else folder.resolve().name
+
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=[*TAGS, *(SOURCES[source][1] if source is not None else [])],
+        datasets=[dataset] if dataset is not None else None,
+        base_model=base_model,
+        model_name=name if results else None,
+        eval_results=_model_index(results, dataset) if results else None,
+    )
+    sections = {
+        "summary": pipeline.summary(name, source),
+        "usage": pipeline.usage(repo_id if repo_id is not None else folder.as_posix(), sampling or {}),
+        "gallery": _gallery_section(gallery) if gallery is not None else None,
+        "sampling": pipeline.sampling(sampling or {}),
+        "training": _training_section(training_args, dataset, base_model),
+        "evaluation": _evaluation_section(results) if results else None,
+        "license": None if license is not None else "No licence has been declared for these weights.",
+        "citation": f"## Citation\n\n{CITATION}",
+    }
+    text = "".join(_render(section, content) for section, content in sections.items() if content is not None)
+    return _save(folder, _card(data, f"\n{text}"))
+
+
+def update_evaluation(folder: str | os.PathLike) -> Path:
+    """
+    Brings the metrics in the model card of a saved pipeline up to date with its `eval_results.json`, and nothing else.
+    Where there is no card yet, `write_model_card` writes one.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that `LSEPPipeline.save_pretrained` wrote.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        `ValueError`: if there is no `eval_results.json` in `folder`, or if it is not what `evaluate` writes.
+    """
+    folder = Path(folder)
+    results = _read_eval_results(folder / EVAL_RESULTS_NAME)
+    if results is None:
+        raise ValueError(f"`folder` has to hold {EVAL_RESULTS_NAME}, but there is none in {folder}.")
+    if not (folder / CARD_NAME).is_file():
+        return write_model_card(folder)
+    data = ModelCard.load(folder / CARD_NAME).data
+    dataset = data.datasets[0] if isinstance(data.datasets, list) and data.datasets else None
+    name = data.model_name or folder.resolve().name
+    data = ModelCardData(model_name=name, eval_results=_model_index(results, dataset))
+    return _save(folder, _card(data, "\n" + _render("evaluation", _evaluation_section(results))))
+
+
+def _card(data: ModelCardData, text: str) -> ModelCard:
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _save(folder: Path, card: ModelCard) -> Path:
+    path = folder / CARD_NAME
+    if path.exists():
+        card = merge_model_cards(ModelCard.load(path), card)
+    partial = path.with_name(f".{CARD_NAME}.partial")
+    card.save(partial)
+    os.replace(partial, path)
+    return path
+
+
+def merge_model_cards(old: ModelCard, new: ModelCard) -> ModelCard:
+    """
+    Brings a card up to date. The text is the old one with the sections of the new one; the text of a card that was
+    written by hand, without sections, is left as it is. If the new one has text of its own, that is the text. Metadata
+    of the new card goes before that of the old one.
+
+    Args:
+        old (`ModelCard`): The card that is there.
+        new (`ModelCard`): What is known now.
+
+    Returns:
+        `ModelCard`: the card of both.
+    """
+    text = new.text
+    if not _section_pattern().sub("", new.text).strip():
+        text = old.text
+        for name, content in _section_pattern().findall(new.text) if _section_pattern().search(old.text) else ():
+            block, pattern = _render(name, content), _section_pattern(name)
+            if pattern.search(text):
+                text = pattern.sub(lambda _, block=block: block, text)
+            else:
+                text = text.rstrip("\n") + "\n\n" + block
+
+    old_data, new_data = old.data.to_dict(), new.data.to_dict()
+    data = ModelCardData(**{**old_data, **new_data})
+    data.tags = list(dict.fromkeys([*(old.data.tags or []), *(new.data.tags or [])]))
+    if old.data.eval_results and new.data.eval_results:
+        kept = [
+            result
+            for result in old.data.eval_results
+            if not any(result.is_equal_except_value(other) for other in new.data.eval_results)
+        ]
+        data.eval_results = kept + new.data.eval_results
+    if data.license is not None:
+        text = _section_pattern("license").sub("", text)
+    return _card(data, text)
+
+
+def point_usage_at(card: ModelCard, repo_id: str):
+    """Lets the code in a card load the model from `repo_id`, wherever it loaded it from."""
+
+    def point(match: re.Match) -> str:
+        code = re.sub(r'(DiffusionPipeline\.from_pretrained\()"[^"]*"', rf'\1"{repo_id}"', match[2])
+        return _render(match[1], code)
+
+    card.text = _section_pattern("usage").sub(point, card.text)
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (str, list)) else repr(value)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+class SavedPipeline:
+    """What the files of a saved pipeline say about it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.index = self._read("model_index.json")
+        class_name = self.index.get("_class_name")
+        self.has_code = isinstance(class_name, list)
+        if (class_name[1] if self.has_code else class_name) != "LSEPPipeline":
+            raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but {folder} holds a {class_name}.")
+        self.transformer = self._read("transformer/config.json")
+        self.scheduler = self._read("scheduler/scheduler_config.json")
+        self.vae = self._read("vae/config.json") if self.index.get("vae", [None])[0] is not None else None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but there is no {name} in {self.folder}.")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files of the transformer's weights, of one variant if there are several."""
+        files = sorted((self.folder / "transformer").glob("*.safetensors"))
+        plain = [file for file in files if self._variant(file) is None]
+        return plain or [file for file in files if self._variant(file) == self._variant(files[0])]
+
+    @staticmethod
+    def _variant(file: Path) -> str | None:
+        variant = re.fullmatch(r"[^.]+\.(.+?)(-\d{5}-of-\d{5})?\.safetensors", file.name)
+        return variant[1] if variant else None
+
+    @property
+    def variant(self) -> str | None:
+        """The variant that has to be asked for when loading, where there are no weights without one."""
+        return self._variant(self.weights[0]) if self.weights else None
+
+    @property
+    def num_parameters(self) -> int:
+        total = 0
+        for path in self.weights:
+            with safe_open(path, framework="np") as file:
+                for key in file.keys():  # noqa: SIM118, it is not a dictionary
+                    size = 1
+                    for length in file.get_slice(key).get_shape():
+                        size *= length
+                    total += size
+        return total
+
+    @property
+    def architecture(self) -> str:
+        """The name of the preset if it is one, otherwise its numbers."""
+        config = self.transformer
+        for name, preset in SIT_PRESETS.items():
+            if config.get("mlp_ratio") == 4.0 and all(config.get(key) == value for key, value in preset.items()):
+                return name
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return f"SiT with {config['num_layers']} blocks of width {width}, patch size {config['patch_size']}"
+
+    @property
+    def is_latent_without_vae(self) -> bool:
+        return self.vae is None and self.transformer["in_channels"] not in (1, 3)
+
+    def summary(self, name: str, source: str | None) -> str:
+        side, channels = self.transformer["sample_size"], self.transformer["in_channels"]
+        if self.vae is not None:
+            factor = 2 ** (len(self.vae["block_out_channels"]) - 1)
+            space = f"{side * factor} × {side * factor} pixels, in the latent space of a VAE"
+        elif self.is_latent_without_vae:
+            space = f"latents of shape {channels} × {side} × {side}; the repository has no VAE to decode them"
+        else:
+            space = f"{side} × {side} pixels, directly on pixels"
+        rows = [
+            ("Network", f"{self.architecture}, {self.num_parameters:,} parameters"),
+            ("Images", space),
+            ("Classes", f"{self.transformer['num_classes']:,}"),
+            ("Path", self.index.get("path_type", "linear")),
+        ]
+        if (self.folder / "probe" / "config.json").is_file():
+            rows.append(("Probe", "`probe/` holds the linear probe of the training; generating does not need it"))
+        intro = (
+            "A class-conditional flow-matching model for"
+            " [diffusers](https://huggingface.co/docs/diffusers) and `diffusers_lsep`."
+        )
+        if source is not None:
+            intro += f" {SOURCES[source][0]}"
+        return f"# {name}\n\n{intro}\n\n{_table(('', ''), rows)}"
+
+    def usage(self, repo_id: str, sampling: Mapping[str, Any]) -> str:
+        load = [f'"{repo_id}"']
+        if self.variant is not None:
+            load.append(f'variant="{self.variant}"')
+        if self.has_code:
+            load.append("trust_remote_code=True")
+        arguments = {"class_labels": self._example_labels(), "num_inference_steps": 250, **sampling}
+        call = [f"    {key}={_literal(value)}," for key, value in arguments.items()]
+        call.append("    generator=torch.Generator().manual_seed(0),")
+        if self.is_latent_without_vae:
+            call.append('    output_type="latent",')
+            result = ["print(images.shape)"]
+        else:
+            result = ["for i, image in enumerate(images):", '    image.save(f"image_{i}.png")']
+        code = [
+            *([] if self.has_code else ["import diffusers_lsep  # makes diffusers know the pipeline", ""]),
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            "",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({', '.join(load)})",
+            'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+            "images = pipe(",
+            *call,
+            ").images",
+            *result,
+        ]
+        text = "## Usage\n\n```python\n" + "\n".join(code) + "\n```\n\n"
+        if self.has_code:
+            text += (
+                "The repository brings its code along (the `.py` files, copied from diffusers_lsep, Apache-2.0), so"
+                " diffusers alone is enough. `trust_remote_code=True` lets diffusers run that code: read it first."
+            )
+        else:
+            text += (
+                "The import comes first: without it diffusers can only say that it has no attribute `LSEPPipeline`."
+            )
+        if self.is_latent_without_vae:
+            text += (
+                " These are latents: for images, give `from_pretrained` the VAE of the training as"
+                " `vae=AutoencoderKL.from_pretrained(...)` and leave out `output_type`."
+            )
+        return text
+
+    def _example_labels(self) -> list[int] | list[str]:
+        """Two classes, by name where a name belongs to one class only."""
+        ids = sorted({0, self.transformer["num_classes"] // 2})
+        id2label = self.index.get("id2label")
+        if not id2label:
+            return ids
+        names = {int(class_id): [name.strip() for name in label.split(",")] for class_id, label in id2label.items()}
+        count = Counter(name for of_class in names.values() for name in set(of_class))
+        return [next((name for name in names.get(i, []) if count[name] == 1), i) for i in ids]
+
+    def sampling(self, sampling: Mapping[str, Any]) -> str:
+        rows = [("scheduler", f"`{self.scheduler.get('_class_name', self.index['scheduler'][1])}`")]
+        rows += [(f"`{key}`", f"`{value}`") for key, value in self.scheduler.items() if not key.startswith("_")]
+        rows += [(f"`{key}`", f"`{value}`") for key, value in sampling.items()]
+        return f"## Sampler\n\n{_table(('Setting', 'Value'), rows)}"
+
+
+def _gallery_section(gallery: Gallery) -> str:
+    rows = list(zip(range(1, len(gallery.seeds) + 1), gallery.class_labels, gallery.seeds))
+    table = _table(("Image", "Class", "Seed"), rows)
+    return (
+        f"## Samples\n\n![Generated images]({gallery.image})\n\nRow by row; each image has a generator of its own."
+        f"\n\n{table}"
+    )
+
+
+def _training_section(
+    training_args: Mapping[str, Any] | None, dataset: str | None, base_model: str | None
+) -> str | None:
+    lines = []
+    if dataset is not None:
+        lines.append(f"Trained on [{dataset}](https://huggingface.co/datasets/{dataset}).")
+    if base_model is not None:
+        lines.append(f"Fine-tuned from [{base_model}](https://huggingface.co/{base_model}).")
+    if training_args:
+        flags = {
+            key: value for key, value in training_args.items() if value is not None and "token" not in key.lower()
+        }
+        rows = [(f"`{key}`", f"`{value}`") for key, value in sorted(flags.items())]
+        lines.append(_table(("Flag", "Value"), rows))
+    return "## Training\n\n" + "\n\n".join(lines) if lines else None
+
+
+def _read_eval_results(path: Path) -> dict[str, Any] | None:
+    """
+    `eval_results.json`: `{"metrics": {name: number}}`, and beside it whatever describes how they were measured, such
+    as `"dataset"` and `"num_images"`.
+    """
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {name: float(value) for name, value in results["metrics"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has to be a JSON object with numbers under `metrics`: {error!r}") from error
+    return {**results, "metrics": metrics}
+
+
+def _model_index(results: dict[str, Any], dataset: str | None) -> list[EvalResult]:
+    name = str(results.get("dataset") or dataset or "unknown")
+    return [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=dataset or name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=value,
+            metric_name=METRIC_NAMES.get(metric, metric),
+        )
+        for metric, value in results["metrics"].items()
+    ]
+
+
+def _evaluation_section(results: dict[str, Any]) -> str:
+    rows = [(METRIC_NAMES.get(name, name), f"{value:.4g}") for name, value in results["metrics"].items()]
+    settings = {key: value for key, value in results.items() if key != "metrics" and value is not None}
+    text = f"## Evaluation\n\n{_table(('Metric', 'Value'), rows)}"
+    if settings:
+        text += f"\n\n{_table(('Setting', 'Value'), [(f'`{key}`', f'`{value}`') for key, value in settings.items()])}"
+    return text

@@ -1,0 +1,232 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pipelines that bring their code along, where this package is not installed."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from hub_server import HubServer
+
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep.hub import add_code
+
+
+# Both processes start with this. The images do not depend on the process, only on the number of threads.
+COMMON = """
+import json, logging, os, sys
+
+REPORT, IMAGES, RECORDS = {}, {}, []
+
+def error_of(function, *arguments, **kwargs):
+    try:
+        function(*arguments, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def generate(pipe):
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    return pipe([1, "b"], num_inference_steps=3, guidance_scale=2.0, generator=generator, output_type="np").images
+"""
+
+PUSH = """
+import diffusers_lsep
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(os.environ["FOLDERS"] + "/plain")
+pipe.push_to_hub("lsep/code", license="mit", with_code=True, token="hf_owner")
+"""
+
+LOAD_WITHOUT_PACKAGE = """
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "diffusers_lsep":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+
+handler = logging.Handler()
+handler.emit = lambda record: RECORDS.append(record.getMessage())
+diffusers_logging.add_handler(handler)
+
+REPORT["imported"] = error_of(__import__, "diffusers_lsep")
+REPORT["not trusted, local"] = error_of(DiffusionPipeline.from_pretrained, os.environ["FOLDERS"] + "/linear")
+REPORT["not trusted, hub"] = error_of(DiffusionPipeline.from_pretrained, "lsep/code")
+for name in ("linear", "cosine", "euler"):
+    pipe = DiffusionPipeline.from_pretrained(f"{os.environ['FOLDERS']}/{name}", trust_remote_code=True)
+    IMAGES[name] = generate(pipe)
+pipe = DiffusionPipeline.from_pretrained("lsep/code", trust_remote_code=True)
+IMAGES["hub"] = generate(pipe)
+REPORT["modules"] = [type(part).__module__ for part in (pipe, pipe.transformer, pipe.scheduler)]
+pipe.scheduler = type(pipe.scheduler)(path_type="cosine")
+REPORT["wrong path"] = error_of(generate, pipe)
+REPORT["records"] = RECORDS
+np.savez("images.npz", **IMAGES)
+"""
+
+
+def run(code, environment, cwd):
+    code = f"{COMMON}\n{code}\nprint('REPORT', json.dumps(REPORT))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout.rpartition("REPORT ")[2])
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    torch.manual_seed(0)
+    transformer = SiTTransformer2DModel(
+        sample_size=4, in_channels=3, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=3
+    )
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    id2label = {0: "a", 1: "b", 2: "c"}
+    schedulers = {
+        "linear": FlowMatchSDEScheduler(),
+        "cosine": FlowMatchSDEScheduler(path_type="cosine"),
+        "euler": FlowMatchEulerDiscreteScheduler(),
+    }
+    return {name: LSEPPipeline(transformer, scheduler, id2label=id2label) for name, scheduler in schedulers.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(pipelines, tmp_path_factory):
+    folders = tmp_path_factory.mktemp("folders")
+    pipelines["linear"].save_pretrained(folders / "plain")
+    for name, pipe in pipelines.items():
+        pipe.save_pretrained(folders / name)
+        add_code(folders / name)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def expected(pipelines):
+    """The images of the installed package."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scope = {}
+    exec(COMMON, scope)
+    images = {name: scope["generate"](pipe) for name, pipe in pipelines.items()}
+    torch.set_num_threads(threads)
+    return images
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub"), {"hf_owner": "lsep"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, folders, tmp_path_factory):
+    """Pushes with the package, loads without it."""
+    work = tmp_path_factory.mktemp("work")
+    run(PUSH, hub.environment(work / "home", FOLDERS=str(folders)), work)
+    report = run(LOAD_WITHOUT_PACKAGE, hub.environment(work / "other home", FOLDERS=str(folders)), work)
+    return report, dict(np.load(work / "images.npz"))
+
+
+def test_the_package_is_not_there(loaded):
+    assert loaded[0]["imported"] == "ModuleNotFoundError: No module named 'diffusers_lsep'"
+    assert loaded[0]["modules"] == [
+        "diffusers_modules.local.pipeline",
+        "diffusers_modules.local.transformer_sit",
+        "diffusers_modules.local.scheduling_flow_match_sde",
+    ]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "euler"])
+def test_same_images_from_a_folder(loaded, expected, name):
+    assert np.array_equal(loaded[1][name], expected[name])
+
+
+def test_same_images_from_the_hub(loaded, expected):
+    assert np.array_equal(loaded[1]["hub"], expected["linear"])
+
+
+def test_checks_work_without_the_package(loaded):
+    # The scheduler is recognised although its class is not the one that the pipeline's code saw.
+    assert loaded[0]["wrong path"].startswith("ValueError: `scheduler` has `path_type='cosine'`")
+
+
+def test_loads_without_warnings(loaded):
+    assert loaded[0]["records"] == []
+
+
+def test_code_is_run_on_request_only(loaded):
+    for where in ("local", "hub"):
+        message = loaded[0][f"not trusted, {where}"]
+        assert message.startswith("ValueError: The ")
+        assert "contains custom code in pipeline.py" in message and "`trust_remote_code=True`" in message
+
+
+def test_layout(folders, hub, loaded):
+    index = json.loads((folders / "linear" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LSEPPipeline"]
+    assert index["transformer"] == ["transformer_sit", "SiTTransformer2DModel"]
+    assert index["scheduler"] == ["scheduling_flow_match_sde", "FlowMatchSDEScheduler"]
+    assert json.loads((folders / "euler" / "model_index.json").read_text())["scheduler"][0] == "diffusers"
+    code = ["pipeline.py", "scheduler/scheduling_flow_match_sde.py", "transformer/transformer_sit.py"]
+    assert sorted(str(path.relative_to(folders / "linear")) for path in folders.glob("linear/**/*.py")) == code
+    assert [path for path in hub.files("lsep/code") if path.endswith(".py")] == code
+
+
+def test_card_says_that_the_repository_brings_code(hub, loaded):
+    card = hub.files("lsep/code")["README.md"].decode()
+    assert 'DiffusionPipeline.from_pretrained("lsep/code", trust_remote_code=True)' in card
+    assert "import diffusers_lsep" not in card
+
+
+def test_code_stands_alone(folders):
+    for path in folders.glob("linear/**/*.py"):
+        tree = ast.parse(path.read_text())
+        bound = defaultdict(set)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name}:{node.lineno}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or node.names[0].name
+                assert not module.startswith("diffusers_lsep"), f"{path.name}:{node.lineno}"
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for alias in node.names:
+                    bound[alias.asname or alias.name].add((getattr(node, "module", None), alias.name))
+            elif isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                bound[node.name].add(node.lineno)
+        # What one module calls by a name must not be something else in the module that it is put into.
+        assert {name for name, places in bound.items() if len(places) > 1} == set()
+
+
+def test_adding_code_again_changes_nothing(folders):
+    files = {path: path.read_bytes() for path in (folders / "linear").rglob("*") if path.is_file()}
+    add_code(folders / "linear")
+    assert {path: path.read_bytes() for path in (folders / "linear").rglob("*") if path.is_file()} == files
+
+
+def test_with_the_package_such_a_folder_needs_trust_too(folders):
+    with pytest.raises(ValueError, match="contains custom code in pipeline.py"):
+        DiffusionPipeline.from_pretrained(folders / "linear")
+    model = SiTTransformer2DModel.from_pretrained(folders / "linear", subfolder="transformer")
+    assert model.config.num_classes == 3
+
+
+def test_refuses_other_pipelines(tmp_path):
+    with pytest.raises(
+        ValueError, match="`folder` has to hold a saved LSEPPipeline, but there is no model_index.json"
+    ):
+        add_code(tmp_path)
