@@ -1,0 +1,144 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs what the README says, in its order and in one folder, as a reader would."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+
+
+ROOT = Path(__file__).parents[1]
+
+# What is replaced in the README's blocks before they run: things that are not here, and sizes. All else runs as it is.
+SUBSTITUTIONS = {
+    'pip install -c constraints.txt -e ".[train]" && ': "",  # .ci/run installs
+    "accelerate launch examples/train_lsep.py\n": (
+        "accelerate launch examples/train_lsep.py --max_train_steps 4 --validation_steps 4 --checkpointing_steps 4"
+        " --validation_inference_steps 2 --num_validation_images 1\n"
+    ),
+    '"lsep/sit-xl-256"': '"tiny-imagenet-pipeline"',
+    '.to("cuda")': "",
+    "guidance_scale=1.5, generator=generator)": "3, guidance_scale=1.5, generator=generator)",
+    "guidance_interval=(0.0, 0.7))": "guidance_interval=(0.0, 0.7), num_inference_steps=3)",
+    "--class_labels 3 7 ": "--class_labels 3 7 --num_inference_steps 2 ",
+    "--num_images 50000 ": "--num_images 50 --num_inference_steps 2 ",
+    "path/to/images": "images",
+    "--preset SiT-B/2 --resolution 256": (
+        "--preset SiT-S/8 --num_layers 3 --resolution 128 --train_batch_size 2 --max_train_steps 1"
+        " --validation_inference_steps 1 --num_validation_images 1 --validation_labels cat"
+    ),
+    "stabilityai/sd-vae-ft-ema": "tiny-vae",
+    "lsep-xl-256.pt": "lsep_tiny.pt --num_attention_heads 4",
+}
+
+# The one block that this file does not run: `.ci/run` does.
+TEST_COMMAND = 'pip install -c constraints.txt -e ".[test]" && pytest\n'
+
+
+def read_blocks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^```(bash|python)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def tiny_vae():
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_transformer):
+    """A folder with what the substitutions name."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (140, 160, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    tiny_vae().save_pretrained(tmp_path / "tiny-vae")
+    id2label = {i: f"class {i}" for i in range(100)} | {3: "golden retriever", 5: "macaw, Ara"}
+    transformer = tiny_transformer(num_classes=100)
+    pipe = LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae(), id2label=id2label)
+    pipe.save_pretrained(tmp_path / "tiny-imagenet-pipeline")
+    (tmp_path / "lsep_tiny.pt").write_bytes((ROOT / "tests" / "reference" / "lsep_tiny.pt").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.timeout(900)
+def test_readme_runs(folder):
+    blocks = read_blocks()
+    assert sum(language == "bash" for language, _ in blocks) >= 4
+    assert sum(language == "python" for language, _ in blocks) >= 3
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    used = set()
+    for language, block in blocks:
+        if block == TEST_COMMAND:
+            used.add(TEST_COMMAND)
+            continue
+        for old, new in SUBSTITUTIONS.items():
+            if old in block:
+                used.add(old)
+                block = block.replace(old, new)
+        command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euc", block]
+        result = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            timeout=300,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
+
+    assert used == {*SUBSTITUTIONS, TEST_COMMAND}, "a substitution that nothing needs"
+    assert Image.open(folder / "seven.png").size == (128, 128)
+    for name in ("lsep-digits", "my-model", "sit-xl-256"):
+        assert (folder / name / "model_index.json").is_file()
+    assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "samples.npz").is_file()
+
+
+def test_figures_of_the_readme_are_true():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    from diffusers_lsep import SIT_PRESETS, SiTTransformer2DModel
+
+    rows = re.findall(r"^\| `(SiT-\w+/2)`.*? \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for preset, layers, width, heads, parameters in rows:
+        with torch.device("meta"):
+            model = SiTTransformer2DModel(**SIT_PRESETS[preset])
+        config = model.config
+        assert (int(layers), int(heads)) == (config.num_layers, config.num_attention_heads)
+        assert int(width) == config.num_attention_heads * config.attention_head_dim
+        assert int(parameters.replace(",", "")) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    headings = {
+        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
