@@ -17,7 +17,7 @@ extras["test"] = [
     *extras["eval"],
     *extras["quality"],
     "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
-    "peft>=0.15",
+    "peft>=0.18",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "requests-mock",
