@@ -1,0 +1,562 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-lsep probe`: how well a linear classifier reads the class from each layer, at several times."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checkpointing import STATE_FILE, write_text
+from ..data import SampleSource, cut_off, keyed_generator, load_image_dataset, open_images, sample_posterior
+from ..latents import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
+from ..objective import LinearProbe
+from ..paths import get_path
+from ..pipeline_lsep import LSEPPipeline
+from .features import process_state
+
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("mae", "ridge")
+DEFAULT_TIMESTEPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+VALIDATION_FRACTION = 0.1
+RESULTS_FILE = "probe_results.json"
+HEAT_MAP_FILE = "probe_heatmap.png"
+
+# MAE's linear probing on ImageNet (arXiv 2111.06377, table 10): LARS with learning rate 0.1 * 16384 / 256.
+MAE_EPOCHS = 90
+MAE_WARMUP_EPOCHS = 10
+MAE_BATCH_SIZE = 16384
+MAE_STEPS_PER_EPOCH = 78
+MAE_LEARNING_RATE = 6.4
+LARS_MOMENTUM = 0.9
+LARS_TRUST_COEFFICIENT = 0.001
+
+# What noise is for, as a part of its key: training and held-out images share none.
+NOISE_PURPOSES = {"training": 100, "held-out": 101}
+
+
+def fit_mae(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, epochs: int = MAE_EPOCHS, seed: int = 0
+) -> nn.Module:
+    """
+    Trains a linear classifier by the protocol of MAE (He et al. 2021, arXiv 2111.06377, table 10): BatchNorm without
+    affine parameters and a linear layer, LARS with momentum 0.9 and learning rate 6.4, 10 of 90 epochs of warm-up,
+    then a cosine, no weight decay, batches of 16,384.
+
+    Two things differ. Features are fixed, so images are not augmented. And a data set smaller than ImageNet is divided
+    into smaller batches, of at least 32, so that an epoch keeps up to 78 steps; the learning rate stays, as LARS takes
+    steps relative to the norm of the weights.
+
+    Args:
+        features (`torch.Tensor`):
+            Features `[N, D]`, `N >= 2`.
+        labels (`torch.Tensor`):
+            Classes `[N]` in `0..num_classes - 1`.
+        num_classes (`int`):
+            Number of classes.
+        epochs (`int`, defaults to `90`):
+            Length of the training; the warm-up takes a ninth of it.
+        seed (`int`, defaults to `0`):
+            Of the initial weights and the order.
+
+    Returns:
+        `nn.Module`: takes features to logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6)
+    linear = nn.Linear(features.shape[1], num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
+    nn.init.zeros_(linear.bias)
+    probe = nn.Sequential(norm, linear).to(features.device)
+    momenta = [torch.zeros_like(parameter) for parameter in linear.parameters()]
+
+    count = len(features)
+    batch_size = min(count, MAE_BATCH_SIZE, max(32, count // MAE_STEPS_PER_EPOCH))
+    num_steps = count // batch_size
+    warmup = epochs * MAE_WARMUP_EPOCHS / MAE_EPOCHS
+    for epoch in range(epochs):
+        order = torch.randperm(count, generator=generator).to(features.device)
+        for step in range(num_steps):
+            progress = epoch + step / num_steps
+            scale = progress / warmup
+            if progress >= warmup:
+                scale = 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (epochs - warmup)))
+            rows = order[step * batch_size : (step + 1) * batch_size]
+            loss = F.cross_entropy(probe(features[rows]), labels[rows])
+            gradients = torch.autograd.grad(loss, list(linear.parameters()))
+            with torch.no_grad():
+                for parameter, gradient, momentum in zip(linear.parameters(), gradients, momenta):
+                    if parameter.ndim > 1:  # LARS leaves biases alone
+                        trust = LARS_TRUST_COEFFICIENT * parameter.norm() / gradient.norm()
+                        gradient = gradient * torch.where(torch.isfinite(trust) & (trust > 0), trust, 1.0)
+                    momentum.mul_(LARS_MOMENTUM).add_(gradient)
+                    parameter.sub_(MAE_LEARNING_RATE * scale * momentum)
+    return probe.eval().requires_grad_(False)
+
+
+def fit_ridge(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, regularization: float = 0.01
+) -> nn.Module:
+    """
+    Fits a linear classifier in closed form: least squares from standardised features to one-hot classes, with
+    `regularization` times the identity added to the features' correlation matrix.
+
+    Args:
+        features (`torch.Tensor`):
+            Features `[N, D]`.
+        labels (`torch.Tensor`):
+            Classes `[N]` in `0..num_classes - 1`.
+        num_classes (`int`):
+            Number of classes.
+        regularization (`float`, defaults to `0.01`):
+            Strength, above 0.
+
+    Returns:
+        `nn.Module`: takes features to scores, of which the largest marks the class.
+    """
+    x = features.double()
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
+    inverse_std = torch.where(std > 0, 1 / std, 0.0)
+    x = (x - mean) * inverse_std
+    targets = F.one_hot(labels, num_classes).double()
+    share = targets.mean(dim=0)
+    gram = x.T @ x / len(x) + regularization * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram, x.T @ (targets - share) / len(x)) * inverse_std[:, None]
+    linear = nn.Linear(x.shape[1], num_classes, device=x.device)
+    linear.weight.data.copy_(weight.T)
+    linear.bias.data.copy_(share - mean @ weight)
+    return linear.requires_grad_(False)
+
+
+def accuracy(probe: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of the features `[N, D]` whose largest score is that of their class."""
+    with torch.no_grad():
+        return (probe(features).argmax(dim=1) == labels).double().mean().item()
+
+
+class HiddenStates:
+    """
+    Token means of a model's layers on noised images, without a class label (the null class).
+
+    Args:
+        pipe ([`LSEPPipeline`]):
+            The model.
+        layers (`Sequence[int]`):
+            Depths, in blocks.
+        folder (`str` or `os.PathLike`):
+            Where latents and features are put, out of memory's way.
+        batch_size (`int`, defaults to `64`):
+            Images at a time.
+        seed (`int`, defaults to `0`):
+            With an image's row it decides its noise, which is the same at every time.
+    """
+
+    def __init__(
+        self,
+        pipe: LSEPPipeline,
+        layers: Sequence[int],
+        folder: str | os.PathLike,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        self.pipe, self.layers, self.folder = pipe, list(layers), Path(folder)
+        self.batch_size, self.seed = batch_size, seed
+
+    @torch.no_grad()
+    def encode(self, name: str, source: SampleSource) -> np.ndarray:
+        """
+        Latents `[N, C, S, S]` of a source, `"training"` or `"held-out"`: the means of the VAE's posterior, or pixels
+        without a VAE.
+        """
+        pipe, config = self.pipe, self.pipe.transformer.config
+        shape = (len(source.labels), config.in_channels, config.sample_size, config.sample_size)
+        latents = np.lib.format.open_memmap(self.folder / f"{name}-latents.npy", "w+", np.float32, shape)
+        for start, rows in self._batches(len(latents), f"{name} images"):
+            batch = source.load(rows, np.zeros(len(rows), dtype=bool)).to(pipe.device)
+            if source.kind == "images" and pipe.vae is not None:
+                posterior = pipe.vae.encode(batch).latent_dist
+                batch = torch.cat([posterior.mean, posterior.std], dim=1)
+            if pipe.vae is not None:
+                vae = pipe.vae.config
+                batch = sample_posterior(batch, torch.zeros(()), vae.scaling_factor, vae.get("shift_factor"))
+            latents[start : start + len(rows)] = batch.cpu().numpy()
+        return latents
+
+    @torch.no_grad()
+    def at(self, t: float, name: str, latents: np.ndarray) -> np.ndarray:
+        """Features `[layers, N, D]` of latents at a time."""
+        pipe = self.pipe
+        path, null_class = get_path(pipe.config.path_type), pipe.transformer.config.num_classes
+        shape = (len(self.layers), len(latents), pipe.transformer.inner_dim)
+        features = np.lib.format.open_memmap(self.folder / f"{name}-features.npy", "w+", np.float32, shape)
+        for start, rows in self._batches(len(latents), f"{name} features at t = {t:g}"):
+            noise = np.stack(
+                [
+                    keyed_generator(self.seed, int(row), NOISE_PURPOSES[name]).standard_normal(
+                        latents.shape[1:], dtype=np.float32
+                    )
+                    for row in rows
+                ]
+            )
+            x = path.interpolate(torch.from_numpy(latents[rows]), torch.from_numpy(noise), t).to(pipe.device)
+            labels = torch.full((len(rows),), null_class, device=pipe.device)
+            tokens = pipe.transformer.hidden_states_at(x.to(pipe.transformer.dtype), t, labels, self.layers)
+            for layer, value in enumerate(tokens):
+                features[layer, start : start + len(rows)] = value.mean(dim=1, dtype=torch.float32).cpu().numpy()
+        return features
+
+    def _batches(self, count: int, description: str):
+        from tqdm.auto import tqdm
+
+        for start in tqdm(range(0, count, self.batch_size), desc=description, unit="batch", leave=False):
+            yield start, np.arange(start, min(start + self.batch_size, count))
+
+
+def probe_layers(
+    pipe: LSEPPipeline,
+    train: SampleSource,
+    held_out: SampleSource,
+    num_classes: int,
+    layers: Sequence[int] | None = None,
+    timesteps: Sequence[float] = DEFAULT_TIMESTEPS,
+    method: str = "mae",
+    epochs: int = MAE_EPOCHS,
+    training_probe: LinearProbe | None = None,
+    probe_depth: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Held-out accuracy of linear classifiers on the mean of the tokens of every layer at every time, with no class label
+    given (REPA's linear probing, arXiv 2410.06940).
+
+    Args:
+        pipe ([`LSEPPipeline`]):
+            The model.
+        train ([`SampleSource`]):
+            What the classifiers are fitted to.
+        held_out ([`SampleSource`]):
+            What accuracy is measured on.
+        num_classes (`int`):
+            Number of classes of the data, which need not be the model's.
+        layers (`Sequence[int]`, *optional*):
+            Depths in blocks, 0 for the embedded patches; all blocks if not given.
+        timesteps (`Sequence[float]`, defaults to `(0.0, 0.1, ..., 0.9)`):
+            Times `t` in [0, 1].
+        method (`str`, defaults to `"mae"`):
+            `"mae"` ([`fit_mae`]) or `"ridge"` ([`fit_ridge`], fast).
+        epochs (`int`, defaults to `90`):
+            Length of MAE's training.
+        training_probe ([`LinearProbe`], *optional*):
+            LSEP's own probe, which is measured on the same features as it is.
+        probe_depth (`int`, *optional*):
+            The depth it was trained at.
+        batch_size (`int`, defaults to `64`):
+            Images in one pass of the model.
+        seed (`int`, defaults to `0`):
+            Of the noise and of MAE's training.
+
+    Returns:
+        `dict[str, Any]`: `layers`, `timesteps`, `accuracy` (a row for each layer, a column for each time), `best` and
+        `training_probe` (its accuracy at each time), ready for JSON.
+
+    Raises:
+        ValueError: before any work, if an argument is out of range.
+    """
+    depth = pipe.transformer.config.num_layers
+    layers = list(range(1, depth + 1)) if layers is None else sorted(set(layers))
+    if not layers or not 0 <= layers[0] <= layers[-1] <= depth:
+        raise ValueError(f"`layers` must lie in 0..{depth}, got {layers}.")
+    timesteps = sorted(set(timesteps))
+    if not timesteps or not 0 <= timesteps[0] <= timesteps[-1] <= 1:
+        raise ValueError(f"`timesteps` must lie in [0, 1], got {timesteps}.")
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if training_probe is not None and (probe_depth is None or not 1 <= probe_depth <= depth):
+        raise ValueError(f"`probe_depth` must lie in 1..{depth}, got {probe_depth}.")
+    if len(train.labels) < 2 or len(held_out.labels) < 1:
+        raise ValueError(
+            f"the data must hold 2 images to fit and 1 to measure, got {len(train.labels)} and {len(held_out.labels)}."
+        )
+
+    device = pipe.device
+    all_layers = sorted({*layers, probe_depth}) if training_probe is not None else layers
+    sources = {"training": train, "held-out": held_out}
+    labels = {name: torch.from_numpy(source.labels).to(device) for name, source in sources.items()}
+    table = np.zeros((len(layers), len(timesteps)))
+    of_training_probe = []
+    with tempfile.TemporaryDirectory() as folder:
+        states = HiddenStates(pipe, all_layers, folder, batch_size, seed)
+        latents = {name: states.encode(name, source) for name, source in sources.items()}
+        for column, t in enumerate(timesteps):
+            features = {name: states.at(t, name, value) for name, value in latents.items()}
+            for index, layer in enumerate(all_layers):
+                x = {name: torch.from_numpy(value[index].copy()).to(device) for name, value in features.items()}
+                if layer in layers:
+                    data = (x["training"], labels["training"], num_classes)
+                    probe = fit_mae(*data, epochs=epochs, seed=seed) if method == "mae" else fit_ridge(*data)
+                    value = accuracy(probe, x["held-out"], labels["held-out"])
+                    table[layers.index(layer), column] = value
+                if training_probe is not None and layer == probe_depth:
+                    probe = training_probe.to(device)
+                    means = x["held-out"][:, None]  # of the tokens, which is all that the probe looks at
+                    of_training_probe.append(accuracy(probe, means, labels["held-out"]))
+    row, column = np.unravel_index(table.argmax(), table.shape)
+    return {
+        "accuracy": table.tolist(),
+        "layers": layers,
+        "timesteps": timesteps,
+        "best": {"layer": layers[row], "timestep": timesteps[column], "accuracy": table[row, column].item()},
+        "training_probe": {"layer": probe_depth, "accuracy": of_training_probe} if of_training_probe else None,
+        "chance": np.bincount(held_out.labels).max().item() / len(held_out.labels),
+        "method": method,
+        "epochs": epochs if method == "mae" else None,
+        "num_training_images": len(train.labels),
+        "num_held_out_images": len(held_out.labels),
+        "num_classes": num_classes,
+        "seed": seed,
+    }
+
+
+def draw_heat_map(path: str | os.PathLike, results: dict[str, Any], title: str = "") -> None:
+    """
+    Draws the accuracies of [`probe_layers`], layer against time, as a PNG that appears whole or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        results (`dict[str, Any]`):
+            What [`probe_layers`] returned.
+        title (`str`, defaults to `""`):
+            Its title.
+    """
+    from matplotlib.figure import Figure
+
+    table = np.array(results["accuracy"])
+    rows, columns = table.shape
+    figure = Figure(figsize=(2.5 + 0.6 * columns, 1.8 + 0.35 * rows), layout="constrained")
+    axis: Any = figure.subplots()
+    image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis")
+    axis.set_xticks(range(columns), [f"{t:g}" for t in results["timesteps"]])
+    axis.set_yticks(range(rows), results["layers"])
+    axis.set(xlabel="t (0: data, 1: noise)", ylabel="blocks", title=title)
+    bright = (table.min() + table.max()) / 2
+    for row in range(rows):
+        for column in range(columns):
+            colour = "black" if table[row, column] > bright else "white"
+            axis.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="held-out accuracy")
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=120)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `diffusers-lsep probe`."""
+    parser.description = (
+        "Linear probing of every layer at several times: no class label is given, tokens are averaged, and a linear "
+        "classifier is fitted to them. Accuracy is that on images that were held out."
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="Folder or Hub id of a saved LSEP pipeline.")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="Labelled images: a folder with one subfolder per class, a folder of Parquet files, or the id of a data "
+        "set; or latents, the folder of encode_latents.py or a vae-sd folder of EDM2 and REPA.",
+    )
+    parser.add_argument(
+        "--validation_split",
+        metavar="SPLIT",
+        help=f"Held-out split: its name, or a fraction to cut off (default: one of {', '.join(VALIDATION_SPLITS)} if "
+        f"there is any, else {VALIDATION_FRACTION}).",
+    )
+    parser.add_argument("--image_column", default="image", help="Column of images (default: %(default)s).")
+    parser.add_argument("--label_column", default="label", help="Column of labels (default: %(default)s).")
+    parser.add_argument(
+        "--max_train_images", type=int, help="Fit to so many images at most, drawn at random (default: all)."
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="Depths in blocks; 0 is the input (default: all blocks)."
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=float,
+        nargs="+",
+        default=list(DEFAULT_TIMESTEPS),
+        metavar="T",
+        help="Times in [0, 1], 0 is data (default: 0 0.1 ... 0.9).",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="mae",
+        help="How to fit: mae, BatchNorm and a linear layer trained by MAE's protocol, or ridge, in closed form and "
+        "fast (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=MAE_EPOCHS, help="Length of MAE's training (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--probe_depth",
+        type=int,
+        help="Depth of the training's own probe (default: that of the pipeline's training_args.json).",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time (default: %(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="Of noise, order and cut (default: %(default)s).")
+    parser.add_argument(
+        "--output_dir", default=".", help=f"Where {RESULTS_FILE} and {HEAT_MAP_FILE} go (default: %(default)s)."
+    )
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `diffusers-lsep probe` with the arguments of [`add_arguments`]."""
+    from diffusers import DiffusionPipeline
+
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    # 1. What can be refused at once
+    if args.seed < 0:
+        raise ValueError(f"`--seed` must be at least 0, got {args.seed}.")
+    if args.max_train_images is not None and args.max_train_images < 2:
+        raise ValueError(f"`--max_train_images` must be at least 2, got {args.max_train_images}.")
+    output_dir = Path(args.output_dir)
+    existing = [str(output_dir / name) for name in (RESULTS_FILE, HEAT_MAP_FILE) if (output_dir / name).exists()]
+    if existing and not args.overwrite_output_dir:
+        raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
+    state = process_state()
+    if state.num_processes > 1:
+        raise ValueError(f"`diffusers-lsep probe` runs in one process, got {state.num_processes}.")
+
+    # 2. Model and data
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`PIPELINE` {args.pipeline!r} cannot be loaded: {error}") from error
+    if not isinstance(pipe, LSEPPipeline):
+        raise ValueError(f"`PIPELINE` must be an LSEPPipeline, got a {type(pipe).__name__}.")
+    pipe.to(state.device)
+    train, held_out, names = _open_data(args, pipe)
+    training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, len(names))
+    if args.max_train_images is not None and args.max_train_images < len(train.labels):
+        _, train = cut_off(train, args.max_train_images / len(train.labels), args.seed)
+
+    # 3. The work
+    results = probe_layers(
+        pipe,
+        train,
+        held_out,
+        num_classes=len(names),
+        layers=args.layers,
+        timesteps=args.timesteps,
+        method=args.method,
+        epochs=args.epochs,
+        training_probe=training_probe,
+        probe_depth=probe_depth,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results = {"pipeline": args.pipeline, "data": args.data, **results}
+    write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    draw_heat_map(output_dir / HEAT_MAP_FILE, results, title=f"{Path(args.pipeline).name}: linear probing")
+    best, of_training = results["best"], results["training_probe"]
+    print(
+        f"best: {best['accuracy']:.4f} after {best['layer']} blocks at t = {best['timestep']:g} "
+        f"(chance {results['chance']:.4f}, {results['num_held_out_images']} held-out images)"
+    )
+    if of_training is not None:
+        values = ", ".join(f"{value:.4f} at {t:g}" for t, value in zip(results["timesteps"], of_training["accuracy"]))
+        print(f"the training's own probe, after {of_training['layer']} blocks: {values}")
+    print(f"written: {output_dir / RESULTS_FILE}, {output_dir / HEAT_MAP_FILE}")
+
+
+def _open_data(args: argparse.Namespace, pipe: LSEPPipeline) -> tuple[SampleSource, SampleSource, list[str]]:
+    """What to fit to, what to measure on, and the classes."""
+    try:
+        fraction, split = float(args.validation_split), None
+    except (TypeError, ValueError):
+        fraction, split = None, args.validation_split
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"`--validation_split` must be a split or a fraction between 0 and 1, got {fraction}.")
+
+    folder = Path(args.data)
+    config = pipe.transformer.config
+    if (folder / METADATA_FILE).is_file() or (folder / "dataset.json").is_file():
+        if split is not None:
+            raise ValueError(f"`--validation_split` of latents must be a fraction such as 0.1, got {split!r}.")
+        if pipe.vae is None:
+            raise ValueError(f"`--data` {args.data!r} holds latents, but `PIPELINE` {args.pipeline!r} has no VAE.")
+        is_original = (folder / "dataset.json").is_file()
+        source = OriginalMomentsDataset(folder) if is_original else MomentsDataset(folder)
+        expected = (2 * config.in_channels, config.sample_size, config.sample_size)
+        if source.moments_shape != expected:
+            raise ValueError(
+                f"`--data` {args.data!r} holds moments {source.moments_shape}, `PIPELINE` needs {expected}."
+            )
+        names, held_out = [source.id2label[index] for index in range(len(source.id2label))], None
+    else:
+        location = {"train_data_dir": args.data} if folder.is_dir() else {"dataset_name": args.data}
+        splits = load_image_dataset(**location)
+        if args.validation_split is None:
+            split = next((name for name in VALIDATION_SPLITS if name in splits), None)
+        channels = config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+        columns = (args.image_column, args.label_column)
+        resolution = config.sample_size * pipe.vae_scale_factor
+        source, held_out, names = open_images(splits, resolution, channels, *columns, validation_split=split)
+    if held_out is None:
+        source, held_out = cut_off(source, fraction or VALIDATION_FRACTION, args.seed)
+    return source, held_out, names
+
+
+def _load_training_probe(
+    pipeline: str, probe_depth: int | None, num_classes: int
+) -> tuple[LinearProbe | None, int | None]:
+    """The probe that a training left in the pipeline's folder and its depth; none if it cannot be measured."""
+    folder = Path(pipeline)
+    if not (folder / "probe" / "config.json").is_file():
+        if probe_depth is not None:
+            raise ValueError(f"`--probe_depth` {probe_depth} was given, but {pipeline!r} has no folder probe/.")
+        return None, None
+    probe = LinearProbe.from_pretrained(folder / "probe").eval()
+    if probe_depth is None:
+        # Of a whole run, or of a checkpoint's pipeline
+        for path, key in ((folder / "training_args.json", None), (folder.parent / STATE_FILE, "settings")):
+            if path.is_file():
+                settings = json.loads(path.read_text(encoding="utf-8"))
+                probe_depth = (settings[key] if key else settings).get("probe_depth")
+                break
+    if probe_depth is None:
+        logger.warning("`--probe_depth` is not known, so the training's own probe is not measured")
+        return None, None
+    if probe.config.num_classes != num_classes:
+        logger.warning(
+            "the training's own probe knows %d classes, the data has %d: it is not measured",
+            probe.config.num_classes,
+            num_classes,
+        )
+        return None, None
+    return probe, probe_depth

@@ -1,0 +1,407 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
+from diffusers_lsep.cli import main
+from diffusers_lsep.data import keyed_generator
+from diffusers_lsep.evaluation.linear_probing import (
+    NOISE_PURPOSES,
+    HiddenStates,
+    accuracy,
+    draw_heat_map,
+    fit_mae,
+    fit_ridge,
+    probe_layers,
+)
+
+
+IMAGENET = 1_281_167  # training images
+
+
+def clusters(count, num_classes=3, dim=6, spread=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99)) * 2
+    labels = torch.arange(count) % num_classes
+    return centres[labels] + spread * torch.randn(count, dim, generator=generator), labels
+
+
+class TestFitRidge:
+    def test_equals_a_plain_solution(self):
+        x, labels = clusters(50, spread=3.0)
+        x = x * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0, 1.0]) + 5
+        probe = fit_ridge(x, labels, 3, regularization=0.2)
+        # Standardised features, and as many rows more as there are features to shrink the weights
+        z = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
+        y = torch.eye(3, dtype=torch.float64)[labels]
+        rows = torch.cat([z, (0.2 * 50) ** 0.5 * torch.eye(6, dtype=torch.float64)])
+        targets = torch.cat([y - y.mean(0), torch.zeros(6, 3, dtype=torch.float64)])
+        weight = np.linalg.lstsq(rows.numpy(), targets.numpy(), rcond=None)[0]
+        torch.testing.assert_close(probe(x).double(), z @ torch.from_numpy(weight) + y.mean(0), atol=1e-5, rtol=1e-5)
+
+    def test_constant_features_do_no_harm(self):
+        x, labels = clusters(60)
+        x[:, 2] = 7.0
+        probe = fit_ridge(x, labels, 3)
+        assert torch.isfinite(probe.weight).all()
+        assert accuracy(probe, *clusters(60, seed=1)) > 0.9
+
+
+class TestFitMAE:
+    def test_equals_a_plain_rewriting(self):
+        # 64 rows are 2 batches of 32; 9 epochs have 1 of warm-up
+        x, labels = clusters(64, spread=1.0)
+        probe = fit_mae(x, labels, 3, epochs=9, seed=5)
+
+        generator = torch.Generator().manual_seed(5)
+        weight = torch.nn.init.trunc_normal_(torch.empty(3, 6), std=0.01, generator=generator).double().numpy()
+        bias = np.zeros(3)
+        momentum_weight, momentum_bias = np.zeros((3, 6)), np.zeros(3)
+        mean, variance = np.zeros(6), np.ones(6)
+        x, labels = x.double().numpy(), labels.numpy()
+        for epoch in range(9):
+            order = torch.randperm(64, generator=generator).numpy()
+            for step in range(2):
+                rows = order[32 * step : 32 * step + 32]
+                time = epoch + step / 2
+                rate = 6.4 * (time if time < 1 else (1 + np.cos(np.pi * (time - 1) / 8)) / 2)
+                batch = x[rows]
+                mean = 0.9 * mean + 0.1 * batch.mean(0)
+                variance = 0.9 * variance + 0.1 * batch.var(0, ddof=1)
+                batch = (batch - batch.mean(0)) / np.sqrt(batch.var(0) + 1e-6)
+                scores = np.exp(batch @ weight.T + bias)
+                error = (scores / scores.sum(1, keepdims=True) - np.eye(3)[labels[rows]]) / 32
+                gradient = error.T @ batch
+                trust = 0.001 * np.linalg.norm(weight) / np.linalg.norm(gradient)
+                momentum_weight = 0.9 * momentum_weight + trust * gradient
+                momentum_bias = 0.9 * momentum_bias + error.sum(0)
+                weight = weight - rate * momentum_weight
+                bias = bias - rate * momentum_bias
+        norm, linear = probe
+        np.testing.assert_allclose(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(norm.running_var, variance, rtol=1e-4)
+        np.testing.assert_allclose(linear.weight, weight, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(linear.bias, bias, rtol=1e-3, atol=1e-5)
+        assert not probe.training
+
+    @pytest.mark.parametrize(("count", "batch_size"), [(2, 2), (20, 20), (64, 32), (7800, 100), (IMAGENET, 16384)])
+    def test_batches_keep_imagenet_s_number_of_steps(self, monkeypatch, count, batch_size):
+        sizes = []
+
+        def record(logits, labels):
+            sizes.append(len(labels))
+            return logits.sum()
+
+        monkeypatch.setattr(torch.nn.functional, "cross_entropy", record)
+        fit_mae(torch.zeros(count, 1), torch.zeros(count, dtype=torch.int64), 2, epochs=1)
+        assert sizes == [batch_size] * (count // batch_size)
+        assert count != IMAGENET or len(sizes) == 78
+
+    def test_learns(self):
+        assert accuracy(fit_mae(*clusters(300), 3, epochs=20), *clusters(90, seed=1)) > 0.95
+
+
+class BrightSource:
+    """Images `[C, S, S]` of one grey level each, which is their class."""
+
+    kind = "images"
+
+    def __init__(self, count, channels=1, size=8, offset=0.0):
+        self.labels = np.arange(count) % 3
+        self.shape, self.offset = (channels, size, size), offset
+
+    def load(self, rows, flips):
+        assert not flips.any()
+        level = torch.from_numpy(self.labels[rows]).float() - 1 + self.offset
+        return level.view(-1, 1, 1, 1).expand(-1, *self.shape).contiguous()
+
+
+@pytest.fixture
+def pipe(tiny_transformer):
+    pipe = LSEPPipeline(tiny_transformer(in_channels=1, num_layers=3, num_classes=3), FlowMatchSDEScheduler())
+    return pipe
+
+
+@pytest.fixture
+def tiny_vae():
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2, scaling_factor=0.5,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, shift_factor=0.25,
+    ).eval()  # fmt: skip
+
+
+class TestHiddenStates:
+    @pytest.mark.parametrize("path_type", ["linear", "cosine"])
+    def test_equal_the_model_s_tokens_without_a_label(self, tiny_transformer, tmp_path, path_type):
+        transformer = tiny_transformer(in_channels=1, num_layers=3, num_classes=3)
+        pipe = LSEPPipeline(transformer, FlowMatchSDEScheduler(path_type=path_type), path_type=path_type)
+        states = HiddenStates(pipe, [0, 2, 3], tmp_path, batch_size=2, seed=4)
+        latents = states.encode("training", BrightSource(5))
+        np.testing.assert_array_equal(latents[:, 0, 0, 0], [-1, 0, 1, -1, 0])
+        features = states.at(0.3, "training", latents)
+        assert features.shape == (3, 5, 32)
+        for row in range(5):
+            key = keyed_generator(4, row, NOISE_PURPOSES["training"])
+            noise = torch.from_numpy(key.standard_normal((1, 1, 8, 8), dtype=np.float32))
+            alpha, sigma = (0.7, 0.3) if path_type == "linear" else (np.cos(0.15 * np.pi), np.sin(0.15 * np.pi))
+            x = alpha * latents[row, 0, 0, 0] + sigma * noise
+            with torch.no_grad():
+                tokens = transformer.hidden_states_at(x, 0.3, torch.tensor([3]), [0, 2, 3])
+            for layer in range(3):
+                np.testing.assert_allclose(features[layer, row], tokens[layer].mean(1)[0], rtol=1e-4, atol=1e-4)
+        # Other times see the same noise, held-out images another one
+        again = states.at(1.0, "training", latents)
+        assert not np.allclose(again, states.at(1.0, "held-out", latents))
+
+    def test_latents_are_the_means_of_the_vae(self, tiny_transformer, tiny_vae, tmp_path):
+        pipe = LSEPPipeline(tiny_transformer(in_channels=2, num_classes=3), FlowMatchSDEScheduler(), vae=tiny_vae)
+        states = HiddenStates(pipe, [1], tmp_path, batch_size=2)
+        source = BrightSource(3, channels=3, size=16, offset=0.1)
+        images = source.load(np.arange(3), np.zeros(3, bool))
+        with torch.no_grad():
+            posterior = tiny_vae.encode(images).latent_dist
+        expected = (posterior.mean - 0.25) * 0.5
+        np.testing.assert_allclose(states.encode("training", source), expected, atol=1e-5)
+
+        class Moments:
+            kind, labels = "moments", source.labels
+
+            def load(self, rows, flips):
+                return torch.cat([posterior.mean, posterior.std], dim=1)[rows]
+
+        np.testing.assert_allclose(states.encode("held-out", Moments()), expected, atol=1e-5)
+
+
+class TestProbeLayers:
+    @pytest.mark.parametrize("method", ["mae", "ridge"])
+    def test_finds_the_class_in_data_and_not_in_noise(self, pipe, method):
+        results = probe_layers(
+            pipe, BrightSource(90), BrightSource(60), 3, timesteps=[1.0, 0.0], method=method, epochs=20
+        )
+        assert results["layers"] == [1, 2, 3] and results["timesteps"] == [0.0, 1.0]
+        table = np.array(results["accuracy"])
+        assert table.shape == (3, 2)
+        assert (table[:, 0] == 1.0).all() and (table[:, 1] < 0.6).all()
+        assert results["best"] == {"layer": 1, "timestep": 0.0, "accuracy": 1.0}
+        assert results["chance"] == pytest.approx(1 / 3)
+        assert results["training_probe"] is None
+        assert (results["num_training_images"], results["num_held_out_images"]) == (90, 60)
+        assert results["epochs"] == (20 if method == "mae" else None)
+        json.dumps(results)
+
+    def test_training_probe_is_measured_on_its_own(self, pipe):
+        torch.manual_seed(0)
+        probe = LinearProbe(32, 3)
+        torch.nn.init.normal_(probe.norm.weight)
+        arguments = (pipe, BrightSource(12), BrightSource(30), 3)
+        options = {"timesteps": [0.0, 0.5], "method": "ridge"}
+        results = probe_layers(*arguments, layers=[3], training_probe=probe, probe_depth=2, **options)
+        assert results["layers"] == [3] and np.shape(results["accuracy"]) == (1, 2)
+        assert results["accuracy"] == probe_layers(*arguments, layers=[3], **options)["accuracy"]
+
+        x = BrightSource(30).load(np.arange(30), np.zeros(30, bool))
+        with torch.no_grad():
+            tokens = pipe.transformer.hidden_states_at(x, 0.0, torch.full((30,), 3), 2)
+            expected = (probe(tokens).argmax(1).numpy() == np.arange(30) % 3).mean()
+        assert results["training_probe"]["layer"] == 2
+        assert results["training_probe"]["accuracy"][0] == expected
+        assert len(results["training_probe"]["accuracy"]) == 2
+
+    def test_is_reproducible(self, pipe):
+        runs = [
+            probe_layers(pipe, BrightSource(40), BrightSource(30), 3, [2], [0.9], epochs=2)["accuracy"]
+            for _ in range(2)
+        ]
+        assert runs[0] == runs[1]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"layers": [4]}, r"`layers` must lie in 0..3, got \[4\]"),
+            ({"layers": []}, r"`layers` must lie in 0..3, got \[\]"),
+            ({"timesteps": [0.5, 1.5]}, r"`timesteps` must lie in \[0, 1\], got \[0.5, 1.5\]"),
+            ({"method": "svm"}, r"`method` must be one of \['mae', 'ridge'\], got 'svm'"),
+            ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+            ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+            ({"training_probe": LinearProbe(32, 3)}, "`probe_depth` must lie in 1..3, got None"),
+        ],
+    )
+    def test_errors(self, pipe, options, message):
+        with pytest.raises(ValueError, match=message):
+            probe_layers(pipe, BrightSource(9), BrightSource(9), 3, **options)
+
+    def test_too_few_images(self, pipe):
+        with pytest.raises(ValueError, match="must hold 2 images to fit and 1 to measure, got 1 and 9"):
+            probe_layers(pipe, BrightSource(1), BrightSource(9), 3)
+
+
+def test_heat_map(tmp_path):
+    results = {"accuracy": [[0.0, 1.0], [0.5, 0.25], [0.1, 0.2]], "layers": [1, 2, 3], "timesteps": [0.0, 0.5]}
+    draw_heat_map(tmp_path / "map.png", results, title="title")
+    with PIL.Image.open(tmp_path / "map.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    # viridis: the largest value is yellow, the smallest dark violet
+    for colour in ((253, 231, 36), (68, 1, 84)):
+        assert (np.abs(pixels.astype(int) - colour).max(axis=1) <= 2).sum() > 500
+    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Grey images of three levels in folders of their classes, with a held-out split."""
+    folder = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("dark", "grey", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.full((8, 8), 20 + 100 * label + index % 5, np.uint8)
+                PIL.Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def arguments(pipe, images, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+
+    def make(*args, data=images):
+        return [
+            *(
+                "probe",
+                str(tmp_path / "pipeline"),
+                "--data",
+                str(data),
+                "--method",
+                "ridge",
+                "--timesteps",
+                "0",
+                "0.5",
+            ),
+            *("--output_dir", str(tmp_path / "out"), *args),
+        ]
+
+    return make
+
+
+def read_results(tmp_path):
+    return json.loads((tmp_path / "out" / "probe_results.json").read_text())
+
+
+class TestCommand:
+    def test_writes_results_and_heat_map(self, arguments, tmp_path, capsys):
+        main(arguments())
+        results = read_results(tmp_path)
+        assert results["pipeline"] == str(tmp_path / "pipeline")
+        assert (results["num_training_images"], results["num_held_out_images"]) == (36, 12)
+        assert (results["layers"], results["timesteps"], results["method"]) == ([1, 2, 3], [0.0, 0.5], "ridge")
+        assert results["accuracy"][0][0] == 1.0
+        assert results["training_probe"] is None
+        with PIL.Image.open(tmp_path / "out" / "probe_heatmap.png") as image:
+            assert min(image.size) > 100
+        assert "best: 1.0000 after 1 blocks at t = 0 (chance 0.3333, 12 held-out images)" in capsys.readouterr().out
+
+    def test_mae_and_other_cuts(self, arguments, images, tmp_path):
+        options = ("--method", "mae", "--epochs", "3", "--layers", "2", "0", "--max_train_images", "10")
+        main(arguments(*options))
+        results = read_results(tmp_path)
+        assert (results["layers"], results["epochs"], results["num_training_images"]) == ([0, 2], 3, 10)
+        main(arguments(*options, "--validation_split", "0.25", "--overwrite_output_dir"))
+        results = read_results(tmp_path)
+        assert (results["num_training_images"], results["num_held_out_images"]) == (10, 9)
+        # Images without a split of their own to hold out
+        main(arguments("--overwrite_output_dir", data=images / "train"))
+        assert read_results(tmp_path)["num_held_out_images"] == 4
+
+    @pytest.mark.parametrize("source", ["flag", "training run", "checkpoint"])
+    def test_training_probe(self, arguments, source, tmp_path, capsys):
+        LinearProbe(32, 3).save_pretrained(tmp_path / "pipeline" / "probe")
+        if source == "training run":
+            (tmp_path / "pipeline" / "training_args.json").write_text(json.dumps({"probe_depth": 2}))
+        elif source == "checkpoint":
+            (tmp_path / "training_state.json").write_text(json.dumps({"settings": {"probe_depth": 2}}))
+        main(arguments(*(("--probe_depth", "2") if source == "flag" else ()), "--layers", "1"))
+        results = read_results(tmp_path)
+        assert results["training_probe"]["layer"] == 2 and len(results["training_probe"]["accuracy"]) == 2
+        assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
+
+    def test_training_probe_that_cannot_be_measured(self, arguments, tmp_path, caplog):
+        with pytest.raises(SystemExit, match="`--probe_depth` 2 was given, but .* has no folder probe/"):
+            main(arguments("--probe_depth", "2"))
+        LinearProbe(32, 3).save_pretrained(tmp_path / "pipeline" / "probe")
+        main(arguments())
+        assert "`--probe_depth` is not known, so the training's own probe is not measured" in caplog.text
+        with pytest.raises(SystemExit, match=r"`probe_depth` must lie in 1..3, got 9"):
+            main(arguments("--probe_depth", "9", "--overwrite_output_dir"))
+        LinearProbe(32, 10).save_pretrained(tmp_path / "pipeline" / "probe")
+        main(arguments("--probe_depth", "2", "--overwrite_output_dir"))
+        assert "own probe knows 10 classes, the data has 3: it is not measured" in caplog.text
+        assert read_results(tmp_path)["training_probe"] is None
+
+    def test_latents_in_place_of_images(self, arguments, tiny_transformer, tiny_vae, tmp_path):
+        rng = np.random.default_rng(0)
+        folder = tmp_path / "vae-sd"
+        (folder / "00000").mkdir(parents=True)
+        labels = []
+        for index in range(40):
+            name = f"00000/img-mean-std-{index:08d}.npy"
+            mean = np.full((2, 8, 8), index % 3 - 1.0)
+            np.save(folder / name, np.concatenate([mean, rng.random((2, 8, 8))]).astype(np.float32))
+            labels.append([name, index % 3])
+        (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+        with pytest.raises(SystemExit, match="`--data` .* holds latents, but `PIPELINE` .* has no VAE"):
+            main(arguments(data=folder))
+        transformer = tiny_transformer(in_channels=2, num_classes=3)
+        LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae).save_pretrained(tmp_path / "pipeline")
+        main(arguments(data=folder))
+        results = read_results(tmp_path)
+        assert (results["num_training_images"], results["num_held_out_images"]) == (36, 4)
+        assert results["accuracy"][0][0] == 1.0
+        with pytest.raises(SystemExit, match="`--validation_split` of latents must be a fraction .* got 'test'"):
+            main(arguments("--validation_split", "test", "--overwrite_output_dir", data=folder))
+        transformer = tiny_transformer(in_channels=2, sample_size=16)
+        LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae).save_pretrained(tmp_path / "pipeline")
+        with pytest.raises(SystemExit, match=r"holds moments \(4, 8, 8\), `PIPELINE` needs \(4, 16, 16\)"):
+            main(arguments("--overwrite_output_dir", data=folder))
+
+    def test_results_are_replaced_only_on_request(self, arguments, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "probe_results.json").write_text("mine")
+        with pytest.raises(SystemExit, match="`--output_dir` already holds .*probe_results.json"):
+            main(arguments())
+        assert (tmp_path / "out" / "probe_results.json").read_text() == "mine"
+        main(arguments("--overwrite_output_dir"))
+        assert read_results(tmp_path)["method"] == "ridge"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--seed", "-1"], "`--seed` must be at least 0, got -1"),
+            (["--max_train_images", "1"], "`--max_train_images` must be at least 2, got 1"),
+            (["--validation_split", "2"], "`--validation_split` must be a split or a fraction .* got 2.0"),
+            (["--validation_split", "other"], r"has no split 'other'; the splits are \['train', 'test'\]"),
+            (["--label_column", "class"], "there is no 'class'"),
+            (["--data", "absent/data"], "`dataset_name` 'absent/data' cannot be read"),
+        ],
+    )
+    def test_errors(self, arguments, options, message):
+        with pytest.raises(SystemExit, match=f"diffusers-lsep probe: error: .*{message}"):
+            main(arguments(*options))
+
+    def test_pipelines_that_are_refused(self, images, tmp_path):
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+        data = ("--data", str(images))
+        with pytest.raises(SystemExit, match="`PIPELINE` .*absent' cannot be loaded"):
+            main(["probe", str(tmp_path / "absent"), *data])
+        blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+        unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=2, **blocks)
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+        with pytest.raises(SystemExit, match="`PIPELINE` must be an LSEPPipeline, got a DDPMPipeline"):
+            main(["probe", str(tmp_path / "ddpm"), *data])
