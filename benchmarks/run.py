@@ -1,0 +1,66 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the paired benchmarks, prints a table and writes JSON.
+
+    python benchmarks/run.py                            # all
+    python benchmarks/run.py training_step --pairs 15   # one, with more pairs
+
+Ratios are times, ours over the baseline that is named, medians over pairs of runs that follow each other; below 1 is
+faster.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+BENCHMARKS = ["training_step", "sampling_overhead", "import_time"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="NAME", help=f"Some of {', '.join(BENCHMARKS)}. Default: all."
+    )
+    parser.add_argument("--pairs", type=int, help="Pairs of runs, in place of each benchmark's own number.")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/results.json"))
+    args = parser.parse_args()
+    unknown = [name for name in args.benchmarks if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if args.pairs is not None and args.pairs < 1:
+        parser.error(f"--pairs has to be at least 1, but is {args.pairs}")
+
+    rows = []
+    print(f"{'ours / baseline':55} {'ratio':>6} {'quartiles':>13} {'target':>7} {'seconds':>17} {'pairs':>6}")
+    for name in args.benchmarks or BENCHMARKS:
+        options = {"pairs": args.pairs} if args.pairs is not None else {}
+        for row in importlib.import_module(name).run(**options):
+            rows.append({"benchmark": name, **row})
+            target = f"{row['target']:.2f}" if row["target"] is not None else ""
+            print(
+                f"{row['name']:55} {row['ratio']:6.3f} {row['ratio_25']:6.3f} {row['ratio_75']:6.3f} {target:>7}"
+                f" {row['ours_seconds']:8.3f} {row['baseline_seconds']:8.3f} {row['pairs']:6}",
+                flush=True,
+            )
+    machine = {
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "load": os.getloadavg(),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
