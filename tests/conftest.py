@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import os
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches out to the Hub b
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub of the tests speaks plain LFS
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Neither the caches nor accelerate's settings of whoever runs the tests. Removed with the interpreter.
+hf_home = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ["HF_HOME"] = hf_home.name
 
 
 @pytest.fixture
