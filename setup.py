@@ -10,7 +10,7 @@ VERSION = "0.1.0.dev0"
 
 extras = {}
 extras["train"] = ["matplotlib>=3.9", "tensorboard>=2.16"]
-extras["eval"] = ["matplotlib>=3.9", "scipy>=1.13", "torch-fidelity>=0.4", "torchvision>=0.21"]
+extras["eval"] = ["matplotlib>=3.9", "torch-fidelity>=0.4", "torchvision>=0.21"]
 extras["quality"] = ["ruff>=0.9"]
 extras["test"] = [
     *extras["train"],
