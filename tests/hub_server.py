@@ -186,8 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
                 raise HubError(404, f"No route for {self.command} {path}")
         except HubError as error:
             headers = {"X-Error-Message": str(error), "X-Error-Code": error.code, "X-Repo-Commit": error.commit}
+            if self.command == "PUT":
+                # Its body may still be on its way. Announced, or the client would send its next request here.
+                headers["Connection"] = "close"
             self._answer({"error": str(error)}, error.status, {k: v for k, v in headers.items() if v})
-            self.close_connection = True  # the body of a PUT may still be on its way
         except (ConnectionDropped, ConnectionError):
             self.status = 0
             self.close_connection = True

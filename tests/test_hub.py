@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pushing to and loading from the Hub: the real client, in processes of its own, against `hub_server.HubServer`."""
 
+import http.client
 import json
 import re
 import subprocess
@@ -201,6 +202,20 @@ def loaded(hub, pushed, folder, tmp_path_factory):
     environment = hub.environment(work / "home", FOLDER=str(folder), WORK=str(work))
     report = run_client(LOAD, environment, work)
     return report, dict(np.load(work / "images.npz")), work / "home"
+
+
+def test_server_keeps_connections_after_errors(hub):
+    # Clients reuse them: one that closed unannounced fails the request after, now and then.
+    connection = http.client.HTTPConnection(hub.url.removeprefix("http://"), timeout=30)
+    connection.connect()
+    socket = connection.sock
+    for _ in range(20):
+        connection.request("GET", "/api/models/lsep/none")
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 401
+        assert connection.sock is socket
+    connection.close()
 
 
 @pytest.mark.parametrize("when", ["upload", "commit"])

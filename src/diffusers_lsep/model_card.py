@@ -66,11 +66,11 @@ CITATION = """\
 
 
 def _section_pattern(name: str = r"\w+") -> re.Pattern:
-    return re.compile(rf"<!-- diffusers_lsep: ({name}) -->\n(.*?)\n<!-- /diffusers_lsep -->\n*", flags=re.DOTALL)
+    return re.compile(rf"<!-- diffusers_lsep: ({name}) -->\n\n(.*?)\n\n<!-- /diffusers_lsep -->\n*", flags=re.DOTALL)
 
 
 def _render(name: str, content: str) -> str:
-    return f"<!-- diffusers_lsep: {name} -->\n{content}\n<!-- /diffusers_lsep -->\n\n"
+    return f"<!-- diffusers_lsep: {name} -->\n\n{content}\n\n<!-- /diffusers_lsep -->\n\n"
 
 
 @dataclass
@@ -383,9 +383,7 @@ class SavedPipeline:
                 " diffusers alone is enough. `trust_remote_code=True` lets diffusers run that code: read it first."
             )
         else:
-            text += (
-                "The import comes first: without it diffusers can only say that it has no attribute `LSEPPipeline`."
-            )
+            text += "The import comes first: without it diffusers does not know `LSEPPipeline` and its components."
         if self.is_latent_without_vae:
             text += (
                 " These are latents: for images, give `from_pretrained` the VAE of the training as"
@@ -456,7 +454,7 @@ def _model_index(results: dict[str, Any], dataset: str | None) -> list[EvalResul
     return [
         EvalResult(
             task_type=PIPELINE_TAG,
-            dataset_type=dataset or name,
+            dataset_type=name,
             dataset_name=name,
             metric_type=metric,
             metric_value=value,
