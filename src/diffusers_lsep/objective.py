@@ -100,13 +100,15 @@ class LSEPObjectiveOutput(BaseOutput):
     Output of [`LSEPObjective`].
 
     Args:
-        loss (`torch.Tensor`): Scalar to minimise, `denoising_loss + probe_loss`.
+        loss (`torch.Tensor`): Scalar to minimise, `denoising_loss + probe_loss` and the regularizers' losses.
         denoising_loss (`torch.Tensor`): Scalar, the mean squared error of the velocity.
         probe_loss (`torch.Tensor`): Scalar, the weighted cross-entropy of the probe; 0 without a probe.
         probe_accuracy (`torch.Tensor`, *optional*): Scalar in [0, 1]; None without a probe.
         denoising_losses (`torch.Tensor` of shape `[B]`): The samples' own losses, without gradient.
         probe_losses (`torch.Tensor` of shape `[B]`, *optional*):
             The samples' weighted probe losses, without gradient; None without a probe.
+        regularizer_losses (`dict[str, torch.Tensor]`, *optional*):
+            Scalars, the weighted losses of the regularizers by name, without gradient; None without any.
     """
 
     loss: torch.Tensor
@@ -115,6 +117,7 @@ class LSEPObjectiveOutput(BaseOutput):
     probe_accuracy: torch.Tensor | None = None
     denoising_losses: torch.Tensor | None = None
     probe_losses: torch.Tensor | None = None
+    regularizer_losses: dict[str, torch.Tensor] | None = None
 
 
 class LSEPObjective(nn.Module):
@@ -144,6 +147,10 @@ class LSEPObjective(nn.Module):
             Into how many steps of equal length `w` is cut between the two.
         timestep_sampling (`str`, defaults to `"uniform"`):
             Distribution of `t`, `"uniform"` or `"logit_normal"` (`ln(sigma / alpha)` is standard normal).
+        regularizers (`dict[str, nn.Module]`, *optional*):
+            Further losses on the main stream's tokens, by name, such as [`~repa.REPARegularizer`]. Each module has a
+            `depth`, after how many blocks it reads (`1..num_layers`), and a `weight`, and is called with the tokens
+            `[B, N, D]` and its entry of `targets`; it returns one loss per sample, `[B]`.
 
     Raises:
         `ValueError`: if an argument is outside these ranges or does not fit the transformer.
@@ -162,10 +169,12 @@ class LSEPObjective(nn.Module):
         probe_weight_end: float = 0.03,
         num_probe_weights: int = 10,
         timestep_sampling: str = "uniform",
+        regularizers: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
         self.transformer = transformer
         self.probe = probe
+        self.regularizers = nn.ModuleDict(regularizers or {})
         self.path = get_path(path_type)
         self.probe_depth = probe_depth
         self.probe_dropout_prob = probe_dropout_prob
@@ -201,14 +210,18 @@ class LSEPObjective(nn.Module):
                 "`num_probe_weights=1` is a constant weight and needs `probe_weight_start` and `probe_weight_end` to"
                 f" be equal, but they are {probe_weight_start} and {probe_weight_end}."
             )
+        depths = {f"depth` of the regularizer `{name}": module.depth for name, module in self.regularizers.items()}
+        if self.probe is not None:
+            depths["probe_depth"] = self.probe_depth
+        for name, depth in depths.items():
+            if not 1 <= depth <= config.num_layers:
+                raise ValueError(
+                    f"`{name}` has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
+                    f" {depth}."
+                )
         if self.probe is None:
             return
 
-        if not 1 <= self.probe_depth <= config.num_layers:
-            raise ValueError(
-                f"`probe_depth` has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
-                f" {self.probe_depth}."
-            )
         width = config.num_attention_heads * config.attention_head_dim
         if (self.probe.config.hidden_size, self.probe.config.num_classes) != (width, config.num_classes):
             raise ValueError(
@@ -246,6 +259,7 @@ class LSEPObjective(nn.Module):
         crop_window: torch.Tensor | None = None,
         probe_weight_scale: float | torch.Tensor = 1.0,
         generator: torch.Generator | None = None,
+        targets: dict[str, torch.Tensor] | None = None,
     ) -> LSEPObjectiveOutput:
         """
         Computes the loss of a batch. Whatever is random can be given; what is not given is drawn.
@@ -265,11 +279,18 @@ class LSEPObjective(nn.Module):
             probe_weight_scale (`float` or scalar `torch.Tensor`, defaults to `1.0`):
                 Factor of the probe's loss, for its decay late in training.
             generator (`torch.Generator`, *optional*): Draws what is not given.
+            targets (`dict[str, torch.Tensor]`, *optional*): What the regularizers compare with, by their names.
 
         Returns:
             [`LSEPObjectiveOutput`]
+
+        Raises:
+            `ValueError`: if `targets` and the regularizers have other names.
         """
         batch_size, device = latents.shape[0], latents.device
+        targets = {} if targets is None else targets
+        if targets.keys() != self.regularizers.keys():
+            raise ValueError(f"`targets` has to be given for {list(self.regularizers)}, but is for {list(targets)}.")
 
         # 1. Draws
         if noise is None:
@@ -292,56 +313,63 @@ class LSEPObjective(nn.Module):
 
         # 3. Network
         null_class = self.transformer.config.num_classes
-        main_labels = torch.where(class_dropout_mask, null_class, class_labels)
-        if self.probe is None:
-            velocity = self.transformer(noisy_latents, timesteps, main_labels, return_dict=False)[0]
-            logits = None
-        else:
-            probe_labels = torch.where(probe_dropout_mask, null_class, class_labels)
-            velocity, tokens = self._forward_both(noisy_latents, timesteps, main_labels, probe_labels)
-            logits = self.probe(tokens, window=crop_window)
+        labels = torch.where(class_dropout_mask, null_class, class_labels)
+        if self.probe is not None:
+            labels = torch.cat([labels, torch.where(probe_dropout_mask, null_class, class_labels)])
+        velocity, tokens_at, probe_tokens = self._forward_streams(noisy_latents, timesteps, labels)
 
         # 4. Losses, in float32
         denoising_losses = (velocity.float() - target).square().flatten(1).mean(dim=1)
-        denoising_loss = denoising_losses.mean()
-        if logits is None:
-            return LSEPObjectiveOutput(
-                loss=denoising_loss,
-                denoising_loss=denoising_loss.detach(),
-                probe_loss=torch.zeros_like(denoising_loss),
-                denoising_losses=denoising_losses.detach(),
-            )
-        num_weights = len(self.probe_weights)
-        weights = self.probe_weights[(timesteps * num_weights).long().clamp(max=num_weights - 1)]
-        probe_losses = F.cross_entropy(logits.float(), class_labels, reduction="none") * weights * probe_weight_scale
-        probe_loss = probe_losses.mean()
+        loss = denoising_loss = denoising_losses.mean()
+        probe_loss, probe_losses, probe_accuracy = torch.zeros_like(denoising_loss), None, None
+        if self.probe is not None:
+            logits = self.probe(probe_tokens, window=crop_window)
+            num_weights = len(self.probe_weights)
+            weights = self.probe_weights[(timesteps * num_weights).long().clamp(max=num_weights - 1)]
+            cross_entropy = F.cross_entropy(logits.float(), class_labels, reduction="none")
+            probe_losses = cross_entropy * weights * probe_weight_scale
+            probe_loss = probe_losses.mean()
+            probe_accuracy = (logits.detach().argmax(dim=1) == class_labels).float().mean()
+            loss = loss + probe_loss
+        regularizer_losses = {}
+        for name, regularizer in self.regularizers.items():
+            regularizer_loss = regularizer.weight * regularizer(tokens_at[regularizer.depth], targets[name]).mean()
+            regularizer_losses[name] = regularizer_loss.detach()
+            loss = loss + regularizer_loss
         return LSEPObjectiveOutput(
-            loss=denoising_loss + probe_loss,
+            loss=loss,
             denoising_loss=denoising_loss.detach(),
             probe_loss=probe_loss.detach(),
-            probe_accuracy=(logits.detach().argmax(dim=1) == class_labels).float().mean(),
+            probe_accuracy=probe_accuracy,
             denoising_losses=denoising_losses.detach(),
-            probe_losses=probe_losses.detach(),
+            probe_losses=probe_losses.detach() if probe_losses is not None else None,
+            regularizer_losses=regularizer_losses or None,
         )
 
-    def _forward_both(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        main_labels: torch.Tensor,
-        probe_labels: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The velocity of the main stream, and the tokens of the probe's stream after `probe_depth` blocks."""
+    def _forward_streams(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
+        """
+        One pass through the network. `labels` are those of the main stream, `[B]`, and after them those of the probe's
+        stream, if there is one. Returns the velocity, the main stream's tokens after each depth that something reads,
+        and the probe's tokens.
+        """
         transformer, batch_size = self.transformer, noisy_latents.shape[0]
+        num_streams = 1 if self.probe is None else 2
 
         # Patches are the same in both streams, and both are one batch as far as the probe's stream goes.
         tokens = transformer.embed_patches(noisy_latents)
-        temb = transformer.embed_condition(
-            timesteps.repeat(2), torch.cat([main_labels, probe_labels]), dtype=noisy_latents.dtype
-        )
-        tokens = transformer.apply_blocks(torch.cat([tokens, tokens]), temb, end=self.probe_depth)
-        tokens, probe_tokens = tokens.split(batch_size)
+        temb = transformer.embed_condition(timesteps.repeat(num_streams), labels, dtype=noisy_latents.dtype)
+        tokens = torch.cat([tokens] * num_streams)
 
-        temb = temb[:batch_size]
-        tokens = transformer.apply_blocks(tokens, temb, start=self.probe_depth)
-        return transformer.project_out(tokens, temb), probe_tokens
+        depths = {transformer.config.num_layers, *(module.depth for module in self.regularizers.values())}
+        if self.probe is not None:
+            depths.add(self.probe_depth)
+        tokens_at, probe_tokens, start = {}, None, 0
+        for depth in sorted(depths):
+            tokens = transformer.apply_blocks(tokens, temb, start, depth)
+            if self.probe is not None and depth == self.probe_depth:
+                tokens, probe_tokens = tokens.split(batch_size)
+                temb = temb[:batch_size]
+            tokens_at[depth], start = tokens[:batch_size], depth
+        return transformer.project_out(tokens, temb), tokens_at, probe_tokens

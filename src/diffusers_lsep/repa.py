@@ -1,0 +1,148 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""REPA (arXiv 2410.06940) as a regularizer of [`LSEPObjective`]: tokens that agree with a frozen encoder's."""
+
+import inspect
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# Of an encoder without a preprocessor_config.json.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class REPARegularizer(nn.Module):
+    r"""
+    The alignment loss of REPA (arXiv 2410.06940, section 3),
+
+        - 1/N sum_n cos(h_phi(tokens_n), target_n)
+
+    between the tokens of the main stream, through a projector `h_phi` (three linear layers with SiLU between them),
+    and the patch tokens that an encoder gives for the clean image ([`REPAEncoder`]).
+
+    Args:
+        hidden_size (`int`): Width `D` of the transformer's tokens.
+        target_size (`int`): Width `E` of the encoder's tokens.
+        depth (`int`, defaults to `8`): After how many blocks the tokens are read; REPA takes 8 for SiT-L and -XL, 4
+            for SiT-B.
+        weight (`float`, defaults to `0.5`): Factor of the loss.
+        projector_size (`int`, defaults to `2048`): Width of the projector's hidden layers.
+
+    Raises:
+        `ValueError`: if `weight` is no number from 0 on.
+    """
+
+    def __init__(
+        self, hidden_size: int, target_size: int, depth: int = 8, weight: float = 0.5, projector_size: int = 2048
+    ):
+        super().__init__()
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"`weight` has to be a number not below 0, but is {weight}.")
+        self.depth = depth
+        self.weight = weight
+        self.projector = nn.Sequential(
+            nn.Linear(hidden_size, projector_size),
+            nn.SiLU(),
+            nn.Linear(projector_size, projector_size),
+            nn.SiLU(),
+            nn.Linear(projector_size, target_size),
+        )
+        for layer in self.projector[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """
+        Computes the loss of each sample, in [-1, 1].
+
+        Args:
+            tokens (`torch.Tensor` of shape `[B, N, D]`): The transformer's tokens.
+            target (`torch.Tensor` of shape `[B, N, E]`): The encoder's.
+
+        Returns:
+            `torch.Tensor` of shape `[B]`, float32.
+        """
+        return -F.cosine_similarity(self.projector(tokens).float(), target.float(), dim=-1).mean(dim=1)
+
+
+class REPAEncoder:
+    """
+    A frozen vision transformer such as DINOv2, through `transformers.AutoModel`, that gives one token per token of the
+    transformer in training. It is no `nn.Module`: its weights are in no checkpoint and in no average.
+
+    Args:
+        model_name_or_path (`str`): Id or folder of the encoder, for REPA `"facebook/dinov2-base"`.
+        grid_size (`int`):
+            Tokens along one side of the transformer. Images are resized (bicubic) to `grid_size` patches of the
+            encoder: 256 px become 224 x 224 for a SiT with patch 2 and patches of 14 pixels.
+
+    Attributes:
+        size (`int`): Width `E` of the tokens.
+        resolution (`int`): Side of the images that the encoder sees.
+
+    Raises:
+        `ValueError`: if there is no such model, or it does not give patch tokens.
+    """
+
+    def __init__(self, model_name_or_path: str, grid_size: int):
+        from transformers import AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+
+        try:
+            model = AutoModel.from_pretrained(model_name_or_path, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`repa_encoder` {str(model_name_or_path)!r} cannot be loaded: {error}") from error
+        try:
+            processing, _ = ImageProcessingMixin.get_image_processor_dict(model_name_or_path)
+        except OSError:
+            processing = {}
+        self.mean = torch.tensor(processing.get("image_mean", IMAGENET_MEAN)).view(3, 1, 1)
+        self.std = torch.tensor(processing.get("image_std", IMAGENET_STD)).view(3, 1, 1)
+        self.model = model.eval().requires_grad_(False)
+        # DINOv2 always adapts its position table, others are asked to.
+        adapts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if adapts else {}
+
+        what = f"`repa_encoder` {str(model_name_or_path)!r} ({model.config.model_type})"
+        patch_size = getattr(model.config, "patch_size", None)
+        if model.main_input_name != "pixel_values" or not isinstance(patch_size, int):
+            raise ValueError(f"{what} has to be a vision transformer, with pixels as input and a patch size.")
+        self.grid_size = grid_size
+        self.resolution = grid_size * patch_size
+        try:
+            tokens = self(torch.zeros(1, 3, self.resolution, self.resolution))
+        except ValueError as error:
+            raise ValueError(f"{what} cannot take images of {self.resolution} x {self.resolution}: {error}") from error
+        if tokens.shape[1] != grid_size**2:
+            raise ValueError(
+                f"{what} has to give {grid_size**2} patch tokens for images of {self.resolution} x {self.resolution},"
+                f" but gives {tokens.shape[1]}."
+            )
+        self.size = tokens.shape[2]
+
+    def to(self, device: torch.device | str) -> "REPAEncoder":
+        """Moves the encoder to a device, and returns it."""
+        self.model.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Encodes images.
+
+        Args:
+            images (`torch.Tensor` of shape `[B, C, H, W]`): Clean images in [-1, 1], in colour or grey.
+
+        Returns:
+            `torch.Tensor` of shape `[B, grid_size**2, E]`: the last layer's patch tokens, row by row.
+        """
+        pixels = ((images + 1) / 2 - self.mean) / self.std  # grey becomes three equal channels
+        if pixels.shape[-1] != self.resolution:
+            pixels = F.interpolate(pixels, size=(self.resolution, self.resolution), mode="bicubic")
+        tokens = self.model(pixel_values=pixels, **self.options).last_hidden_state
+        # The class token and registers come first.
+        return tokens[:, -(self.grid_size**2) :]
