@@ -74,7 +74,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=check_tracker(args),
         project_dir=str(Path(args.output_dir, args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(f"train_lsep.py runs on one device or data-parallel, not on {accelerator.distributed_type}.")
@@ -219,7 +219,10 @@ class Trainer:
             fused=True,
         )
         self.lr_scheduler = get_scheduler(
-            args.lr_scheduler, self.optimizer, args.lr_warmup_steps, args.max_train_steps
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
         )
         self.ema = None
         if args.use_ema:
@@ -304,6 +307,7 @@ class Trainer:
                     self.optimizer.zero_grad()
 
             # 3. Learning rate and average
+            self.learning_rates = self.lr_scheduler.get_last_lr()
             self.lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step(self.objective.parameters())
@@ -345,9 +349,9 @@ class Trainer:
                 )
         self.collected_at = self.step
         metrics["images_per_second"] = self.setup.samples_per_step / metrics["seconds_per_step"]
-        metrics["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["learning_rate"] = self.learning_rates[0]
         if self.objective.probe is not None:
-            metrics["probe_learning_rate"] = self.lr_scheduler.get_last_lr()[1]
+            metrics["probe_learning_rate"] = self.learning_rates[1]
         self.report(metrics)
         shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
         self.progress.set_postfix({label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics})

@@ -81,6 +81,8 @@ def convert_mode(image: "PIL.Image.Image", num_channels: int) -> "PIL.Image.Imag
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # the only way from some modes to grey
     return image.convert({1: "L", 3: "RGB"}[num_channels])
 
 
@@ -111,18 +113,20 @@ def load_image_dataset(
             "exactly one of `dataset_name` and `train_data_dir` has to be given, but they are"
             f" {dataset_name!r} and {str(train_data_dir) if train_data_dir is not None else None!r}."
         )
-    try:
-        if dataset_name is not None:
-            return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
-        folder = Path(train_data_dir)
+    if dataset_name is not None:
+        name, path, options = "dataset_name", dataset_name, {"name": dataset_config_name}
+    else:
+        name, path, options = "train_data_dir", str(train_data_dir), {}
+        folder = Path(path)
         if not folder.is_dir():
-            raise ValueError(f"`train_data_dir` has to be a folder, but {str(folder)!r} is none.")
-        if (folder / "train").is_dir() or any(folder.rglob("*.parquet")):
-            return datasets.load_dataset(str(folder), cache_dir=cache_dir)
-        # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
-        return datasets.load_dataset("imagefolder", data_files={"train": str(folder / "**")}, cache_dir=cache_dir)
-    except (FileNotFoundError, datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetsError) as error:
-        name, value = ("dataset_name", dataset_name) if dataset_name else ("train_data_dir", str(train_data_dir))
+            raise ValueError(f"`train_data_dir` has to be a folder, but {path!r} is none.")
+        if not (folder / "train").is_dir() and not any(folder.rglob("*.parquet")):
+            # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
+            path, options = "imagefolder", {"data_files": {"train": str(folder / "**")}}
+    try:
+        return datasets.load_dataset(path, cache_dir=cache_dir, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        value = dataset_name or str(train_data_dir)
         raise ValueError(f"`{name}` {value!r} cannot be read as a data set of images: {error}") from error
 
 
@@ -155,8 +159,8 @@ def read_labels(
     if label_column not in dataset.column_names:
         raise ValueError(
             f"`label_column` has to be a column of the data set, but there is no {label_column!r}; the columns are"
-            f" {dataset.column_names}. (An image folder has labels if its images lie in one subfolder per class, or if"
-            " its `metadata.jsonl` gives them.)"
+            f" {dataset.column_names}. (An image folder has labels if its images lie in one subfolder per class, with"
+            " none inside these, or if its `metadata.jsonl` gives them.)"
         )
     if len(dataset) == 0:
         raise ValueError("the data set has no rows.")
@@ -242,14 +246,12 @@ class ImageSource:
                 f"`image_column` has to be a column of the data set, but there is no {image_column!r}; the columns are"
                 f" {dataset.column_names}."
             )
-        try:
-            # Images are decoded here, to be able to say which one cannot be.
-            as_bytes = datasets.Image(decode=False)
-            self.dataset = dataset.select_columns([image_column]).cast_column(image_column, as_bytes)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`image_column` has to hold images, but {image_column!r} holds {dataset.features[image_column]}."
-            ) from error
+        feature = dataset.features[image_column]
+        if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("string", "binary"):
+            raise ValueError(f"`image_column` has to hold images, but {image_column!r} holds {feature}.")
+        # Images are decoded here, to be able to say which one cannot be.
+        as_bytes = datasets.Image(decode=False)
+        self.dataset = dataset.select_columns([image_column]).cast_column(image_column, as_bytes)
         self.labels = labels
         self.resolution = resolution
         self.num_channels = num_channels

@@ -112,8 +112,9 @@ class LSEPObjectiveOutput(BaseOutput):
     """
 
     loss: torch.Tensor
-    denoising_loss: torch.Tensor
-    probe_loss: torch.Tensor
+    # Defaults, so that accelerate's mixed precision can rebuild the output from a dict.
+    denoising_loss: torch.Tensor | None = None
+    probe_loss: torch.Tensor | None = None
     probe_accuracy: torch.Tensor | None = None
     denoising_losses: torch.Tensor | None = None
     probe_losses: torch.Tensor | None = None

@@ -1,0 +1,642 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/train_lsep.py`: what it writes, what it refuses, what it does when things go wrong.
+
+Most runs are a call of its `main` in this process; `test_train_resume.py` kills real ones.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_lsep import LinearProbe, SiTTransformer2DModel
+from diffusers_lsep.checkpointing import find_damage, list_checkpoints
+from diffusers_lsep.training_log import MetricsFile, read_metrics
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "train_lsep.py"
+
+TINY_MODEL = [
+    "--patch_size",
+    "2",
+    "--num_layers",
+    "2",
+    "--num_attention_heads",
+    "2",
+    "--attention_head_dim",
+    "4",
+    "--probe_depth",
+    "1",
+]
+TINY_RUN = [
+    "--train_batch_size",
+    "4",
+    "--max_train_steps",
+    "4",
+    "--checkpointing_steps",
+    "2",
+    "--logging_steps",
+    "1",
+    "--validation_steps",
+    "100",
+    "--validation_inference_steps",
+    "2",
+    "--num_validation_images",
+    "1",
+    "--num_cpu_threads",
+    "1",
+    "--report_to",
+    "none",
+]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_lsep", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(script, tmp_path):
+    """Calls the script's `main` with a tiny model, by default on the digits and into `tmp_path / "run"`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+
+    def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run") -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])
+
+    yield train
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def own_images(tmp_path_factory):
+    """Six colour images of two classes, neither square nor of one size."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        path = folder / ("ant", "bee")[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def settings_of(run: Path) -> dict:
+    return json.loads((run / "training_args.json").read_text())
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name in ("transformer", "probe")
+        if (run / name).exists()
+        for key, tensor in load_file(run / name / "diffusion_pytorch_model.safetensors").items()
+    }
+
+
+def assert_same_weights(one: Path, other: Path):
+    one, other = final_weights(one), final_weights(other)
+    assert one.keys() == other.keys() and len(one) > 10
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+# --- What a run writes
+
+
+def test_the_default_command(tmp_path):
+    """No data flag and no launcher flags: the digits, with `examples/configs/digits`, only shorter and silent."""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    shorter = ["--max_train_steps", "3", "--validation_inference_steps", "2", "--checkpointing_steps", "2"]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    result = subprocess.run(
+        [accelerate, "launch", SCRIPT, *shorter], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "lsep-digits"
+    assert {path.name for path in run.iterdir()} == {
+        *("checkpoint-2", "checkpoint-3", "curves.png", "logs", "metrics.jsonl", "model_index.json", "probe"),
+        *("samples", "scheduler", "training_args.json", "transformer"),
+    }
+    # the resolved settings are printed and saved; the cores of this machine are used although the launcher says one
+    settings = settings_of(run)
+    assert json.dumps(settings, indent=2) in result.stdout
+    assert settings["train_batch_size"] == 128 and settings["validation_split"] == "test"
+    assert settings["threads"] == len(os.sched_getaffinity(0))
+    assert "probe=" in result.stderr and "accuracy=" in result.stderr
+
+    pipeline = DiffusionPipeline.from_pretrained(run)
+    assert type(pipeline).__name__ == "LSEPPipeline" and pipeline.labels["7"] == 7
+    assert json.loads((run / "model_index.json").read_text())["transformer"] == [
+        "diffusers_lsep",
+        "SiTTransformer2DModel",
+    ]
+    assert LinearProbe.from_pretrained(run / "probe").config.num_classes == 10
+    grid = PIL.Image.open(run / "samples" / "step-3.png")
+    assert grid.width > 640 and grid.height > 256  # ten classes and four images of each, 64 pixels wide
+    assert any((run / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_what_is_logged(train, tmp_path):
+    assert train("--validation_steps", 2, "--learning_rate", "1e-2", "--lr_warmup_steps", 2, "--resolution", 8) == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["denoising_loss"] + line["probe_loss"], rel=1e-5)
+        assert 0 <= line["probe_accuracy"] <= 1 and 0 <= line["data_wait"] < 1
+        assert (
+            len(line["probe_loss_by_time"]) == 10 and 1 <= sum(v is not None for v in line["probe_loss_by_time"]) <= 4
+        )
+        assert line["grad_norm"] > 0 and line["images_per_second"] > 0 and line["memory_gb"] > 0.1
+        assert line["epoch"] == pytest.approx(line["step"] * 4 / 1437)
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0, 5e-3, 1e-2, 1e-2])
+    held_out = [line for line in lines if "validation_denoising_loss" in line]
+    assert [line["step"] for line in held_out] == [2, 4]
+    assert all(0 <= line["validation_probe_accuracy"] <= 1 for line in held_out)
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {"step-2.png", "step-4.png"}
+    with PIL.Image.open(tmp_path / "run" / "curves.png") as curves:
+        assert curves.width > 1000
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 1.0}\n{"step": 3}\n{"step": 4, "lo')
+    metrics = MetricsFile(path, last_step=2)
+    metrics.append({"step": 3, "loss": float("nan")})
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": null}\n'
+
+
+def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
+    assert train("--train_data_dir", own_images, "--resolution", 16, "--validation_split", 0.2) == 0
+    settings = settings_of(tmp_path / "run")
+    # With a data flag, what is not given comes from the paper.
+    assert settings["learning_rate"] == 1e-4 and settings["ema_decay"] == 0.9999 and not settings["ema_warmup"]
+    assert (settings["training_images"], settings["crop_size_min"], settings["image_channels"]) == (5, 6, 3)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.labels == {"ant": 0, "bee": 1}
+    assert pipeline.transformer.config.sample_size == 16 and pipeline.transformer.config.in_channels == 3
+
+
+@pytest.mark.parametrize(
+    "preset, expected",
+    [
+        ("SiT-XL/2", (8, 0.0225, 0.03, 10, 1e-4)),
+        ("SiT-L/4", (8, 0.03, 0.03, 1, 1e-4)),
+        ("SiT-B/8", (4, 0.03, 0.03, 1, 3e-2)),
+        ("SiT-S/2", (4, 0.0225, 0.03, 10, 1e-4)),
+    ],
+)
+def test_dry_run_shows_the_papers_settings_and_writes_nothing(train, own_images, tmp_path, capsys, preset, expected):
+    arguments = ("--dry_run", "--train_data_dir", own_images, "--preset", preset, "--train_batch_size", 2)
+    assert train(*arguments, tiny=()) == 0
+    output = capsys.readouterr().out
+    settings = json.JSONDecoder().raw_decode(output)[0]
+    names = ["probe_depth", "probe_weight_start", "probe_weight_end", "num_probe_weights", "probe_learning_rate"]
+    assert tuple(settings[name] for name in names) == expected
+    assert settings["resolution"] == 256 and settings["max_train_steps"] == 800 * 3
+    for text in ("parameters", "tokens: ", "images: 6 to train on", "3.0 per epoch", "GB of state"):
+        assert text in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_files_are_argument_lists(train, tmp_path):
+    config = tmp_path / "my config"
+    config.write_text("# a comment\n--learning_rate 0.25  # another\n\n--validation_labels 3 '4'\n")
+    assert train(f"@{config}", "--dry_run", "--learning_rate", 0.5) == 0
+    assert train(f"@{config}") == 0
+    settings = settings_of(tmp_path / "run")
+    assert settings["learning_rate"] == 0.25 and settings["validation_labels"] == ["3", "4"]
+    assert settings["lr_warmup_steps"] == 20  # from the config of the digits
+
+
+def test_plain_sit(train, tmp_path):
+    assert train("--no_lsep", "--validation_steps", 4) == 0
+    assert not (tmp_path / "run" / "probe").exists()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert "probe_loss" not in lines[0] and lines[0]["loss"] == lines[0]["denoising_loss"]
+    assert set(lines[-1]) == {"step", "epoch", "validation_denoising_loss"}
+
+
+def test_model_config_and_cosine_path(train, tmp_path):
+    model = SiTTransformer2DModel(8, 4, 1, None, 1, 2, 8, num_classes=12, mlp_ratio=2.0, qk_norm=True)
+    model.save_config(tmp_path / "model")
+    assert (
+        train(
+            *("--model_config_name_or_path", tmp_path / "model", "--probe_depth", 1, "--crop_size_min", 1),
+            *(
+                "--path_type",
+                "cosine",
+                "--timestep_sampling",
+                "logit_normal",
+                "--train_data_dir",
+                ROOT / "examples/digits",
+            ),
+            tiny=TINY_RUN,
+        )
+        == 0
+    )
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.scheduler.config.path_type == pipeline.config.path_type == "cosine"
+    assert {name: pipeline.transformer.config[name] for name in model.config if not name.startswith("_")} == {
+        name: value for name, value in model.config.items() if not name.startswith("_")
+    }
+
+
+def test_averages(train, script, tmp_path):
+    """The saved weights are the average that the flags ask for."""
+    recorded = []
+    step = script.EMAModel.step
+
+    def record(ema, parameters):
+        parameters = list(parameters)
+        if not recorded:
+            recorded.append([p.clone() for p in ema.shadow_params])
+        step(ema, parameters)
+        recorded.append([p.detach().clone() for p in parameters])
+
+    def average(decays):
+        shadow = recorded[0]
+        for decay, weights in zip(decays, recorded[1:], strict=True):
+            shadow = [decay * s + (1 - decay) * w for s, w in zip(shadow, weights)]
+        return shadow
+
+    cases = {
+        "constant": (["--ema_decay", 0.9], [0.9] * 4),
+        "warm-up": (["--ema_decay", 0.2, "--ema_warmup"], [0.0, 2 / 11, 0.2, 0.2]),
+    }
+    script.EMAModel.step = record
+    try:
+        for name, (flags, decays) in cases.items():
+            recorded.clear()
+            run = tmp_path / name
+            train(
+                "--train_data_dir",
+                ROOT / "examples/digits",
+                "--resolution",
+                8,
+                "--image_channels",
+                1,
+                *flags,
+                output_dir=run,
+            )
+            model = SiTTransformer2DModel.from_pretrained(run / "transformer")
+            for saved, expected in zip(model.parameters(), average(decays)):
+                torch.testing.assert_close(saved, expected, rtol=1e-5, atol=1e-7)
+        recorded.clear()
+        train("--no_ema", output_dir=tmp_path / "none")
+        assert not recorded
+    finally:
+        script.EMAModel.step = step
+    raw = load_file(tmp_path / "none" / "checkpoint-4" / "model.safetensors")
+    saved = final_weights(tmp_path / "none")
+    assert all(torch.equal(raw[name], saved[name]) for name in saved)
+
+
+def test_accumulation_and_checkpointing_give_the_same_gradients(train, tmp_path):
+    variants = {
+        "whole": ["--train_batch_size", 8],
+        "accumulated": ["--train_batch_size", 2, "--gradient_accumulation_steps", 4],
+        "checkpointed": ["--train_batch_size", 8, "--gradient_checkpointing"],
+    }
+    moments = {}
+    for name, flags in variants.items():
+        train(*flags, "--max_train_steps", 1, "--max_grad_norm", 1e9, output_dir=tmp_path / name)
+        moments[name] = load_file(tmp_path / name / "checkpoint-1" / "optimizer.safetensors")
+    for name in ("accumulated", "checkpointed"):
+        for key, value in moments["whole"].items():
+            scale = value.abs().max().item()
+            torch.testing.assert_close(moments[name][key], value, rtol=0, atol=1e-5 * scale, msg=key)
+
+
+def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
+    assert train("--mixed_precision", "bf16", "--validation_steps", 2) == 0
+    assert {tensor.dtype for tensor in final_weights(tmp_path / "run").values()} == {torch.float32}
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    train(output_dir=tmp_path / "exact")
+    exact = read_metrics(tmp_path / "exact" / "metrics.jsonl")
+    assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=2e-2)
+    assert lines[0]["loss"] != exact[0]["loss"]
+
+
+def test_late_in_training_the_probe_weighs_less(train, tmp_path):
+    flags = ["--probe_decay_start_epoch", 0, "--probe_decay_epochs", 4 / 1437, "--learning_rate", 0]
+    flags += ["--probe_learning_rate", 0, "--crop_size_min", 4]
+    train(*flags, output_dir=tmp_path / "decay")
+    train(*flags[4:], output_dir=tmp_path / "constant")
+    losses = {
+        name: [line["probe_loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("decay", "constant")
+    }
+    factors = np.array(losses["decay"]) / np.array(losses["constant"])
+    np.testing.assert_allclose(factors, [1, 0.1, 0.01, 0.001], rtol=1e-4)
+
+
+# --- Through a VAE
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+        scaling_factor=0.5,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_through_a_vae(train, own_images, tiny_vae, tmp_path):
+    vae = ("--pretrained_vae_model_name_or_path", tiny_vae)
+    assert train("--train_data_dir", own_images, "--resolution", 16, *vae, "--random_flip") == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.transformer.config.sample_size == 8 and pipeline.transformer.config.in_channels == 4
+    assert pipeline("bee", num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae, tmp_path):
+    """The same moments, from the VAE at every step or from files, are the same run."""
+    from diffusers_lsep.data import load_image_dataset, open_images
+
+    source, _, _ = open_images(load_image_dataset(train_data_dir=own_images), 16, 3)
+    vae = AutoencoderKL.from_pretrained(tiny_vae)
+    with torch.no_grad():
+        posterior = vae.encode(source.load(np.arange(6), np.zeros(6, dtype=bool))).latent_dist
+    moments = torch.cat([posterior.mean, posterior.std], dim=1).numpy()
+    folder = tmp_path / "vae-sd" / "00000"
+    folder.mkdir(parents=True)
+    labels = []
+    for row, label in enumerate(source.labels.tolist()):
+        np.save(folder / f"img-mean-std-{row:08d}.npy", moments[row])
+        labels.append([f"00000/img-mean-std-{row:08d}.npy", label])
+    (tmp_path / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+
+    flags = ["--pretrained_vae_model_name_or_path", tiny_vae, "--logging_steps", 4]
+    train("--train_data_dir", own_images, "--resolution", 16, *flags, output_dir=tmp_path / "images")
+    train("--latents_dir", tmp_path / "vae-sd", *flags, output_dir=tmp_path / "latents")
+    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("images", "latents")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert DiffusionPipeline.from_pretrained(tmp_path / "latents").vae is not None
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--preset", "SiT-XXL/2"], "--preset: invalid choice: 'SiT-XXL/2'.*SiT-B/2"),
+        (["--train_batch_size", "0"], "--train_batch_size: has to be at least 1, but is 0"),
+        (["--class_dropout_prob", "1.5"], "--class_dropout_prob: has to be in 0..1, but is 1.5"),
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["--path_type", "VP"], "--path_type: invalid choice: 'VP'"),
+        (["--seed", "-1"], "--seed: has to be in 0..4294967295, but is -1"),
+        (["--probe_decay_epochs", "0"], "--probe_decay_epochs: has to be above 0"),
+        (["--max_train_step", "3"], "unrecognized arguments: --max_train_step"),
+        (
+            ["--train_data_dir", "a", "--dataset_name", "b"],
+            "only one source of data .* --dataset_name and --train",
+        ),
+        (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
+    ],
+)
+def test_usage_errors(train, capsys, flags, message, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        train(*flags)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--probe_depth", 3], r"`probe_depth` has to lie in 1..2, .* but is 3"),
+        (["--crop_size_min", 5], "`--crop_size_min` has to lie in 1..4, .* but is 5"),
+        (["--resolution", 9], "`--resolution` has to be divisible by 2 .* but is 9"),
+        (["--num_classes", 4], r"labels in 0..3, but row \d+ has"),
+        (["--label_column", "digit"], r"`label_column` .* no 'digit'; the columns are \['image', 'label'\]"),
+        (["--image_column", "png"], "`image_column` .* no 'png'"),
+        (["--validation_split", "val"], "`validation_split` has no split 'val'"),
+        (["--validation_split", 1.5], "`--validation_split` has to be a split or a fraction .* is 1.5"),
+        (["--validation_labels", 3, "ten"], "`--validation_labels` .* in 0..9, but 'ten' is neither"),
+        (["--report_to", "pencil"], "`--report_to` has to be none, all or one .* but is 'pencil'"),
+        (["--num_probe_weights", 1], "`num_probe_weights=1` is a constant weight"),
+        (["--attention_head_dim", 3], "divisible by 4"),
+        (["--model_config_name_or_path", "no/model"], "`--model_config_name_or_path` 'no/model' cannot be loaded"),
+        (["--pretrained_vae_model_name_or_path", "no/vae"], "`--pretrained_vae_model.*` 'no/vae' cannot be loaded"),
+        (["--train_data_dir", "no/data"], "`train_data_dir` has to be a folder, but 'no/data' is none"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "'checkpoint-7' cannot be used: there is no such folder"),
+    ],
+)
+def test_wrong_values_stop_the_run_before_it_writes(train, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(*flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
+    vae = ("--train_data_dir", own_images, "--pretrained_vae_model_name_or_path", tiny_vae)
+    with pytest.raises(ValueError, match="`--resolution` has to be divisible by 4 .the VAE's factor 2 .* but is 18"):
+        train(*vae, "--resolution", 18)
+    with pytest.raises(ValueError, match="`image_channels` is 1, but the VAE needs 3"):
+        train(*vae, "--resolution", 16, "--image_channels", 1)
+    SiTTransformer2DModel(8, 4, 3, None, 1, 2, 8, num_classes=2).save_config(tmp_path / "model")
+    with pytest.raises(ValueError, match="`in_channels` is 3, but the VAE needs 4"):
+        train(*vae, "--resolution", 16, "--model_config_name_or_path", tmp_path / "model", tiny=TINY_RUN)
+
+
+def test_a_second_run_is_refused(train, tmp_path):
+    run = tmp_path / "run"
+    train()
+    before = final_weights(run)
+    with pytest.raises(ValueError, match="already holds a run .*--resume_from_checkpoint latest.*--overwrite_output"):
+        train("--seed", 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in final_weights(run).items())
+
+    (run / "notes.txt").write_text("mine")
+    train("--seed", 1, "--overwrite_output_dir", "--max_train_steps", 2)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert [step for step, _ in list_checkpoints(run)] == [2]
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in final_weights(run).items())
+
+
+@pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--seed=0", "--resume_from_checkpoint=latest"])
+def test_what_is_no_run_is_never_touched(train, tmp_path, flag):
+    (tmp_path / "run" / "transformer").mkdir(parents=True)
+    (tmp_path / "run" / "transformer" / "weights").write_text("somebody's")
+    with pytest.raises(ValueError, match="holds transformer, but no run of this script"):
+        train(flag)
+    assert (tmp_path / "run" / "transformer" / "weights").read_text() == "somebody's"
+    with pytest.raises(ValueError, match="`--output_dir` .* has to be a folder|cannot be written"):
+        train(output_dir=tmp_path / "run" / "transformer" / "weights")
+
+
+# --- Continuing
+
+
+def test_a_finished_run_can_be_made_longer(train, tmp_path, capsys):
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    train("--max_train_steps", 3, output_dir=parts)
+    capsys.readouterr()
+    longer = ["--resume_from_checkpoint", "latest", "--logging_steps", 2]
+    train(*longer, output_dir=parts)
+    output = capsys.readouterr().out
+    for line in ("max_train_steps: 3 -> 4", "logging_steps: 1 -> 2"):
+        assert f"Changed since the checkpoint: {line}" in output
+    assert output.count("Changed since the checkpoint") == 3  # and --resume_from_checkpoint
+    train(output_dir=whole)
+    assert_same_weights(parts, whole)
+
+    # once more, with other batches of the same samples: nothing is left to do
+    train(*longer, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, output_dir=parts)
+    assert "Changed since the checkpoint: train_batch_size: 4 -> 2" in capsys.readouterr().out
+    assert_same_weights(parts, whole)
+
+
+@pytest.mark.parametrize(
+    "flags, change",
+    [
+        (["--seed", 1], "seed: 0 -> 1"),
+        (["--learning_rate", 0.5], "learning_rate: 0.001 -> 0.5"),
+        (["--train_batch_size", 2], "samples_per_step: 4 -> 2"),
+        (["--probe_dropout_prob", 1], "probe_dropout_prob: 0.9 -> 1.0"),
+        (["--num_layers", 3], "transformer: .*'num_layers': 2.* -> .*'num_layers': 3"),
+        (["--validation_split", 0.1], "training_images: 1437 -> 1293"),
+        (["--lr_scheduler", "cosine"], "lr_scheduler: constant_with_warmup -> cosine"),
+    ],
+)
+def test_a_run_is_not_continued_with_another_method(train, tmp_path, capsys, flags, change):
+    train("--dry_run")
+    settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+    checkpoint = tmp_path / "run" / "checkpoint-2"  # with nothing but what the comparison reads
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "training_args.json").write_text("{}")
+    (checkpoint / "training_state.json").write_text(json.dumps({"settings": settings}))
+    (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"`--resume_from_checkpoint` cannot continue a run with another.*{change}"):
+        train("--resume_from_checkpoint", "latest", *flags)
+
+
+def test_resuming_before_the_first_checkpoint_starts_anew(train, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train("--resume_from_checkpoint", "latest") == 0
+    assert "Continuing from the beginning: there is no checkpoint yet" in capsys.readouterr().out
+    for _, folder in list_checkpoints(run):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="another method.*seed: 0 -> 3"):
+        train("--resume_from_checkpoint", "latest", "--seed", 3)
+
+
+def test_checkpoints_are_limited_and_milestones_stay(train, tmp_path):
+    flags = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--milestone_steps", 2]
+    train(*flags, "--max_train_steps", 5)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2, 4, 5]
+    for _, folder in list_checkpoints(tmp_path / "run"):
+        assert find_damage(folder) is None
+        assert DiffusionPipeline.from_pretrained(folder / "pipeline").transformer is not None
+
+
+# --- When things go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    flags = ["--learning_rate", 1e25, "--lr_scheduler", "constant", "--checkpointing_steps", 1, "--logging_steps", 3]
+    with pytest.raises(
+        FloatingPointError, match=r"of step 2 is (nan|inf); the last good checkpoint is .*checkpoint-1"
+    ):
+        train(*flags)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [1]
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(train):
+    with pytest.raises(FloatingPointError, match="the last good checkpoint does not exist"):
+        train("--learning_rate", 1e25, "--lr_scheduler", "constant", "--checkpointing_steps", 100)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signals_save_and_stop(train, script, tmp_path, capsys, monkeypatch, name):
+    log = script.Trainer.log
+
+    def log_and_signal(trainer):
+        log(trainer)
+        if trainer.step == 3 and trainer.output_dir.name == "run":
+            os.kill(os.getpid(), getattr(signal, name))
+
+    monkeypatch.setattr(script.Trainer, "log", log_and_signal)
+    flags = ["--max_train_steps", 6, "--checkpointing_steps", 10]
+    assert train(*flags) == 75
+    assert (
+        f"Stopped by {name} after step 4; {tmp_path / 'run' / 'checkpoint-4'} is complete" in capsys.readouterr().out
+    )
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    assert train(*flags, "--resume_from_checkpoint", "latest") == 0
+    train(*flags, output_dir=tmp_path / "whole")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(train, script, tmp_path, monkeypatch):
+    """Files may not grow beyond a limit: the system refuses to write, as on a full disk."""
+    log = script.Trainer.log
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def log_and_fill(trainer):
+        log(trainer)
+        if trainer.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+
+    monkeypatch.setattr(script.Trainer, "log", log_and_fill)
+    try:
+        with pytest.raises(OSError, match="checkpoint-4 could not be written .*; the last good checkpoint is .*-2"):
+            train("--max_train_steps", 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+    assert not list((tmp_path / "run").glob(".*"))
+    monkeypatch.undo()
+    assert train("--max_train_steps", 6, "--resume_from_checkpoint", "latest") == 0
+    train("--max_train_steps", 6, output_dir=tmp_path / "whole")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_unreadable_image_stops_the_run_with_its_name(train, own_images, tmp_path):
+    shutil.copytree(own_images, tmp_path / "images")
+    (tmp_path / "images" / "bee" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"the image of row \d \(.*bee/3.png\) cannot be read"):
+        train("--train_data_dir", tmp_path / "images", "--resolution", 16)
+
+
+def test_curves_need_matplotlib(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train() == 0
+    assert "curves.png needs matplotlib: pip install 'diffusers_lsep[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "model_index.json").exists()
