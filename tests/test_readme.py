@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from hub_server import HubServer
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
@@ -39,6 +40,10 @@ SUBSTITUTIONS = {
     ),
     "stabilityai/sd-vae-ft-ema": "tiny-vae",
     "lsep-xl-256.pt": "lsep_tiny.pt --num_attention_heads 4",
+    "VIRTUAL_imagenet256_labeled.npz": (
+        "fid/samples.npz --metrics fid --inception_weights inception.pth --cache_dir features"
+    ),
+    "--method ridge": "--method ridge --layers 3 --timesteps 0.2 --max_train_images 400",
 }
 
 # The one block that this file does not run: `.ci/run` does.
@@ -81,12 +86,27 @@ def folder(tmp_path, tiny_transformer):
 
 
 @pytest.mark.timeout(900)
-def test_readme_runs(folder):
+def test_readme_runs(folder, inception_weights):
+    (folder / "inception.pth").symlink_to(inception_weights)
     blocks = read_blocks()
     assert sum(language == "bash" for language, _ in blocks) >= 4
     assert sum(language == "python" for language, _ in blocks) >= 3
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+    with HubServer(folder / "hub", tokens={"hf_owner": "your-name"}) as hub:
+        environment = hub.environment(folder / "hf-home", PATH=search_path, HF_TOKEN="hf_owner")
+        used = run_blocks(blocks, folder, environment)
+        assert "model_index.json" in hub.files("your-name/lsep-digits")
+    assert used == {*SUBSTITUTIONS, TEST_COMMAND}, "a substitution that nothing needs"
+    assert Image.open(folder / "seven.png").size == (128, 128)
+    for name in ("lsep-digits", "my-model", "sit-xl-256"):
+        assert (folder / name / "model_index.json").is_file()
+    assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "eval_results.json").is_file()
+    assert (folder / "probing" / "probe_heatmap.png").is_file()
+
+
+def run_blocks(blocks, folder, environment):
+    """Runs the blocks one after the other, and returns which substitutions were made."""
     used = set()
     for language, block in blocks:
         if block == TEST_COMMAND:
@@ -107,12 +127,7 @@ def test_readme_runs(folder):
             stderr=subprocess.STDOUT,
         )
         assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
-
-    assert used == {*SUBSTITUTIONS, TEST_COMMAND}, "a substitution that nothing needs"
-    assert Image.open(folder / "seven.png").size == (128, 128)
-    for name in ("lsep-digits", "my-model", "sit-xl-256"):
-        assert (folder / name / "model_index.json").is_file()
-    assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "samples.npz").is_file()
+    return used
 
 
 def test_figures_of_the_readme_are_true():
