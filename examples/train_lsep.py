@@ -50,7 +50,8 @@ from diffusers_lsep.checkpointing import (
 )
 from diffusers_lsep.data import SampleStream, StreamBatches, keep_batch, sample_posterior
 from diffusers_lsep.figures import make_labeled_grid
-from diffusers_lsep.training_log import MetricsFile, StepMetrics, plot_curves, read_metrics
+from diffusers_lsep.repa import REPARegularizer
+from diffusers_lsep.training_log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
 from diffusers_lsep.training_setup import (
     Setup,
     compare_settings,
@@ -139,6 +140,9 @@ class Trainer:
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         probe = None if args.no_lsep else LinearProbe(width, transformer.config.num_classes)
         grid_size = transformer.config.sample_size // transformer.config.patch_size
+        regularizers = {}
+        if setup.encoder is not None:
+            regularizers["repa"] = REPARegularizer(width, setup.encoder.size, args.repa_depth, args.repa_weight)
         self.objective = LSEPObjective(
             transformer,
             probe,
@@ -151,6 +155,7 @@ class Trainer:
             probe_weight_end=args.probe_weight_end,
             num_probe_weights=args.num_probe_weights,
             timestep_sampling=args.timestep_sampling,
+            regularizers=regularizers,
         )
         self.objective.train()
         if args.gradient_checkpointing:
@@ -166,6 +171,8 @@ class Trainer:
         if setup.vae is not None:
             setup.vae.to(accelerator.device)
             setup.vae.enable_slicing()
+        if setup.encoder is not None:
+            setup.encoder.to(accelerator.device)
 
         # 2. The stream of samples
         latent_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
@@ -182,8 +189,10 @@ class Trainer:
             "random_flip": args.random_flip,
             "posterior_noise": setup.vae is not None,
         }
-        self.stream = SampleStream(setup.source, **stream_options)
-        self.held_out = SampleStream(setup.held_out, **stream_options) if setup.held_out is not None else None
+        self.stream = SampleStream(setup.source, **stream_options, image_source=setup.images)
+        self.held_out = None
+        if setup.held_out is not None:
+            self.held_out = SampleStream(setup.held_out, **stream_options, image_source=setup.held_out_images)
         self.stream.__getitems__([0])  # to find now what would go wrong later
 
     def get_validation_labels(self) -> list[int]:
@@ -208,7 +217,8 @@ class Trainer:
         """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
         args, accelerator, objective = self.args, self.accelerator, self.objective
         objective.to(accelerator.device)
-        groups = [{"params": list(objective.transformer.parameters()), "lr": args.learning_rate}]
+        parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
+        groups = [{"params": parameters, "lr": args.learning_rate}]
         if objective.probe is not None:
             groups.append({"params": list(objective.probe.parameters()), "lr": args.probe_learning_rate})
         self.optimizer = torch.optim.AdamW(
@@ -259,9 +269,12 @@ class Trainer:
         self.probe_weight_scale = torch.ones((), device=accelerator.device)
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The arguments of the objective for a batch of the stream: images and moments become latents."""
+        """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
         images, moments = batch.pop("images", None), batch.pop("moments", None)
         noise = batch.pop("posterior_noise", None)
+        if self.setup.encoder is not None:
+            with self.accelerator.autocast():
+                batch["targets"] = {"repa": self.setup.encoder(images)}
         if noise is None:
             return {"latents": images, **batch}
         vae = self.setup.vae
@@ -394,18 +407,19 @@ class Trainer:
         args, accelerator = self.args, self.accelerator
         num_rows = len(self.held_out.source.labels)
         rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
-        sums = torch.zeros(3, device=accelerator.device)
+        names = ["denoising_loss"]
+        if self.objective.probe is not None:
+            names += ["probe_loss", "probe_accuracy"]
+        names += [f"{name}_loss" for name in self.objective.regularizers]
+        sums = torch.zeros(len(names), device=accelerator.device)
         for first in range(0, len(rows), args.train_batch_size):
             batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             output = self.objective(**self.inputs(batch))
-            sums[0] += output.denoising_losses.sum()
-            if output.probe_losses is not None:
-                sums[1] += output.probe_losses.sum()
-                sums[2] += output.probe_accuracy * len(output.probe_losses)
+            means = batch_means(output)
+            sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
-        names = ["validation_denoising_loss", "validation_probe_loss", "validation_probe_accuracy"]
-        return dict(zip(names[: 1 if self.objective.probe is None else 3], means))
+        return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def draw_samples(self):
         """Writes `samples/step-N.png`: the same classes and the same noise every time."""
@@ -449,7 +463,7 @@ class Trainer:
                 "settings": self.settings,
             }
             try:
-                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline)
+                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, self.ema)
             except Exception as error:  # A full disk, for one, shows in many ways.
                 good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
                 raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
@@ -483,11 +497,12 @@ def describe(args: argparse.Namespace, setup: Setup, trainer: Trainer) -> str:
     transformer = trainer.objective.transformer
     width, tokens = transformer.inner_dim, trainer.stream.grid_size**2
     parameters = sum(p.numel() for p in transformer.parameters())
-    vae_parameters = sum(p.numel() for p in setup.vae.parameters()) if setup.vae is not None else 0
+    frozen = [model for model in (setup.vae, setup.encoder and setup.encoder.model) if model is not None]
+    frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
     # Weights, gradients, AdamW's two moments and the average in float32. A block keeps about 34 values per token and
     # channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention), in the dtype of the
     # computation; with gradient checkpointing one block keeps them, and the others their input.
-    state = 4 * parameters * (5 if args.use_ema else 4) + 4 * vae_parameters
+    state = 4 * parameters * (5 if args.use_ema else 4) + 4 * frozen_parameters
     blocks = transformer.config.num_layers + (0 if args.no_lsep else args.probe_depth)
     values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
     activations = values * (4 if args.mixed_precision == "no" else 2) // 2

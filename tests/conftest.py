@@ -1,7 +1,10 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
 import os
+import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,69 @@ def tiny_transformer():
         return model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_vae_folder(tmp_path_factory):
+    """A VAE with four latent channels that halves the side of images."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+        scaling_factor=0.5,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_example():
+    """Imports a script of `examples/` by its name."""
+
+    def load(name):
+        path = Path(__file__).resolve().parents[1] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def train(load_example, tmp_path):
+    """
+    Calls `main` of `examples/train_lsep.py` in this process: without data flags on the digits, by default with a tiny
+    model for four steps and into `tmp_path / "run"`.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    script = load_example("train_lsep")
+    tiny = [
+        *("--patch_size", "2", "--num_layers", "2", "--num_attention_heads", "2", "--attention_head_dim", "4"),
+        *("--probe_depth", "1", "--train_batch_size", "4", "--max_train_steps", "4", "--checkpointing_steps", "2"),
+        *("--logging_steps", "1", "--validation_steps", "100", "--validation_inference_steps", "2"),
+        *("--num_validation_images", "1", "--num_cpu_threads", "1", "--report_to", "none"),
+    ]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+
+    def train(*arguments, tiny=tiny, output_dir=tmp_path / "run") -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])
+
+    yield train
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,17 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertModel,
@@ -22,7 +28,10 @@ from transformers import (
 )
 
 from diffusers_lsep import LinearProbe, LSEPObjective
+from diffusers_lsep.data import center_crop, load_image_dataset, open_images
+from diffusers_lsep.latents import MomentsDataset, OriginalMomentsDataset
 from diffusers_lsep.repa import REPAEncoder, REPARegularizer
+from diffusers_lsep.training_log import read_metrics
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
@@ -264,3 +273,162 @@ def test_regularizers_and_targets_have_to_fit(tiny_transformer):
         objective(**{**batch, "targets": {"repa": batch["targets"]["repa"]}})
     with pytest.raises(ValueError, match=r"`targets` has to be given for \[\], but is for \['repa', 'size'\]"):
         LSEPObjective(tiny_transformer(), None)(**batch)
+
+
+# --- In training
+
+
+REPA = ["--repa_depth", "1", "--repa_weight", "0.25"]
+
+
+@pytest.fixture(scope="module")
+def own_images(tmp_path_factory):
+    """Ten colour images of two classes, neither square nor of one size."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        path = folder / ("ant", "bee")[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(load_example, own_images, tiny_vae_folder, tmp_path_factory):
+    """The same images as moments, with and without the images."""
+    folder = tmp_path_factory.mktemp("latents")
+    for name, flags in {"with": ["--keep_images"], "without": []}.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        load_example("encode_latents").main(
+            [
+                *("--train_data_dir", str(own_images), "--output_dir", str(folder / name), "--resolution", "16"),
+                *("--pretrained_vae_model_name_or_path", str(tiny_vae_folder), "--dtype", "fp32", "--flip"),
+                *("--dataloader_num_workers", "0", *flags),
+            ]
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original_layout(own_images, latents, tmp_path_factory):
+    """The layout of EDM2 and REPA: `images/` beside `vae-sd/`."""
+    folder = tmp_path_factory.mktemp("original")
+    moments = MomentsDataset(latents / "with")
+    labels = []
+    paths = sorted(own_images.rglob("*.png"), key=lambda path: (path.parent.name, path.stem))
+    for row, path in enumerate(paths):
+        (folder / "images" / "00000").mkdir(parents=True, exist_ok=True)
+        (folder / "vae-sd" / "00000").mkdir(parents=True, exist_ok=True)
+        with PIL.Image.open(path) as image:
+            center_crop(image, 16).save(folder / "images" / "00000" / f"img{row:08d}.png")
+        np.save(folder / "vae-sd" / "00000" / f"img-mean-std-{row:08d}.npy", moments.load([row])[0].numpy())
+        labels.append([f"00000/img-mean-std-{row:08d}.npy", int(moments.labels[row])])
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def test_images_of_latents_are_those_of_the_rows(own_images, latents, original_layout):
+    splits = load_image_dataset(train_data_dir=own_images)
+    images, _, _ = open_images(splits, 16, 3)
+    rows, flips = np.array([7, 0, 3, 9]), np.array([True, False, False, True])
+    kept = MomentsDataset(latents / "with")
+    original = OriginalMomentsDataset(original_layout / "vae-sd")
+    for source in (kept.open_images(16), original.open_images(16)):
+        np.testing.assert_array_equal(source.labels, images.labels)
+        torch.testing.assert_close(source.load(rows, flips), images.load(rows, flips), rtol=0, atol=0)
+
+
+def test_training_with_repa(train, dinov2, tmp_path):
+    """Grey pixels: the digits. Everything is reported and saved but the encoder."""
+    run = tmp_path / "run"
+    assert train("--repa_encoder", dinov2, *REPA, "--validation_steps", 4) == 0
+    lines = read_metrics(run / "metrics.jsonl")
+    for line in lines[:4]:
+        assert line["loss"] == pytest.approx(line["denoising_loss"] + line["probe_loss"] + line["repa_loss"], rel=1e-5)
+        assert -0.25 <= line["repa_loss"] <= 0.25
+    assert -0.25 <= lines[-1]["validation_repa_loss"] <= 0.25
+    weights = load_file(run / "checkpoint-4" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"transformer", "probe", "regularizers"}
+    projector = {f"regularizers.repa.projector.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    assert {name for name in weights if name.startswith("regularizers")} == projector
+    assert load_file(run / "checkpoint-4" / "average.safetensors").keys() == projector
+    pipeline = DiffusionPipeline.from_pretrained(run)
+    assert {name.split(".")[0] for name in pipeline.transformer.state_dict()} == {
+        *("class_embedding", "norm_out", "pos_embed", "proj_out", "time_embedding", "transformer_blocks"),
+    }
+    assert {path.name for path in run.iterdir() if path.is_dir()} >= {"transformer", "scheduler", "probe"}
+
+
+def test_a_run_with_repa_continues_bit_for_bit(train, dinov2, tmp_path):
+    flags = ["--repa_encoder", dinov2, *REPA, "--ema_decay", 0.9]
+    train(*flags, output_dir=tmp_path / "whole")
+    train(*flags, "--max_train_steps", 2, output_dir=tmp_path / "parts")
+    train(*flags, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "parts")
+    for name in ("model", "optimizer", "average"):
+        whole, parts = (
+            load_file(tmp_path / run / "checkpoint-4" / f"{name}.safetensors") for run in ("whole", "parts")
+        )
+        assert whole.keys() == parts.keys() and len(whole) >= 6
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    with pytest.raises(ValueError, match="cannot continue a run with another method.*repa_weight: 0.25 -> 0.5"):
+        train(*flags, "--repa_weight", 0.5, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "parts")
+
+
+def test_repa_alone(train, dinov2, tmp_path):
+    train("--repa_encoder", dinov2, *REPA, "--no_lsep")
+    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert line["loss"] == pytest.approx(line["denoising_loss"] + line["repa_loss"], rel=1e-5)
+    assert "probe_loss" not in line
+
+
+def test_every_source_of_pixels_gives_the_same_loss(train, dinov2, own_images, latents, original_layout, tmp_path):
+    vae = MomentsDataset(latents / "with").metadata["vae"]
+    sources = {
+        "images": ["--train_data_dir", own_images, "--resolution", 16, "--random_flip"],
+        "kept": ["--latents_dir", latents / "with", "--random_flip"],
+        "original": ["--latents_dir", original_layout / "vae-sd"],
+        "unmirrored": ["--train_data_dir", own_images, "--resolution", 16],
+    }
+    losses = {}
+    for name, flags in sources.items():
+        flags += ["--pretrained_vae_model_name_or_path", vae, "--repa_encoder", dinov2, *REPA]
+        train(*flags, "--validation_split", 0.2, "--validation_steps", 4, output_dir=tmp_path / name)
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [line["repa_loss"] for line in lines[:4]] + [lines[-1]["validation_repa_loss"]]
+    assert losses["kept"] == pytest.approx(losses["images"], rel=1e-4)
+    assert losses["original"] == pytest.approx(losses["unmirrored"], rel=1e-4)
+    assert losses["images"] != pytest.approx(losses["unmirrored"], rel=1e-4)
+
+
+def test_repa_needs_pixels(train, dinov2, latents, original_layout, tiny_vae_folder, tmp_path):
+    def refused(folder, message):
+        flags = ["--latents_dir", folder, "--pretrained_vae_model_name_or_path", tiny_vae_folder]
+        with pytest.raises(ValueError, match=f"`--repa_encoder` needs pixels beside the latents, but {message}"):
+            train(*flags, "--repa_encoder", dinov2, *REPA)
+        assert not (tmp_path / "run").exists()
+
+    refused(latents / "without", ".* holds no images: it was encoded without `--keep_images`")
+    shutil.copytree(original_layout / "vae-sd", tmp_path / "data" / "vae-sd")
+    refused(tmp_path / "data" / "vae-sd", ".* has no folder of images beside it")
+    shutil.copytree(original_layout / "images", tmp_path / "data" / "images")
+    shutil.copy(tmp_path / "data/images/00000/img00000001.png", tmp_path / "data/images/img00000001.png")
+    refused(tmp_path / "data" / "vae-sd", ".* has several images of one number")
+    (tmp_path / "data/images/img00000001.png").unlink()
+    (tmp_path / "data/images/00000/img00000001.png").unlink()
+    refused(tmp_path / "data" / "vae-sd", ".*/images lacks the images of 1")
+
+
+@pytest.mark.parametrize(("preset", "depth"), [("SiT-XL/2", 8), ("SiT-L/4", 8), ("SiT-B/2", 4), ("SiT-S/2", 4)])
+def test_depth_of_repa_follows_the_size(train, dinov2, own_images, capsys, preset, depth):
+    flags = ["--dry_run", "--train_data_dir", own_images, "--preset", preset, "--repa_encoder", dinov2]
+    assert train(*flags, "--resolution", 32, "--probe_depth", 2, tiny=()) == 0
+    settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+    assert (settings["repa_depth"], settings["repa_weight"], settings["probe_depth"]) == (depth, 0.5, 2)
+
+
+def test_wrong_encoders_and_depths_stop_the_run_before_it_writes(train, dinov2, tmp_path):
+    with pytest.raises(ValueError, match="`repa_encoder` 'no/encoder' cannot be loaded"):
+        train("--repa_encoder", "no/encoder")
+    with pytest.raises(ValueError, match=r"`depth` of the regularizer `repa` has to lie in 1..2, .* but is 3"):
+        train("--repa_encoder", dinov2, "--repa_depth", 3)
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ checkpoint-1000/
     optimizer.safetensors    AdamW's moments, by parameter
     training_state.json      step, learning rates, loss scale, settings
     pipeline/                the averaged weights, for `DiffusionPipeline.from_pretrained`, with `probe/`
+    average.safetensors      those of them that no pipeline has, if there are any: REPA's projector
     manifest.json            size and SHA-256 of every other file
 """
 
@@ -30,6 +31,7 @@ from .transformer_sit import SiTTransformer2DModel
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
 STATE_FILE = "training_state.json"
 PIPELINE_FOLDER = "pipeline"
 MANIFEST_FILE = "manifest.json"
@@ -86,6 +88,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     save_pipeline: Callable[[Path], None],
+    ema: EMAModel | None = None,
 ):
     """
     Writes a checkpoint.
@@ -96,10 +99,14 @@ def save_checkpoint(
         optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
         state (`dict`): Whatever else there is to remember, as JSON.
         save_pipeline (`Callable`): Saves the averaged weights, as a pipeline with a `probe/`, into the folder it gets.
+        ema (`EMAModel`, *optional*): The average of the objective's parameters, in their order.
     """
     with whole_folder(folder) as partial:
         save_file(_tensors(objective.state_dict()), partial / MODEL_FILE)
         save_file(_tensors(_optimizer_tensors(objective, optimizer)), partial / OPTIMIZER_FILE)
+        average = {name: shadow for name, shadow in _averages(objective, ema) if not _is_in_pipeline(name)}
+        if average:
+            save_file(_tensors(average), partial / AVERAGE_FILE)
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         save_pipeline(partial / PIPELINE_FOLDER)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -139,7 +146,9 @@ def load_checkpoint(
         )
         if objective.probe is not None:
             average |= LinearProbe.from_pretrained(folder / PIPELINE_FOLDER / "probe").named_parameters("probe")
-        for (name, _), shadow in zip(objective.named_parameters(), ema.shadow_params, strict=True):
+        if (folder / AVERAGE_FILE).exists():
+            average |= load_file(folder / AVERAGE_FILE)
+        for name, shadow in _averages(objective, ema):
             shadow.copy_(average[name].detach())
     return read_state(folder)
 
@@ -222,6 +231,18 @@ def _names(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> list[s
     """Names of the parameters in the order in which the optimizer numbers them."""
     name_of = {parameter: name for name, parameter in objective.named_parameters()}
     return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _averages(objective: LSEPObjective, ema: EMAModel | None) -> list[tuple[str, torch.Tensor]]:
+    """The average's tensors with the names of the parameters."""
+    if ema is None:
+        return []
+    names = [name for name, _ in objective.named_parameters()]
+    return list(zip(names, ema.shadow_params, strict=True))
+
+
+def _is_in_pipeline(name: str) -> bool:
+    return name.startswith(("transformer.", "probe."))
 
 
 def _optimizer_tensors(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

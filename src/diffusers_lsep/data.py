@@ -365,7 +365,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 class SampleStream(torch.utils.data.Dataset):
     r"""
     The samples of training, by their global indices, with all their random draws. A list of indices gives a batch:
-    `images` or `moments` (with `posterior_noise`, which both need where there is a VAE), and the arguments of
+    `images` or `moments` or both (with `posterior_noise`, which both need where there is a VAE), and the arguments of
     [`LSEPObjective`] of the same names: `class_labels`, `noise`, `timesteps`, `class_dropout_mask`,
     `probe_dropout_mask`, `crop_window`.
 
@@ -383,6 +383,7 @@ class SampleStream(torch.utils.data.Dataset):
         timestep_sampling (`str`, defaults to `"uniform"`): As in [`LSEPObjective`].
         random_flip (`bool`, defaults to `False`): Whether half of the samples are mirrored left to right.
         posterior_noise (`bool`, defaults to `False`): Whether the noise of a VAE's posterior is drawn too.
+        image_source ([`SampleSource`], *optional*): Reads the images of the same rows, where `source` reads moments.
     """
 
     def __init__(
@@ -399,8 +400,10 @@ class SampleStream(torch.utils.data.Dataset):
         timestep_sampling: str = "uniform",
         random_flip: bool = False,
         posterior_noise: bool = False,
+        image_source: SampleSource | None = None,
     ):
         self.source = source
+        self.image_source = image_source
         self.latent_shape = latent_shape
         self.seed = seed
         self.samples_per_step = samples_per_step
@@ -475,6 +478,8 @@ class SampleStream(torch.utils.data.Dataset):
             "noise": torch.from_numpy(draws["noise"]),
             "timesteps": timesteps_from_uniform(uniform, get_path(self.path_type), self.timestep_sampling),
         }
+        if self.image_source is not None:
+            batch[self.image_source.kind] = self.image_source.load(rows, flips)
         if self.posterior_noise:
             batch["posterior_noise"] = torch.from_numpy(draws["posterior_noise"])
         return batch

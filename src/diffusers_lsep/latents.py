@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .data import ImageSource
+
 
 MOMENTS_FORMAT = "diffusers_lsep.moments"
 MOMENTS_FORMAT_VERSION = 1
@@ -153,6 +155,22 @@ class MomentsDataset(torch.utils.data.Dataset):
             start = end
         return torch.from_numpy(moments)
 
+    def open_images(self, resolution: int) -> ImageSource:
+        """
+        The images of the rows, as a source of their own.
+
+        Args:
+            resolution (`int`): Their side in pixels.
+
+        Raises:
+            ValueError: If they were not kept.
+        """
+        from datasets import load_from_disk
+
+        if not self.metadata["images"]:
+            raise ValueError(f"{self.folder} holds no images: it was encoded without `--keep_images`.")
+        return ImageSource(load_from_disk(str(self.folder)), self.labels, resolution)
+
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         labels = self.labels[np.asarray(rows, np.int64)].tolist()
         return [{"moments": moments, "label": label} for moments, label in zip(self.load(rows).unbind(), labels)]
@@ -229,6 +247,33 @@ class OriginalMomentsDataset:
                 raise ValueError(f"{path} has shape {values.shape}, the first file has {self.moments_shape}.")
             target[...] = values
         return torch.from_numpy(moments)
+
+    def open_images(self, resolution: int) -> ImageSource:
+        """
+        The images of the rows, as a source of their own: those of the folder `images` beside this one, paired with the
+        moments by the number in the names.
+
+        Args:
+            resolution (`int`): Their side in pixels.
+
+        Raises:
+            ValueError: If there is no such folder, or not one image for every row.
+        """
+        from datasets import Dataset
+
+        folder = self.folder.absolute().parent / "images"
+        if not folder.is_dir():
+            raise ValueError(f"{self.folder} has no folder of images beside it: {folder}.")
+        names = [name for name in walk_files(folder) if name.lower().endswith((".png", ".jpg", ".jpeg"))]
+        path_of = {_number(name): str(folder / name) for name in names}
+        if len(path_of) < len(names):
+            raise ValueError(f"{folder} has several images of one number: they and the moments do not pair.")
+        numbers = [_number(os.fsdecode(name)) for name in self._names]
+        missing = [str(number) for number in numbers if number not in path_of]
+        if missing:
+            raise ValueError(f"{folder} lacks the images of {_some(missing)}.")
+        dataset = Dataset.from_dict({"image": [path_of[number] for number in numbers]})
+        return ImageSource(dataset, self.labels, resolution)
 
 
 def walk_files(folder: str | os.PathLike) -> Iterable[str]:

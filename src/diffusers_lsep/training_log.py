@@ -20,6 +20,14 @@ from .objective import LSEPObjectiveOutput
 NUM_TIME_BINS = 10  # of the probe's loss against t
 
 
+def batch_means(output: LSEPObjectiveOutput) -> dict[str, torch.Tensor]:
+    """What there is to report of a batch, beside the loss: means over its samples, on the device."""
+    values = {"denoising_loss": output.denoising_loss}
+    if output.probe_losses is not None:
+        values |= {"probe_loss": output.probe_loss, "probe_accuracy": output.probe_accuracy}
+    return values | {f"{name}_loss": loss for name, loss in (output.regularizer_losses or {}).items()}
+
+
 class StepMetrics:
     """
     Collects the metrics of training steps on the device. They reach the host, and the other processes, in one transfer
@@ -36,7 +44,8 @@ class StepMetrics:
         self._clear()
 
     def _clear(self):
-        self._losses: list[torch.Tensor] = []  # one per batch
+        self._names: list[str] = []
+        self._losses: list[torch.Tensor] = []  # by these names, one tensor per batch
         self._grad_norms: list[torch.Tensor] = []  # one per step
         self._bins = torch.zeros(2, NUM_TIME_BINS, device=self.accelerator.device)
         self._start = time.perf_counter()
@@ -44,9 +53,9 @@ class StepMetrics:
 
     def add_batch(self, output: LSEPObjectiveOutput, timesteps: torch.Tensor, data_wait: float):
         """Takes in one batch, for which training waited `data_wait` seconds."""
-        accuracy = output.denoising_loss.new_zeros(()) if output.probe_accuracy is None else output.probe_accuracy
-        row = [output.loss.detach(), output.denoising_loss, output.probe_loss, accuracy]
-        self._losses.append(torch.stack([value.float() for value in row]))
+        losses = {"loss": output.loss.detach(), **batch_means(output)}
+        self._names = list(losses)
+        self._losses.append(torch.stack([value.float() for value in losses.values()]))
         if output.probe_losses is not None:
             bins = (timesteps * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
             losses = output.probe_losses.float()
@@ -72,14 +81,12 @@ class StepMetrics:
         values = self.accelerator.reduce(values, reduction="sum").cpu()
         seconds, wait = time.perf_counter() - self._start, self._wait
 
-        losses, grad_norms, bins = values.split([4 * num_steps, num_steps, 2 * NUM_TIME_BINS])
-        losses = losses.view(num_steps, 4) / self.accelerator.num_processes
+        losses, grad_norms, bins = values.split([len(self._names) * num_steps, num_steps, 2 * NUM_TIME_BINS])
+        losses = losses.view(num_steps, -1) / self.accelerator.num_processes
         grad_norms = grad_norms / self.accelerator.num_processes
         sums, counts = bins.view(2, NUM_TIME_BINS).tolist()
-        means = losses.mean(dim=0).tolist()
-        metrics = {"loss": means[0], "denoising_loss": means[1]}
+        metrics: dict[str, Any] = dict(zip(self._names, losses.mean(dim=0).tolist()))
         if any(counts):
-            metrics |= {"probe_loss": means[2], "probe_accuracy": means[3]}
             metrics["probe_loss_by_time"] = [s / c if c else None for s, c in zip(sums, counts)]
         metrics["grad_norm"] = grad_norms.mean().item()
         metrics["seconds_per_step"] = seconds / num_steps
@@ -142,6 +149,7 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path):
     panels = {
         "denoising loss": (("denoising_loss", "training"), ("validation_denoising_loss", "held out")),
         "probe loss, weighted": (("probe_loss", "training"), ("validation_probe_loss", "held out")),
+        "REPA loss, weighted": (("repa_loss", "training"), ("validation_repa_loss", "held out")),
         "probe accuracy": (("probe_accuracy", "training"), ("validation_probe_accuracy", "held out")),
         "gradient norm": (("grad_norm", "training"),),
     }

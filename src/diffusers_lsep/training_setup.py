@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType
 
 from .checkpointing import choose_checkpoint, read_state
-from .data import SampleSource, cut_off, load_image_dataset, open_images
+from .data import SampleSource, SourceSubset, cut_off, load_image_dataset, open_images
 from .latents import MomentsDataset, OriginalMomentsDataset
 from .objective import TIMESTEP_SAMPLINGS
+from .repa import REPAEncoder
 from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 
 
@@ -119,6 +120,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--probe_learning_rate", type=positive, help="the paper's for the size of the model")
     group.add_argument("--probe_decay_start_epoch", type=positive, default=100, help="the probe's weight falls from")
     group.add_argument("--probe_decay_epochs", type=positive, default=800, help="epochs in which it falls tenfold")
+    group.add_argument("--repa_encoder", help="add REPA with this frozen encoder, such as facebook/dinov2-base")
+    group.add_argument("--repa_weight", type=positive, default=0.5, help="weight of REPA's loss")
+    group.add_argument("--repa_depth", type=size, help="blocks before it; the paper's, or a third of all")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--train_batch_size", type=size, default=256, help="per process")
@@ -197,6 +201,9 @@ class Setup:
     names: list[str]  # of the classes
     config: dict[str, Any]  # of the transformer
     vae: AutoencoderKL | None
+    encoder: REPAEncoder | None
+    images: SampleSource | None  # the pixels of the rows of `source`, where the encoder needs them beside moments
+    held_out_images: SampleSource | None
     samples_per_step: int
     facts: dict[str, Any]  # what a resumed run has to have in common with its checkpoint, beside flags
 
@@ -290,6 +297,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.probe_depth = args.probe_depth or max(1, config["num_layers"] // 3)
+    args.repa_depth = args.repa_depth or paper["probe_depth"] or max(1, config["num_layers"] // 3)  # REPA has the same
     grid_size = config["sample_size"] // config["patch_size"]
     args.crop_size_min = args.crop_size_min or max(1, grid_size * 3 // 4)
     if args.crop_size_min > grid_size:
@@ -298,7 +306,20 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
             f" {args.crop_size_min}."
         )
 
-    # 5. Length
+    # 5. REPA
+    encoder, images, held_out_images = None, None, None
+    if args.repa_encoder is not None:
+        if latents is not None:
+            try:
+                images = latents.open_images(args.resolution)
+            except ValueError as error:
+                raise ValueError(f"`--repa_encoder` needs pixels beside the latents, but {error}") from error
+            if fraction is not None:
+                held_out_images = SourceSubset(images, held_out.source_rows)
+                images = SourceSubset(images, source.source_rows)
+        encoder = REPAEncoder(args.repa_encoder, grid_size)
+
+    # 6. Length
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     epochs = args.num_train_epochs
     args.max_train_steps = args.max_train_steps or math.ceil(epochs * len(source.labels) / samples_per_step)
@@ -310,7 +331,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "class_names": zlib.crc32("\n".join(names).encode()),
         "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
     }
-    return Setup(source, held_out, names, config, vae, samples_per_step, facts)
+    return Setup(source, held_out, names, config, vae, encoder, images, held_out_images, samples_per_step, facts)
 
 
 def given(values: dict[str, Any], name: str, needed: int, by: str) -> int:
