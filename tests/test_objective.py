@@ -31,8 +31,8 @@ def batch(batch_size=6, seed=0):
         "class_labels": torch.randint(0, 10, (batch_size,), generator=generator),
         "noise": torch.randn(batch_size, 4, 8, 8, generator=generator),
         "timesteps": torch.rand(batch_size, generator=generator),
-        "class_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
-        "probe_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
+        "class_dropout_mask": torch.tensor([False, True, False, False, True, False])[:batch_size],
+        "probe_dropout_mask": torch.tensor([True, True, False, True, False, False])[:batch_size],
         "crop_window": torch.tensor([[0, 0, 3], [1, 0, 3], [0, 1, 3], [1, 1, 3], [1, 0, 3], [0, 0, 3]])[:batch_size],
     }
 
@@ -81,6 +81,37 @@ def test_one_pass_equals_two_separate_streams(make_objective, path_type, probe_d
     assert output.probe_accuracy.item() == pytest.approx(accuracy)
     for name, parameter in objective.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_shared_tokens_give_the_same_loss_and_gradients(make_objective):
+    """Where both streams see the same label, the probe may read the main stream's tokens."""
+    draws = batch()
+    differing = (draws["class_dropout_mask"] != draws["probe_dropout_mask"]).nonzero()[:, 0]
+    assert 0 < len(differing) < 6
+    padded = torch.cat([differing, (draws["class_dropout_mask"] == draws["probe_dropout_mask"]).nonzero()[:1, 0]])
+    results = []
+    for rows in (None, differing, padded):
+        objective = make_objective()
+        widths = []
+        objective.transformer.transformer_blocks[0].register_forward_hook(
+            lambda _, args, __, widths=widths: widths.append(len(args[0]))
+        )
+        output = objective(**draws, separate_rows=rows)
+        output.loss.backward()
+        assert widths == [6 + (6 if rows is None else len(rows))]
+        results.append([output.loss.detach(), *(parameter.grad for parameter in objective.parameters())])
+    for shared in results[1:]:
+        torch.testing.assert_close(shared, results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_probe_on_a_part_of_the_batch(make_objective):
+    objective, draws = make_objective(), batch()
+    whole, rows = objective(**draws), torch.tensor([4, 1, 2])
+    part = objective(**draws, probe_rows=rows, separate_rows=rows)
+    torch.testing.assert_close(part.denoising_loss, whole.denoising_loss)
+    torch.testing.assert_close(part.probe_losses, whole.probe_losses[rows])
+    torch.testing.assert_close(part.probe_loss, whole.probe_losses[rows].mean())
+    torch.testing.assert_close(part.loss, part.denoising_loss + part.probe_loss)
 
 
 def test_probe_weight_is_piecewise_constant_in_time(make_objective):
