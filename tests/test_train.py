@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DiffusionPipeline
+from hub_server import HubServer
 from safetensors.torch import load_file
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
@@ -140,7 +141,7 @@ def test_the_default_command(tmp_path):
     run = tmp_path / "lsep-digits"
     assert {path.name for path in run.iterdir()} == {
         *("checkpoint-2", "checkpoint-3", "curves.png", "logs", "metrics.jsonl", "model_index.json", "probe"),
-        *("samples", "scheduler", "training_args.json", "transformer"),
+        *("README.md", "samples", "scheduler", "training_args.json", "transformer"),
     }
     # the resolved settings are printed and saved; the cores of this machine are used although the launcher says one
     settings = settings_of(run)
@@ -357,6 +358,29 @@ def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     np.testing.assert_allclose(factors, [1, 0.1, 0.01, 0.001], rtol=1e-4)
 
 
+def test_push_to_hub(tmp_path):
+    """The pipeline, its probe and its card go to the Hub, and nothing else."""
+    with HubServer(tmp_path / "hub", {"hf_owner": "lsep"}) as hub:
+        environment = hub.environment(tmp_path / "home", HF_TOKEN="hf_owner")
+        push = ("--push_to_hub", "--hub_model_id", "lsep/digits", "--license", "cc-by-4.0")
+        command = [sys.executable, SCRIPT, *TINY_MODEL, *TINY_RUN, "--output_dir", tmp_path / "run", *push]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "Pushed it: " in result.stdout
+        files = hub.files("lsep/digits")
+    assert set(files) - {".gitattributes"} == {
+        *("README.md", "model_index.json", "scheduler/scheduler_config.json", "samples/step-4.png"),
+        *("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"),
+        *("probe/config.json", "probe/diffusion_pytorch_model.safetensors"),
+    }
+    weights = (tmp_path / "run" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert files["transformer/diffusion_pytorch_model.safetensors"] == weights
+    card = files["README.md"].decode()
+    for text in ("license: cc-by-4.0", "- lsep", "`train_batch_size`", "samples/step-4.png", '"lsep/digits"'):
+        assert text in card
+    assert str(ROOT) not in card and str(tmp_path) not in card
+
+
 # --- Through a VAE
 
 
@@ -427,6 +451,7 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
             "only one source of data .* --dataset_name and --train",
         ),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
+        (["--push_to_hub"], "--push_to_hub needs --license"),
     ],
 )
 def test_usage_errors(train, capsys, flags, message, tmp_path):

@@ -50,7 +50,7 @@ CHANGEABLE = {
     *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"),
     *("num_cpu_threads", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps", "logging_steps"),
     *("validation_steps", "validation_labels", "validation_guidance_scale", "validation_inference_steps"),
-    *("num_validation_images",),
+    *("num_validation_images", "push_to_hub", "hub_model_id", "license"),
 }
 # Those that a resumed run may change where the learning rate does not depend on the length of the run.
 LENGTH = {"max_train_steps", "num_train_epochs"}
@@ -162,6 +162,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--num_validation_images", type=size, default=4, help="per label")
     group.add_argument("--validation_guidance_scale", type=positive, default=1.5)
     group.add_argument("--validation_inference_steps", type=size, default=250)
+    group.add_argument("--push_to_hub", action="store_true", help="upload the pipeline, and nothing else, at the end")
+    group.add_argument("--hub_model_id", help="where to; the name of --output_dir")
+    group.add_argument("--license", help="of the weights, as the Hub spells it; needed with --push_to_hub")
     group.add_argument("--dry_run", action="store_true", help="check and print everything, and train nothing")
     return parser
 
@@ -187,6 +190,8 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
         parser.error(
             "--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it: give one of them"
         )
+    if args.push_to_hub and args.license is None:
+        parser.error("--push_to_hub needs --license: nobody but you can say under which one the weights may be used")
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args
@@ -388,13 +393,10 @@ def remove_outputs(output_dir: Path):
 def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: Callable[[str], None]):
     """Lists what differs from the run that is continued, and refuses what would change the method."""
     may_change = CHANGEABLE | (LENGTH if settings["lr_scheduler"] in ("constant", "constant_with_warmup") else set())
-    missing = object()
-    changed = {
-        name: (before.get(name, missing), value)
-        for name, value in settings.items()
-        if before.get(name, missing) != value and name not in ("threads", "processes")
-    }
-    lines = {name: f"{name}: {'not set' if old is missing else old} -> {new}" for name, (old, new) in changed.items()}
+    # An older version has left out what it did not know: its runs went by what is now the default.
+    before = {**vars(build_parser("").parse_args([])), **before}
+    changed = {name for name, value in settings.items() if before.get(name) != value} - {"threads", "processes"}
+    lines = {name: f"{name}: {before.get(name)} -> {settings[name]}" for name in settings if name in changed}
     refused = [line for name, line in lines.items() if name not in may_change]
     if refused:
         raise ValueError(
