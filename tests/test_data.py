@@ -269,7 +269,8 @@ def test_samples_do_not_depend_on_their_batch():
     batch = make_stream(posterior_noise=True).__getitems__(list(range(95, 125)))  # over the end of an epoch
     for i, g in enumerate(range(95, 125)):
         alone = make_stream(posterior_noise=True).__getitems__([g])
-        assert_same(alone, {name: value[i : i + 1] for name, value in batch.items()})
+        assert (len(alone.pop("separate_rows")) == 1) == (i in batch["separate_rows"])
+        assert_same(alone, {name: value[i : i + 1] for name, value in batch.items() if name != "separate_rows"})
 
 
 def test_every_epoch_shows_every_row_once_in_its_own_order():
@@ -307,6 +308,35 @@ def test_draws_have_their_distributions():
         assert abs(batch[name].mean()) < error / np.sqrt(32) and abs(batch[name].var() - 1) < 1.5 * error / np.sqrt(32)
     correlation = torch.corrcoef(torch.stack([batch["noise"].flatten(), batch["posterior_noise"].flatten()]))[0, 1]
     assert abs(correlation) < error / np.sqrt(32)
+
+
+def test_streams_are_separate_where_their_labels_differ():
+    batch = make_stream(class_dropout_prob=0.3, probe_dropout_prob=0.6).__getitems__(list(range(200)))
+    differing = batch["class_dropout_mask"] != batch["probe_dropout_mask"]
+    assert 0 < differing.sum() < 200 and torch.equal(batch["separate_rows"], differing.nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("samples_per_step", [32, 100, 256])
+def test_coupled_dropout_keeps_the_probabilities_and_agrees_most(samples_per_step):
+    stream = make_stream(num_rows=999, samples_per_step=samples_per_step, coupled_dropout=True)
+    batch = stream.__getitems__(list(range(samples_per_step)))
+    main, probe = batch["class_dropout_mask"].numpy(), batch["probe_dropout_mask"].numpy()
+    assert abs(main.mean() - 0.1) <= 0.5 / samples_per_step + 1e-9
+    assert abs(probe.mean() - 0.9) <= 0.5 / samples_per_step + 1e-9
+    assert not (main & ~probe).any(), "what the main stream drops, the probe's drops too"
+    again = stream.__getitems__(list(range(samples_per_step, 2 * samples_per_step)))
+    assert len(again["separate_rows"]) == len(batch["separate_rows"]), "all steps cost the same"
+    half = stream.__getitems__(list(range(samples_per_step // 2)))
+    assert len(half["separate_rows"]) == pytest.approx(0.4 * samples_per_step, abs=3)
+
+
+def test_probe_on_a_part_of_the_samples():
+    stream = make_stream(num_rows=999, samples_per_step=32, probe_fraction=0.25, coupled_dropout=True)
+    batch = stream.__getitems__(list(range(64)))
+    assert batch["probe_rows"].tolist() == list(range(3, 64, 4))
+    assert set(batch["separate_rows"].tolist()) <= set(batch["probe_rows"].tolist())
+    labels = (batch["class_dropout_mask"] != batch["probe_dropout_mask"])[batch["probe_rows"]]
+    assert len(batch["separate_rows"]) == labels.sum()
 
 
 def test_crop_windows():

@@ -7,6 +7,7 @@ takes the row at position `g % n` of that epoch's permutation. Everything random
 is keyed by `(seed, g)`. So a run can be continued anywhere, on any number of processes, with nothing to restore.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -367,7 +368,7 @@ class SampleStream(torch.utils.data.Dataset):
     The samples of training, by their global indices, with all their random draws. A list of indices gives a batch:
     `images` or `moments` or both (with `posterior_noise`, which both need where there is a VAE), and the arguments of
     [`LSEPObjective`] of the same names: `class_labels`, `noise`, `timesteps`, `class_dropout_mask`,
-    `probe_dropout_mask`, `crop_window`.
+    `probe_dropout_mask`, `crop_window`, `separate_rows`, and `probe_rows` if the probe is not trained on all.
 
     Args:
         source ([`SampleSource`]): Reads images or moments.
@@ -384,6 +385,12 @@ class SampleStream(torch.utils.data.Dataset):
         random_flip (`bool`, defaults to `False`): Whether half of the samples are mirrored left to right.
         posterior_noise (`bool`, defaults to `False`): Whether the noise of a VAE's posterior is drawn too.
         image_source ([`SampleSource`], *optional*): Reads the images of the same rows, where `source` reads moments.
+        coupled_dropout (`bool`, defaults to `False`):
+            Whether the labels of both streams are dropped by one number per sample in place of two. Either stream
+            drops as often as before, so that the expected loss is the same, but they agree as often as they can. The
+            numbers are spread evenly over the samples of a step, so that all steps cost the same.
+        probe_fraction (`float`, defaults to `1.0`):
+            The part of the samples that the probe is trained on, evenly spread over the samples of a step.
     """
 
     def __init__(
@@ -401,6 +408,8 @@ class SampleStream(torch.utils.data.Dataset):
         random_flip: bool = False,
         posterior_noise: bool = False,
         image_source: SampleSource | None = None,
+        coupled_dropout: bool = False,
+        probe_fraction: float = 1.0,
     ):
         self.source = source
         self.image_source = image_source
@@ -415,6 +424,8 @@ class SampleStream(torch.utils.data.Dataset):
         self.timestep_sampling = timestep_sampling
         self.random_flip = random_flip
         self.posterior_noise = posterior_noise
+        self.coupled_dropout = coupled_dropout
+        self.probe_fraction = probe_fraction
 
     def rows(self, indices: list[int]) -> np.ndarray:
         """The rows of the data set that these samples take."""
@@ -433,10 +444,31 @@ class SampleStream(torch.utils.data.Dataset):
         size = self.window_sizes(indices)
         start = (draws["crop"] * (self.grid_size - size[:, None] + 1)).astype(np.int64)
         batch = self._load(self.rows(indices), draws, flips=(draws["flip"] < 0.5) & self.random_flip)
-        batch["class_dropout_mask"] = torch.from_numpy(draws["class_dropout"] < self.class_dropout_prob)
-        batch["probe_dropout_mask"] = torch.from_numpy(draws["probe_dropout"] < self.probe_dropout_prob)
+        class_dropout, probe_dropout = draws["class_dropout"], draws["probe_dropout"]
+        if self.coupled_dropout:
+            class_dropout = probe_dropout = self._spread(indices)
+        drops = (class_dropout < self.class_dropout_prob, probe_dropout < self.probe_dropout_prob)
+        batch["class_dropout_mask"], batch["probe_dropout_mask"] = (torch.from_numpy(drop) for drop in drops)
         batch["crop_window"] = torch.from_numpy(np.concatenate([start, size[:, None]], axis=1))
+
+        # Where both streams see the same label the probe reads the main stream's tokens: less work, the same loss.
+        separate = drops[0] != drops[1]
+        if self.probe_fraction < 1:
+            position = np.array(indices) % self.samples_per_step
+            chosen = np.floor((position + 1) * self.probe_fraction) > np.floor(position * self.probe_fraction)
+            batch["probe_rows"] = torch.from_numpy(np.flatnonzero(chosen))
+            separate &= chosen
+        batch["separate_rows"] = torch.from_numpy(np.flatnonzero(separate))
         return batch
+
+    def _spread(self, indices: list[int]) -> np.ndarray:
+        """Numbers that are uniform in [0, 1) over the samples of a step, and nearly so over each part of it."""
+        # A step by the golden ratio visits an interval evenly; the data are in random order already.
+        stride = round(self.samples_per_step * (5**0.5 - 1) / 2)
+        while math.gcd(stride, self.samples_per_step) > 1:
+            stride += 1
+        position = np.array(indices) % self.samples_per_step
+        return (position * stride % self.samples_per_step + 0.5) / self.samples_per_step
 
     def held_out_batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """

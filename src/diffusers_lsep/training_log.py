@@ -52,7 +52,7 @@ class StepMetrics:
         self._wait = 0.0
 
     def add_batch(self, output: LSEPObjectiveOutput, timesteps: torch.Tensor, data_wait: float):
-        """Takes in one batch, for which training waited `data_wait` seconds."""
+        """Takes in one batch, for which training waited `data_wait` seconds. `timesteps` are those of its probe."""
         losses = {"loss": output.loss.detach(), **batch_means(output)}
         self._names = list(losses)
         self._losses.append(torch.stack([value.float() for value in losses.values()]))
