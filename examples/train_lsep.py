@@ -198,6 +198,8 @@ class Trainer:
             "crop_size_min": args.crop_size_min,
             "class_dropout_prob": args.class_dropout_prob,
             "probe_dropout_prob": args.probe_dropout_prob,
+            "coupled_dropout": args.coupled_dropout,
+            "probe_fraction": args.probe_fraction,
             "path_type": args.path_type,
             "timestep_sampling": args.timestep_sampling,
             "random_flip": args.random_flip,
@@ -326,7 +328,8 @@ class Trainer:
                 with accelerator.accumulate(self.model):
                     output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
                     accelerator.backward(output.loss)
-                    self.metrics.add_batch(output, batch["timesteps"], data_wait)
+                    rows = batch.get("probe_rows", slice(None))
+                    self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
                         self.metrics.add_step(grad_norm)

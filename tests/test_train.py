@@ -244,6 +244,15 @@ def test_plain_sit(train, tmp_path):
     assert set(lines[-1]) == {"step", "epoch", "validation_denoising_loss"}
 
 
+def test_cheaper_probes(train, tmp_path):
+    train("--coupled_dropout", "--probe_fraction", 0.25, "--logging_steps", 1)
+    settings = settings_of(tmp_path / "run")
+    assert settings["coupled_dropout"] and settings["probe_fraction"] == 0.25
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        if "probe_loss" in line:
+            assert 0.01 < line["probe_loss"] < 0.2, "ln 10 times a weight of 0.02 to 0.03: a mean, not a sum"
+
+
 def test_model_config_and_cosine_path(train, tmp_path):
     model = SiTTransformer2DModel(8, 4, 1, None, 1, 2, 8, num_classes=12, mlp_ratio=2.0, qk_norm=True)
     model.save_config(tmp_path / "model")
@@ -452,6 +461,7 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
         ),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
         (["--push_to_hub"], "--push_to_hub needs --license"),
+        (["--probe_fraction", "0.1"], "--probe_fraction has to leave the probe at least one of the 4 samples"),
     ],
 )
 def test_usage_errors(train, capsys, flags, message, tmp_path):

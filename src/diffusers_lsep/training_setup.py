@@ -113,6 +113,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--class_dropout_prob", type=probability, default=0.1)
     group.add_argument("--probe_depth", type=size, help="blocks before the probe; the paper's, or a third of all")
     group.add_argument("--probe_dropout_prob", type=probability, default=0.9)
+    group.add_argument(
+        "--coupled_dropout",
+        action="store_true",
+        help="drop the labels of both streams together as often as their probabilities allow: faster",
+    )
+    group.add_argument(
+        "--probe_fraction", type=probability, default=1.0, help="train the probe on a part of every batch: faster"
+    )
     group.add_argument("--crop_size_min", type=size, help="smallest window of the probe in tokens; 3/4 of the grid")
     group.add_argument("--probe_weight_start", type=positive, help="weight of the probe's loss at t = 0; the paper's")
     group.add_argument("--probe_weight_end", type=positive, default=0.03, help="at t = 1")
@@ -192,6 +200,11 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
         )
     if args.push_to_hub and args.license is None:
         parser.error("--push_to_hub needs --license: nobody but you can say under which one the weights may be used")
+    if args.probe_fraction * args.train_batch_size < 1:
+        parser.error(
+            f"--probe_fraction has to leave the probe at least one of the {args.train_batch_size} samples of a batch"
+            f" (--train_batch_size), but is {args.probe_fraction}"
+        )
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args
