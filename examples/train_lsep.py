@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +47,7 @@ from diffusers_lsep import (
 )
 from diffusers_lsep.checkpointing import (
     load_checkpoint,
+    remove_leftovers,
     remove_old_checkpoints,
     save_checkpoint,
     whole_folder,
@@ -59,6 +59,7 @@ from diffusers_lsep.hub import push_folder
 from diffusers_lsep.model_card import Gallery, write_model_card
 from diffusers_lsep.repa import REPARegularizer
 from diffusers_lsep.training_log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
+from diffusers_lsep.training_processes import StopSignal, usable_cores
 from diffusers_lsep.training_setup import (
     Setup,
     compare_settings,
@@ -98,7 +99,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
         if args.num_cpu_threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
             processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-            args.num_cpu_threads = max(1, len(os.sched_getaffinity(0)) // processes_here)
+            args.num_cpu_threads = max(1, usable_cores() // processes_here)
         if args.num_cpu_threads is not None:
             torch.set_num_threads(args.num_cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -115,27 +116,6 @@ def check_tracker(args: argparse.Namespace) -> str | None:
             f" {args.report_to!r}. (tensorboard comes with `pip install 'diffusers_lsep[train]'`.)"
         )
     return None if args.report_to == "none" else args.report_to
-
-
-class StopSignal:
-    """Notices SIGTERM and SIGUSR1, and lets all processes agree to stop after the same step."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.name: str | None = None
-        # On the host: a question to the device would stop it at every step.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame):
-        self.name = signal.Signals(number).name
-
-    def arrived(self) -> bool:
-        if self.group is None:
-            return self.name is not None
-        flag = torch.tensor([self.name is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
 
 
 # --- 2. Training ----------------------------------------------------------------------------------------------------
@@ -587,6 +567,7 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         if args.overwrite_output_dir:
             remove_outputs(output_dir)
+        remove_leftovers(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
     trainer.prepare_training(checkpoint)

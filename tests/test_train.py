@@ -543,12 +543,15 @@ def test_a_finished_run_can_be_made_longer(train, tmp_path, capsys):
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     train("--max_train_steps", 3, output_dir=parts)
     capsys.readouterr()
+    for leftover in (".checkpoint-2.partial", ".checkpoint-7.old", ".pipeline.partial"):  # of a killed run
+        (parts / leftover).mkdir()
     longer = ["--resume_from_checkpoint", "latest", "--logging_steps", 2]
     train(*longer, output_dir=parts)
     output = capsys.readouterr().out
     for line in ("max_train_steps: 3 -> 4", "logging_steps: 1 -> 2"):
         assert f"Changed since the checkpoint: {line}" in output
     assert output.count("Changed since the checkpoint") == 3  # and --resume_from_checkpoint
+    assert not list(parts.glob(".*"))
     train(output_dir=whole)
     assert_same_weights(parts, whole)
 

@@ -63,6 +63,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path):
+    """Deletes what a killed run left half-written in its output folder."""
+    for pattern in (".checkpoint-*", ".pipeline*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def write_text(path: Path, text: str):
     """Writes a text file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
