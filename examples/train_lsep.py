@@ -36,33 +36,33 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
-from diffusers_lsep import (
-    FlowMatchSDEScheduler,
-    LinearProbe,
-    LSEPObjective,
-    LSEPPipeline,
-    SiTTransformer2DModel,
-)
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.checkpointing import (
     load_checkpoint,
+    named_averages,
+    read_state,
     remove_leftovers,
     remove_old_checkpoints,
     save_checkpoint,
     whole_folder,
+    whole_tensors,
     write_text,
 )
 from diffusers_lsep.data import SampleStream, StreamBatches, keep_batch, sample_posterior
 from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.fine_tuning import merge_lora
 from diffusers_lsep.hub import push_folder
 from diffusers_lsep.model_card import Gallery, write_model_card
-from diffusers_lsep.repa import REPARegularizer
 from diffusers_lsep.training_log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
 from diffusers_lsep.training_processes import StopSignal, usable_cores
 from diffusers_lsep.training_setup import (
     Setup,
+    build_objective,
     compare_settings,
+    describe,
     find_run_to_continue,
     parse_args,
     prepare,
@@ -92,8 +92,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"train_lsep.py runs on one device or data-parallel, not on {accelerator.distributed_type}.")
+    kind = accelerator.distributed_type
+    other = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP)
+    if kind in other and not accelerator.is_fsdp2:
+        raise ValueError(f"train_lsep.py runs on one device, data-parallel or with FSDP2, not with {kind}.")
+    if accelerator.is_fsdp2:
+        if accelerator.state.fsdp_plugin.activation_checkpointing:
+            raise ValueError("give `--gradient_checkpointing` in place of `fsdp_activation_checkpointing`.")
+        # Autocast from weights in float32, as without sharding. accelerate's policy would round times and losses too.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     args.mixed_precision = accelerator.mixed_precision
     if accelerator.device.type == "cpu":
         # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
@@ -124,43 +131,16 @@ def check_tracker(args: argparse.Namespace) -> str | None:
 class Trainer:
     """Model, optimiser, average and stream of one run, and what is done with them."""
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, setup: Setup, settings: dict[str, Any]):
+    def __init__(
+        self, args: argparse.Namespace, accelerator: Accelerator, setup: Setup, settings: dict[str, Any], load: bool
+    ):
         self.args, self.accelerator, self.setup, self.settings = args, accelerator, setup, settings
         self.output_dir = Path(args.output_dir)
 
         # 1. Transformer, probe and objective
         set_seed(args.seed)
-        transformer = SiTTransformer2DModel(**setup.config)
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        probe = None if args.no_lsep else LinearProbe(width, transformer.config.num_classes)
-        grid_size = transformer.config.sample_size // transformer.config.patch_size
-        regularizers = {}
-        if setup.encoder is not None:
-            regularizers["repa"] = REPARegularizer(width, setup.encoder.size, args.repa_depth, args.repa_weight)
-        self.objective = LSEPObjective(
-            transformer,
-            probe,
-            path_type=args.path_type,
-            probe_depth=args.probe_depth,
-            probe_dropout_prob=args.probe_dropout_prob,
-            class_dropout_prob=args.class_dropout_prob,
-            crop_size=(args.crop_size_min, grid_size),
-            probe_weight_start=args.probe_weight_start,
-            probe_weight_end=args.probe_weight_end,
-            num_probe_weights=args.num_probe_weights,
-            timestep_sampling=args.timestep_sampling,
-            regularizers=regularizers,
-        )
-        self.objective.train()
-        if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        self.pipeline = LSEPPipeline(
-            transformer=transformer,
-            scheduler=FlowMatchSDEScheduler(path_type=args.path_type),
-            vae=setup.vae,
-            id2label=dict(enumerate(setup.names)),
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.objective = build_objective(args, setup, load=load)
+        transformer = self.objective.transformer
         self.validation_labels = self.get_validation_labels()
         if setup.vae is not None:
             setup.vae.to(accelerator.device)
@@ -169,6 +149,7 @@ class Trainer:
             setup.encoder.to(accelerator.device)
 
         # 2. The stream of samples
+        grid_size = transformer.config.sample_size // transformer.config.patch_size
         latent_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
         stream_options = {
             "latent_shape": latent_shape,
@@ -214,7 +195,7 @@ class Trainer:
         args, accelerator, objective = self.args, self.accelerator, self.objective
         objective.to(accelerator.device)
         parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
-        groups = [{"params": parameters, "lr": args.learning_rate}]
+        groups = [{"params": [p for p in parameters if p.requires_grad], "lr": args.learning_rate}]
         if objective.probe is not None:
             groups.append({"params": list(objective.probe.parameters()), "lr": args.probe_learning_rate})
         self.optimizer = torch.optim.AdamW(
@@ -230,25 +211,7 @@ class Trainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        self.ema = None
-        if args.use_ema:
-            min_decay = 0.0 if args.ema_warmup else args.ema_decay
-            self.ema = EMAModel(objective.parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
-            # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
-            self.ema.optimization_step = 0 if args.ema_warmup else 1
-
-        self.step, self.last_checkpoint = 0, checkpoint
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, objective, self.optimizer, self.ema)
-            self.step = state["step"]
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
-                group["lr"] = rate
-            if self.ema is not None:
-                self.ema.optimization_step = state["ema_step"]
-            if accelerator.scaler is not None and state["scaler"]:
-                accelerator.scaler.load_state_dict(state["scaler"])
-
+        self.step, self.last_checkpoint = 0 if checkpoint is None else read_state(checkpoint)["step"], checkpoint
         batches = StreamBatches(
             args.train_batch_size,
             start=self.step * self.setup.samples_per_step,
@@ -261,8 +224,32 @@ class Trainer:
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
+        # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
+        self.ema = None
+        if args.use_ema:
+            min_decay = 0.0 if args.ema_warmup else args.ema_decay
+            self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
+            # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
+            self.ema.optimization_step = 0 if args.ema_warmup else 1
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, objective, self.optimizer, self.ema)
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+                group["lr"] = rate
+            if self.ema is not None:
+                self.ema.optimization_step = state["ema_step"]
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
         self.probe_weight_scale = torch.ones((), device=accelerator.device)
+
+    @property
+    def saves(self) -> bool:
+        """Whether this process takes part in saving: all do where each has only a part of the weights."""
+        return self.accelerator.is_main_process or self.accelerator.is_fsdp2
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
@@ -306,7 +293,8 @@ class Trainer:
                 batch = next(batches)
                 data_wait = time.perf_counter() - start
                 with accelerator.accumulate(self.model):
-                    output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
+                    with accelerator.autocast():  # accelerate forgets it with FSDP2
+                        output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
                     accelerator.backward(output.loss)
                     rows = batch.get("probe_rows", slice(None))
                     self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
@@ -320,7 +308,7 @@ class Trainer:
             self.learning_rates = self.lr_scheduler.get_last_lr()
             self.lr_scheduler.step()
             if self.ema is not None:
-                self.ema.step(self.objective.parameters())
+                self.ema.step(self.trained_parameters())
             self.step += 1
             self.progress.update()
 
@@ -373,15 +361,24 @@ class Trainer:
         self.accelerator.log(scalars, step=self.step)
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Puts the averaged weights into the model for a while."""
-        parameters = list(self.objective.parameters())
+    def averaged_objective(self) -> Iterator[LSEPObjective]:
+        """The objective with the averaged weights, for a while, and whole on every process."""
+        if self.accelerator.is_fsdp2:
+            weights = self.objective.state_dict()
+            if self.ema is not None:
+                weights |= named_averages(self.objective, self.ema)
+            with self.accelerator.device:
+                objective = build_objective(self.args, self.setup, load=False)
+            objective.load_state_dict(whole_tensors(weights))
+            yield objective.eval()
+            return
+        parameters = self.trained_parameters()
         if self.ema is not None:
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
         self.objective.eval()
         try:
-            yield
+            yield self.objective
         finally:
             self.objective.train()
             if self.ema is not None:
@@ -390,41 +387,51 @@ class Trainer:
     def validate(self):
         """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
         accelerator = self.accelerator
-        with self.averaged_weights(), torch.no_grad():
+        with self.averaged_objective() as objective, torch.no_grad():
             if self.held_out is not None:
-                self.report(self.measure())
+                self.report(self.measure(objective))
             if accelerator.is_main_process:
-                self.draw_samples()
+                self.draw_samples(self.make_pipeline(objective.transformer))
         if accelerator.is_main_process:
             draw_curves(self.output_dir)
         accelerator.wait_for_everyone()
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, objective: LSEPObjective) -> dict[str, float]:
         """Losses and probe accuracy on the held-out images, which the processes share out."""
         args, accelerator = self.args, self.accelerator
         num_rows = len(self.held_out.source.labels)
         rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
         names = ["denoising_loss"]
-        if self.objective.probe is not None:
+        if objective.probe is not None:
             names += ["probe_loss", "probe_accuracy"]
-        names += [f"{name}_loss" for name in self.objective.regularizers]
+        names += [f"{name}_loss" for name in objective.regularizers]
         sums = torch.zeros(len(names), device=accelerator.device)
         for first in range(0, len(rows), args.train_batch_size):
             batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            output = self.objective(**self.inputs(batch))
+            output = objective(**self.inputs(batch))
             means = batch_means(output)
             sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
-    def draw_samples(self):
+    def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
+        pipeline = LSEPPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
+            vae=self.setup.vae,
+            id2label=dict(enumerate(self.setup.names)),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw_samples(self, pipeline: LSEPPipeline):
         """Writes `samples/step-N.png`: the same classes and the same noise every time."""
         args, labels = self.args, self.validation_labels
         class_ids = labels * args.num_validation_images
         generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_ids))]
         with self.accelerator.autocast():
-            images = self.pipeline(
+            images = pipeline(
                 class_ids,
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=args.validation_guidance_scale,
@@ -442,38 +449,44 @@ class Trainer:
                 tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
 
     def save_pipeline(self, folder: Path):
-        """Writes the averaged weights as a pipeline, and the probe beside it."""
-        with self.averaged_weights():
-            self.pipeline.save_pretrained(folder)
-            if self.objective.probe is not None:
-                self.objective.probe.save_pretrained(folder / "probe")
+        """Writes the averaged weights as a pipeline, and the probe beside it. A call for all processes."""
+        with self.averaged_objective() as objective:
+            if self.accelerator.is_main_process:
+                self.make_pipeline(merge_lora(objective.transformer)).save_pretrained(folder)
+                if objective.probe is not None:
+                    objective.probe.save_pretrained(folder / "probe")
 
     def save_checkpoint(self):
         args, accelerator = self.args, self.accelerator
         folder = self.output_dir / f"checkpoint-{self.step}"
+        state = {
+            "step": self.step,
+            "ema_step": self.ema.optimization_step if self.ema is not None else None,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "settings": self.settings,
+        }
+        try:
+            if self.saves:
+                main = accelerator.is_main_process
+                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, self.ema, main)
+        except Exception as error:  # A full disk, for one, shows in many ways.
+            good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
+            raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
         if accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "ema_step": self.ema.optimization_step if self.ema is not None else None,
-                "lr_scheduler": self.lr_scheduler.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "settings": self.settings,
-            }
-            try:
-                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, self.ema)
-            except Exception as error:  # A full disk, for one, shows in many ways.
-                good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
-                raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
             remove_old_checkpoints(self.output_dir, args.checkpoints_total_limit, args.milestone_steps)
         self.last_checkpoint = folder
         accelerator.wait_for_everyone()
 
     def save_result(self):
         """Writes the pipeline into the root of the output folder, `model_index.json` last, and its model card."""
-        args = self.args
-        with whole_folder(self.output_dir / ".pipeline") as partial:
+        args, source = self.args, self.output_dir / ".pipeline"
+        if not self.accelerator.is_main_process:
+            if self.saves:
+                self.save_pipeline(source)
+            return
+        with whole_folder(source) as partial:
             self.save_pipeline(partial)
-        source = self.output_dir / ".pipeline"
         (self.output_dir / "model_index.json").unlink(missing_ok=True)
         for path in sorted(source.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = self.output_dir / path.name
@@ -511,30 +524,6 @@ def draw_curves(output_dir: Path):
         print("curves.png needs matplotlib: pip install 'diffusers_lsep[train]'", file=sys.stderr)
 
 
-def describe(args: argparse.Namespace, setup: Setup, trainer: Trainer) -> str:
-    """Sizes of a run, for `--dry_run`."""
-    transformer = trainer.objective.transformer
-    width, tokens = transformer.inner_dim, trainer.stream.grid_size**2
-    parameters = sum(p.numel() for p in transformer.parameters())
-    frozen = [model for model in (setup.vae, setup.encoder and setup.encoder.model) if model is not None]
-    frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
-    # Weights, gradients, AdamW's two moments and the average in float32. A block keeps about 34 values per token and
-    # channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention), in the dtype of the
-    # computation; with gradient checkpointing one block keeps them, and the others their input.
-    state = 4 * parameters * (5 if args.use_ema else 4) + 4 * frozen_parameters
-    blocks = transformer.config.num_layers + (0 if args.no_lsep else args.probe_depth)
-    values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
-    activations = values * (4 if args.mixed_precision == "no" else 2) // 2
-    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
-    return (
-        f"transformer: {parameters:,} parameters, {transformer.config.num_layers} blocks of width {width}\n"
-        f"tokens: {tokens} per image\n"
-        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes\n"
-        f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch\n"
-        f"memory per process, roughly: {state / 1e9:.2f} GB of state, {activations / 1e9:.2f} GB of activations"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, Path(__file__).resolve().parent)
     accelerator = make_accelerator(args)
@@ -556,10 +545,12 @@ def main(argv: list[str] | None = None) -> int:
         compare_settings(settings, old_settings, accelerator.print)
     if args.resume_from_checkpoint:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
+    if setup.start is not None and checkpoint is None:
+        accelerator.print(setup.start.describe())
     with torch.device("meta" if args.dry_run else "cpu"):
-        trainer = Trainer(args, accelerator, setup, settings)
+        trainer = Trainer(args, accelerator, setup, settings, load=checkpoint is None and not args.dry_run)
     if args.dry_run:
-        accelerator.print(describe(args, setup, trainer))
+        accelerator.print(describe(args, setup, trainer.objective))
         return 0
     accelerator.wait_for_everyone()
 
@@ -577,8 +568,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Training
     finished = trainer.train()
-    if finished and accelerator.is_main_process:
+    if finished:
         trainer.save_result()
+    if finished and accelerator.is_main_process:
         print(f"Saved the pipeline in {output_dir}, samples in {output_dir / 'samples'}.")
         if args.push_to_hub:
             repo_id = args.hub_model_id or output_dir.resolve().name

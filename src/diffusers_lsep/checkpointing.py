@@ -7,7 +7,7 @@ checkpoint-1000/
     optimizer.safetensors    AdamW's moments, by parameter
     training_state.json      step, learning rates, loss scale, settings
     pipeline/                the averaged weights, for `DiffusionPipeline.from_pretrained`, with `probe/`
-    average.safetensors      those of them that no pipeline has, if there are any: REPA's projector
+    average.safetensors      those of them that no pipeline has, if there are any: REPA's projector, LoRA layers
     manifest.json            size and SHA-256 of every other file
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .objective import LinearProbe, LSEPObjective
 from .transformer_sit import SiTTransformer2DModel
@@ -96,9 +97,10 @@ def save_checkpoint(
     state: dict[str, Any],
     save_pipeline: Callable[[Path], None],
     ema: EMAModel | None = None,
+    is_main_process: bool = True,
 ):
     """
-    Writes a checkpoint.
+    Writes a checkpoint. Where the parameters are sharded, all processes have to call this.
 
     Args:
         folder (`Path`): Where; replaced if it exists.
@@ -106,14 +108,22 @@ def save_checkpoint(
         optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
         state (`dict`): Whatever else there is to remember, as JSON.
         save_pipeline (`Callable`): Saves the averaged weights, as a pipeline with a `probe/`, into the folder it gets.
-        ema (`EMAModel`, *optional*): The average of the objective's parameters, in their order.
+        ema (`EMAModel`, *optional*): The average of the objective's trained parameters, in their order.
+        is_main_process (`bool`, defaults to `True`): Whether to write: the others only help to gather the tensors.
     """
+    average = named_averages(objective, ema) if ema is not None else {}
+    files = {
+        MODEL_FILE: whole_tensors(objective.state_dict()),
+        OPTIMIZER_FILE: whole_tensors(_optimizer_tensors(objective, optimizer)),
+        AVERAGE_FILE: whole_tensors({name: value for name, value in average.items() if not _is_in_pipeline(name)}),
+    }
+    if not is_main_process:
+        save_pipeline(folder)
+        return
     with whole_folder(folder) as partial:
-        save_file(_tensors(objective.state_dict()), partial / MODEL_FILE)
-        save_file(_tensors(_optimizer_tensors(objective, optimizer)), partial / OPTIMIZER_FILE)
-        average = {name: shadow for name, shadow in _averages(objective, ema) if not _is_in_pipeline(name)}
-        if average:
-            save_file(_tensors(average), partial / AVERAGE_FILE)
+        for name, tensors in files.items():
+            if tensors or name != AVERAGE_FILE:
+                save_file(tensors, partial / name)
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         save_pipeline(partial / PIPELINE_FOLDER)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -131,18 +141,23 @@ def load_checkpoint(
         folder (`Path`): The checkpoint, which [`find_damage`] found whole.
         objective ([`LSEPObjective`]): Transformer and probe.
         optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
-        ema (`EMAModel`, *optional*): The average of the objective's parameters, in their order.
+        ema (`EMAModel`, *optional*): The average of the objective's trained parameters, in their order.
 
     Returns:
         `dict`: the `state` that was given to [`save_checkpoint`].
     """
-    objective.load_state_dict(load_file(folder / MODEL_FILE))
+    current = objective.state_dict()
+    weights = load_file(folder / MODEL_FILE)
+    objective.load_state_dict({k: _shard_like(v, current[k]) if k in current else v for k, v in weights.items()})
 
     states: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
         name, _, slot = key.rpartition(".")
         states.setdefault(name, {})[slot] = tensor
-    by_index = {index: states[name] for index, name in enumerate(_names(objective, optimizer)) if name in states}
+    by_index = {}
+    for index, name in enumerate(_names(objective, optimizer)):
+        if name in states:
+            by_index[index] = {slot: _shard_like(value, current[name]) for slot, value in states[name].items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": by_index})
 
     if ema is not None:
@@ -155,8 +170,8 @@ def load_checkpoint(
             average |= LinearProbe.from_pretrained(folder / PIPELINE_FOLDER / "probe").named_parameters("probe")
         if (folder / AVERAGE_FILE).exists():
             average |= load_file(folder / AVERAGE_FILE)
-        for name, shadow in _averages(objective, ema):
-            shadow.copy_(average[name].detach())
+        for name, shadow in named_averages(objective, ema).items():
+            shadow.copy_(_shard_like(average[name].detach(), shadow))
     return read_state(folder)
 
 
@@ -240,16 +255,30 @@ def _names(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> list[s
     return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _averages(objective: LSEPObjective, ema: EMAModel | None) -> list[tuple[str, torch.Tensor]]:
-    """The average's tensors with the names of the parameters."""
-    if ema is None:
-        return []
-    names = [name for name, _ in objective.named_parameters()]
-    return list(zip(names, ema.shadow_params, strict=True))
+def named_averages(objective: LSEPObjective, ema: EMAModel) -> dict[str, torch.Tensor]:
+    """The average of the trained parameters, by their names."""
+    names = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+    return dict(zip(names, ema.shadow_params, strict=True))
+
+
+def whole_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors without gradient; those that are sharded are put together on the host, by all processes in step."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.contiguous()
+    return whole
+
+
+def _shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, if `like` is such a part (and the tensor no scalar beside it)."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def _is_in_pipeline(name: str) -> bool:
-    return name.startswith(("transformer.", "probe."))
+    return name.startswith(("transformer.", "probe.")) and ".lora_" not in name
 
 
 def _optimizer_tensors(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -259,10 +288,6 @@ def _optimizer_tensors(objective: LSEPObjective, optimizer: torch.optim.Optimize
         for index, name in enumerate(_names(objective, optimizer))
         for slot, value in states.get(index, {}).items()
     }
-
-
-def _tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _sha256(path: Path) -> str:

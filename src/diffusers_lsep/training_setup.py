@@ -20,9 +20,10 @@ from diffusers.optimization import SchedulerType
 
 from .checkpointing import choose_checkpoint, read_state
 from .data import SampleSource, SourceSubset, cut_off, load_image_dataset, open_images
+from .fine_tuning import Start, add_lora, read_pretrained
 from .latents import MomentsDataset, OriginalMomentsDataset
-from .objective import TIMESTEP_SAMPLINGS
-from .repa import REPAEncoder
+from .objective import TIMESTEP_SAMPLINGS, LinearProbe, LSEPObjective
+from .repa import REPAEncoder, REPARegularizer
 from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 
 
@@ -104,6 +105,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--attention_head_dim", type=size, help="in place of the preset's")
     group.add_argument("--qk_norm", action="store_true", help="LayerNorm on queries and keys")
     group.add_argument("--model_config_name_or_path", help="config of a SiTTransformer2DModel, in place of a preset")
+    group.add_argument("--pretrained_model_name_or_path", help="a pipeline of this package, to start from its weights")
+    group.add_argument("--new_classes", action="store_true", help="its classes are others, though as many")
+    group.add_argument("--lora_rank", type=size, help="train LoRA layers and the label table, and freeze all else")
     group.add_argument("--pretrained_vae_model_name_or_path", help="AutoencoderKL; without it the model sees pixels")
 
     group = parser.add_argument_group("method")
@@ -205,6 +209,11 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
             f"--probe_fraction has to leave the probe at least one of the {args.train_batch_size} samples of a batch"
             f" (--train_batch_size), but is {args.probe_fraction}"
         )
+    if args.pretrained_model_name_or_path and args.model_config_name_or_path:
+        parser.error("--pretrained_model_name_or_path says what --model_config_name_or_path says: give one of them")
+    for flag in ("new_classes", "lora_rank"):
+        if getattr(args, flag) and not args.pretrained_model_name_or_path:
+            parser.error(f"--{flag} needs a model to start from: --pretrained_model_name_or_path")
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args
@@ -218,6 +227,7 @@ class Setup:
     held_out: SampleSource | None
     names: list[str]  # of the classes
     config: dict[str, Any]  # of the transformer
+    start: Start | None  # from a saved pipeline
     vae: AutoencoderKL | None
     encoder: REPAEncoder | None
     images: SampleSource | None  # the pixels of the rows of `source`, where the encoder needs them beside moments
@@ -234,8 +244,14 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     """Loads data and model, and fills in the flags that depend on them."""
     # 1. VAE
     latents = open_latents(args.latents_dir) if args.latents_dir is not None else None
+    pretrained = None
+    if args.pretrained_model_name_or_path is not None:
+        pretrained = read_pretrained(args.pretrained_model_name_or_path)
     vae, vae_options = None, {}
-    if latents is not None and args.pretrained_vae_model_name_or_path is None and hasattr(latents, "metadata"):
+    if pretrained is not None and pretrained.has_vae and args.pretrained_vae_model_name_or_path is None:
+        args.pretrained_vae_model_name_or_path = pretrained.name_or_path
+        vae_options = {"subfolder": "vae"}
+    elif latents is not None and args.pretrained_vae_model_name_or_path is None and hasattr(latents, "metadata"):
         args.pretrained_vae_model_name_or_path = latents.metadata["vae"]
         vae_options = {key: latents.metadata.get(f"vae_{key}") for key in ("subfolder", "revision")}
     if args.pretrained_vae_model_name_or_path is not None:
@@ -258,6 +274,11 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
             path = args.model_config_name_or_path
             raise ValueError(f"`--model_config_name_or_path` {path!r} cannot be loaded: {error}") from error
         config |= {name: value for name, value in loaded.items() if not name.startswith("_") and value is not None}
+    if pretrained is not None:
+        # Data and flags decide about these two.
+        config |= {k: v for k, v in pretrained.config.items() if k not in ("sample_size", "num_classes")}
+        if latents is None and args.resolution is None:
+            config["sample_size"] = pretrained.config["sample_size"]
     config |= {name: getattr(args, name) for name in SIT_PRESETS[args.preset] if getattr(args, name) is not None}
     config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
     if latents is not None:
@@ -305,6 +326,11 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     if fraction is not None:
         source, held_out = cut_off(source, fraction, args.seed)
     config["num_classes"] = args.num_classes = len(names)
+    start = None
+    if pretrained is not None:
+        check_fit(args, config, pretrained.config, pretrained.path_type)
+        new_classes = args.new_classes or len(names) != pretrained.config["num_classes"]
+        start = Start(pretrained, config, names, new_classes)
 
     # 4. Method: what is not given is the paper's for this size
     shape = {name: config[name] for name in SIT_PRESETS["SiT-XL/2"]}
@@ -349,7 +375,93 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "class_names": zlib.crc32("\n".join(names).encode()),
         "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
     }
-    return Setup(source, held_out, names, config, vae, encoder, images, held_out_images, samples_per_step, facts)
+    return Setup(
+        source, held_out, names, config, start, vae, encoder, images, held_out_images, samples_per_step, facts
+    )
+
+
+def check_fit(args: argparse.Namespace, config: dict[str, Any], pretrained: dict[str, Any], path_type: str):
+    """Whether the weights of another transformer fit the one that the flags and the data ask for."""
+    for name, value in pretrained.items():
+        if name not in ("sample_size", "num_classes") and config.get(name) != value:
+            raise ValueError(
+                f"`--pretrained_model_name_or_path` is a model with `{name}={value}`, but flags or data ask for"
+                f" {config.get(name)}."
+            )
+    if args.path_type != path_type:
+        raise ValueError(
+            f"`--path_type` has to be {path_type!r}, the path of `--pretrained_model_name_or_path`, but is"
+            f" {args.path_type!r}."
+        )
+
+
+def build_objective(args: argparse.Namespace, setup: Setup, load: bool) -> LSEPObjective:
+    """
+    Makes transformer, probe and regularizers, ready to be trained.
+
+    Args:
+        args (`argparse.Namespace`): The flags, after [`prepare`].
+        setup ([`Setup`]): What they come to.
+        load (`bool`): Whether to load the weights that the run starts from, if there are any.
+    """
+    if setup.start is not None and load:
+        transformer, probe = setup.start.load()
+    else:
+        transformer, probe = SiTTransformer2DModel(**setup.config), None
+    if args.no_lsep:
+        probe = None
+    elif probe is None:
+        probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes)
+    regularizers = {}
+    if setup.encoder is not None:
+        size = setup.encoder.size
+        regularizers["repa"] = REPARegularizer(transformer.inner_dim, size, args.repa_depth, args.repa_weight)
+    if args.lora_rank is not None:
+        add_lora(transformer, args.lora_rank)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    grid_size = transformer.config.sample_size // transformer.config.patch_size
+    return LSEPObjective(
+        transformer,
+        probe,
+        path_type=args.path_type,
+        probe_depth=args.probe_depth,
+        probe_dropout_prob=args.probe_dropout_prob,
+        class_dropout_prob=args.class_dropout_prob,
+        crop_size=(args.crop_size_min, grid_size),
+        probe_weight_start=args.probe_weight_start,
+        probe_weight_end=args.probe_weight_end,
+        num_probe_weights=args.num_probe_weights,
+        timestep_sampling=args.timestep_sampling,
+        regularizers=regularizers,
+    ).train()
+
+
+def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective) -> str:
+    """Sizes of a run, for `--dry_run`."""
+    transformer = objective.transformer
+    config, width = transformer.config, transformer.inner_dim
+    tokens = (config.sample_size // config.patch_size) ** 2
+    parameters = sum(p.numel() for p in transformer.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = [model for model in (setup.vae, setup.encoder and setup.encoder.model) if model is not None]
+    frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
+    # Weights in float32, and of what is trained gradients, AdamW's two moments and the average. A block keeps about 34
+    # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
+    # in the dtype of the computation; with gradient checkpointing one block keeps them, and the others their input.
+    state = 4 * (parameters + frozen_parameters + trained * (4 if args.use_ema else 3))
+    blocks = config.num_layers + (0 if args.no_lsep else args.probe_depth)
+    values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
+    activations = values * (4 if args.mixed_precision == "no" else 2) // 2
+    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
+    return (
+        f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {width}\n"
+        f"trained: {trained:,} parameters, with what is beside the transformer\n"
+        f"tokens: {tokens} per image\n"
+        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes\n"
+        f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch\n"
+        f"memory per process, roughly: {state / 1e9:.2f} GB of state, {activations / 1e9:.2f} GB of activations"
+    )
 
 
 def given(values: dict[str, Any], name: str, needed: int, by: str) -> int:

@@ -1,0 +1,160 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training that starts from a saved pipeline: with other classes, at another size, through LoRA."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .objective import LinearProbe
+from .pipeline_lsep import LSEPPipeline
+from .transformer_sit import SiTTransformer2DModel
+
+
+# The layers of a block that LoRA adapts; the modulation and the embeddings stay as they are, but for the label table.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+
+@dataclass
+class PretrainedPipeline:
+    """What a saved pipeline says about itself, without its weights."""
+
+    name_or_path: str
+    config: dict[str, Any]  # of the transformer
+    path_type: str
+    names: list[str] | None  # of the classes
+    has_vae: bool
+    has_probe: bool
+
+
+def read_pretrained(name_or_path: str) -> PretrainedPipeline:
+    """
+    Reads the configs of a saved pipeline.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id of an [`LSEPPipeline`].
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    try:
+        index = LSEPPipeline.load_config(name_or_path)
+        if index.get("_class_name") != "LSEPPipeline":
+            raise ValueError(f"it is no LSEPPipeline, but a {index.get('_class_name')}")
+        config = SiTTransformer2DModel.load_config(name_or_path, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--pretrained_model_name_or_path` {name_or_path!r} cannot be loaded: {error}") from error
+    try:
+        LinearProbe.load_config(name_or_path, subfolder="probe")
+        has_probe = True
+    except OSError:
+        has_probe = False
+    id2label = index.get("id2label")
+    return PretrainedPipeline(
+        name_or_path=name_or_path,
+        config={name: value for name, value in config.items() if not name.startswith("_")},
+        path_type=index.get("path_type", "linear"),
+        names=[id2label[key] for key in sorted(id2label, key=int)] if id2label else None,
+        has_vae=index.get("vae", [None])[0] is not None,
+        has_probe=has_probe,
+    )
+
+
+@dataclass
+class Start:
+    """From which weights a run starts, and what of them it keeps."""
+
+    pretrained: PretrainedPipeline
+    config: dict[str, Any]  # of the transformer in training
+    names: list[str]  # of its classes
+    new_classes: bool
+
+    def describe(self) -> str:
+        """What is kept and what starts anew, for the user."""
+        pretrained, config = self.pretrained, self.config
+        lines = []
+        if self.new_classes:
+            lines.append(
+                "all weights are kept but the label table and the probe, which start anew:"
+                f" {config['num_classes']} classes in place of {pretrained.config['num_classes']}, each from the"
+                " embedding of the null class"
+            )
+        else:
+            lines.append("all weights are kept, the label table included")
+            lines.append("the probe too" if pretrained.has_probe else "there is no probe with them: it starts anew")
+            if pretrained.names is not None and pretrained.names != self.names:
+                row = next(i for i, pair in enumerate(zip(pretrained.names, self.names)) if pair[0] != pair[1])
+                lines.append(
+                    f"class {row} is {pretrained.names[row]!r} there and {self.names[row]!r} here: if these are not"
+                    " the same classes in the same order, give `--new_classes`"
+                )
+        before, now = (c["sample_size"] // c["patch_size"] for c in (pretrained.config, config))
+        if before != now:
+            lines.append(f"the position table is made anew for {now} x {now} tokens in place of {before} x {before}")
+        return f"Starting from {pretrained.name_or_path}: {'; '.join(lines)}."
+
+    def load(self) -> tuple[SiTTransformer2DModel, LinearProbe | None]:
+        """
+        Loads the transformer, and the probe if it is kept.
+
+        Raises:
+            `ValueError`: if weights are missing or damaged.
+        """
+        name_or_path, size = self.pretrained.name_or_path, self.config["sample_size"]
+        try:
+            transformer = SiTTransformer2DModel.from_pretrained(
+                name_or_path, subfolder="transformer", sample_size=size, use_safetensors=True
+            ).float()
+            probe = None
+            if self.pretrained.has_probe and not self.new_classes:
+                probe = LinearProbe.from_pretrained(name_or_path, subfolder="probe", use_safetensors=True).float()
+        except Exception as error:  # A damaged file shows in many ways.
+            raise ValueError(
+                f"`--pretrained_model_name_or_path` {name_or_path!r} cannot be loaded: {error}"
+            ) from error
+        if self.new_classes:
+            replace_classes(transformer, self.config["num_classes"])
+        return transformer, probe
+
+
+def replace_classes(transformer: SiTTransformer2DModel, num_classes: int):
+    """
+    Gives a transformer a new label table, of which every row is the old null class's: it starts as the model that
+    draws anything.
+
+    Args:
+        transformer ([`SiTTransformer2DModel`]): The model, changed in place.
+        num_classes (`int`): The new number of classes, without the null class.
+    """
+    null_row = transformer.class_embedding.weight.detach()[-1:]
+    transformer.class_embedding = nn.Embedding.from_pretrained(null_row.repeat(num_classes + 1, 1), freeze=False)
+    transformer.register_to_config(num_classes=num_classes)
+
+
+def add_lora(transformer: SiTTransformer2DModel, rank: int):
+    """
+    Freezes a transformer but for its label table, and adds trainable LoRA layers (arXiv 2106.09685) of this rank to
+    all projections of attention and MLP. They start as zero.
+
+    Raises:
+        `ImportError`: if there is no peft.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
+    transformer.class_embedding.requires_grad_(True)
+
+
+def merge_lora(transformer: SiTTransformer2DModel) -> SiTTransformer2DModel:
+    """A copy of a transformer with its LoRA layers added to the weights; itself if it has none."""
+    if not getattr(transformer, "_hf_peft_config_loaded", False):
+        return transformer
+    with torch.no_grad():
+        merged = copy.deepcopy(transformer)
+        merged.fuse_lora()
+        merged.unload_lora()
+    return merged

@@ -1,0 +1,153 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Training with FSDP2, on CPU: accelerate leaves FSDP out there, though torch has it, so the processes of these tests say
+that they are to be sharded where accelerate would have said so on GPUs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_lsep.checkpointing import find_damage
+from diffusers_lsep.training_log import read_metrics
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"
+
+LAUNCHED = """
+import importlib.util, sys, torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+spec = importlib.util.spec_from_file_location("train_lsep", sys.argv[1])
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+class ShardingAccelerator(Accelerator):
+    def __init__(self, **options):
+        super().__init__(**options)
+        assert self.num_processes == 2
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["SiTTransformerBlock"],
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+        )
+        self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision if self.mixed_precision != "no" else "fp32")
+        self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+def prepare_training(trainer, checkpoint, prepare=script.Trainer.prepare_training):
+    prepare(trainer, checkpoint)
+    # in autocast like any other run
+    assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype is None
+    # really sharded: this process holds about a half
+    whole = sum(p.numel() for p in trainer.objective.parameters())
+    here = sum(p.to_local().numel() for p in trainer.objective.parameters())
+    assert 0.4 * whole < here < 0.6 * whole, (whole, here)
+    if trainer.ema is not None:
+        assert sum(p.to_local().numel() for p in trainer.ema.shadow_params) <= here
+
+script.Accelerator = ShardingAccelerator
+script.Trainer.prepare_training = prepare_training
+sys.exit(script.main(sys.argv[2:]))
+"""
+
+FLAGS = [
+    *("--patch_size", "2", "--num_layers", "3", "--num_attention_heads", "2", "--attention_head_dim", "8"),
+    *("--probe_depth", "1", "--crop_size_min", "2", "--learning_rate", "1e-2", "--ema_decay", "0.9"),
+    *("--max_train_steps", "4", "--checkpointing_steps", "2", "--logging_steps", "1", "--validation_steps", "4"),
+    *("--validation_split", "0.2", "--validation_inference_steps", "2", "--num_validation_images", "1"),
+    *("--num_cpu_threads", "1", "--report_to", "none"),
+]
+
+
+def train_sharded(tmp_path, *flags):
+    """Runs the script in two processes, each of which has a part of the weights."""
+    program = tmp_path / "launched.py"
+    program.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, program, SCRIPT]
+    command += [*FLAGS, "--train_batch_size", 4, "--output_dir", tmp_path / "sharded", *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=1
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def test_sharded_training_equals_ordinary_training(train, tmp_path, encoder):
+    """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
+    repa = ("--repa_encoder", encoder, "--repa_depth", 2)
+    train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole")
+    train_sharded(tmp_path, *repa, "--max_train_steps", 2)
+    train_sharded(tmp_path, *repa, "--resume_from_checkpoint", "latest")
+
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    lines = [read_metrics(run / "metrics.jsonl") for run in (whole, sharded)]
+    validations = [[line for line in run if "validation_denoising_loss" in line][-1] for run in lines]
+    steps = [[line for line in run if "loss" in line] for run in lines]
+    assert len(steps[0]) == 4
+    for one, other in zip([*steps[0], validations[0]], [*steps[1], validations[1]], strict=True):
+        names = {"loss", "probe_loss", "repa_loss", "grad_norm", "validation_probe_loss"} & one.keys()
+        assert names
+        for name in names:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+    for file in ("model.safetensors", "optimizer.safetensors", "average.safetensors"):
+        one, other = (load_file(run / "checkpoint-2" / file) for run in (whole, sharded))
+        assert one.keys() == other.keys() and len(one) >= 6
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
+    for folder in ("checkpoint-2/pipeline", "checkpoint-4/pipeline", "."):
+        pipelines = [DiffusionPipeline.from_pretrained(run / folder) for run in (whole, sharded)]
+        one, other = (pipeline.transformer.state_dict() for pipeline in pipelines)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-3, msg=name)
+    assert find_damage(sharded / "checkpoint-4") is None
+    assert {path.name for path in sharded.iterdir()} == {path.name for path in whole.iterdir()}
+    files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (whole, sharded)]
+    assert files[1] - files[0] <= {"samples/step-2.png"}  # of the first part's end
+
+    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", 5)
+    train(*repa, *resume, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=sharded)
+    assert json.loads((sharded / "checkpoint-5" / "training_state.json").read_text())["step"] == 5
+
+
+def test_what_cannot_be_sharded_so_is_refused(load_example, monkeypatch):
+    """FSDP1, and accelerate's own activation checkpointing."""
+    script = load_example("train_lsep")
+    args = script.parse_args(["--report_to", "none"], "", SCRIPT.parent)
+
+    def refused(plugin, message):
+        class FakeAccelerator:
+            distributed_type = DistributedType.FSDP
+            is_fsdp2 = plugin.fsdp_version == 2
+            state = SimpleNamespace(fsdp_plugin=plugin)
+
+        monkeypatch.setattr(script, "Accelerator", lambda **options: FakeAccelerator())
+        with pytest.raises(ValueError, match=message):
+            script.make_accelerator(args)
+
+    refused(SimpleNamespace(fsdp_version=1), "one device, data-parallel or with FSDP2, not with .*FSDP")
+    plugin = SimpleNamespace(fsdp_version=2, activation_checkpointing=True)
+    refused(plugin, "give `--gradient_checkpointing` in place of `fsdp_activation_checkpointing`")
