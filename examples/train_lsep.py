@@ -56,6 +56,7 @@ from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.fine_tuning import merge_lora
 from diffusers_lsep.hub import push_folder
 from diffusers_lsep.model_card import Gallery, write_model_card
+from diffusers_lsep.streaming import StreamedSamples
 from diffusers_lsep.training_log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
 from diffusers_lsep.training_processes import StopSignal, usable_cores
 from diffusers_lsep.training_setup import (
@@ -166,7 +167,8 @@ class Trainer:
             "random_flip": args.random_flip,
             "posterior_noise": setup.vae is not None,
         }
-        self.stream = SampleStream(setup.source, **stream_options, image_source=setup.images)
+        make_stream = StreamedSamples if args.streaming else SampleStream
+        self.stream = make_stream(setup.source, **stream_options, image_source=setup.images)
         self.held_out = None
         if setup.held_out is not None:
             self.held_out = SampleStream(setup.held_out, **stream_options, image_source=setup.held_out_images)

@@ -204,6 +204,19 @@ def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
     assert pipeline.transformer.config.sample_size == 16 and pipeline.transformer.config.in_channels == 3
 
 
+def test_streaming(train, own_images, tmp_path):
+    # `datasets` takes seconds to drop a file that was not read to its end: few runs.
+    assert train("--streaming", "--max_train_steps", 3) == 0
+    assert settings_of(tmp_path / "run")["training_images"] == 1437
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    train("--streaming", "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == losses
+
+    with pytest.raises(ValueError, match="`num_train_images` has to be given"):
+        train("--streaming", "--train_data_dir", own_images, "--resolution", 16, output_dir=tmp_path / "own")
+
+
 @pytest.mark.parametrize(
     "preset, expected",
     [
@@ -461,6 +474,9 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
         ),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
         (["--push_to_hub"], "--push_to_hub needs --license"),
+        (["--streaming", "--latents_dir", "a"], "--streaming is for images"),
+        (["--streaming", "--train_data_dir", "a", "--validation_split", "b"], "--streaming has no held-out images"),
+        (["--streaming", "--dataloader_num_workers", "2"], "--dataloader_num_workers has to be 0 .* is 2"),
         (["--probe_fraction", "0.1"], "--probe_fraction has to leave the probe at least one of the 4 samples"),
     ],
 )

@@ -92,7 +92,8 @@ def load_image_dataset(
     dataset_config_name: str | None = None,
     train_data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
-) -> "datasets.DatasetDict":
+    streaming: bool = False,
+) -> "datasets.DatasetDict | datasets.IterableDatasetDict":
     """
     Loads a data set of labelled images, with all its splits.
 
@@ -103,6 +104,7 @@ def load_image_dataset(
             In place of `dataset_name`, a folder of images with one subfolder per class or with a `metadata.jsonl`;
             with subfolders `train/` and `test/` around these it has two splits. Or a folder of Parquet files.
         cache_dir (`str` or `os.PathLike`, *optional*): Where `datasets` keeps its files.
+        streaming (`bool`, defaults to `False`): Whether the data are read while they are used, and not kept.
 
     Raises:
         `ValueError`: if not exactly one source is given, or if there is nothing to read.
@@ -125,7 +127,7 @@ def load_image_dataset(
             # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
             path, options = "imagefolder", {"data_files": {"train": str(folder / "**")}}
     try:
-        return datasets.load_dataset(path, cache_dir=cache_dir, **options)
+        return datasets.load_dataset(path, cache_dir=cache_dir, streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         value = dataset_name or str(train_data_dir)
         raise ValueError(f"`{name}` {value!r} cannot be read as a data set of images: {error}") from error
@@ -215,6 +217,53 @@ class SampleSource(Protocol):
         ...
 
 
+def check_image_column(dataset: "datasets.Dataset | datasets.IterableDataset", image_column: str):
+    """Raises a `ValueError` if a data set has no column of images of that name."""
+    import datasets
+
+    if image_column not in dataset.column_names:
+        raise ValueError(
+            f"`image_column` has to be a column of the data set, but there is no {image_column!r}; the columns are"
+            f" {dataset.column_names}."
+        )
+    feature = dataset.features[image_column]
+    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("string", "binary"):
+        raise ValueError(f"`image_column` has to hold images, but {image_column!r} holds {feature}.")
+
+
+def decode_images(
+    rows: np.ndarray, values: list[dict], flips: np.ndarray, resolution: int, num_channels: int
+) -> torch.Tensor:
+    """
+    Turns the files of images into a tensor `[B, C, resolution, resolution]`, float32 in [-1, 1].
+
+    Args:
+        rows (`np.ndarray` of shape `[B]`): What to call the images where one cannot be read.
+        values (`list[dict]`): The images, as `datasets.Image(decode=False)` gives them.
+        flips (`np.ndarray` of shape `[B]`, bool): Which images to mirror left to right.
+        resolution (`int`): Side of the square that images are cropped to, in pixels.
+        num_channels (`int`): 1 for grey, 3 for RGB; images are converted.
+
+    Raises:
+        `ValueError`: if an image cannot be read. Names its row and its file.
+    """
+    import datasets
+
+    decode = datasets.Image().decode_example  # turns the image as EXIF says
+    images = np.empty((len(rows), resolution, resolution, num_channels), dtype=np.uint8)
+    for index, (row, value) in enumerate(zip(rows, values)):
+        try:
+            image = center_crop(convert_mode(decode(value), num_channels), resolution)
+        except Exception as error:  # Whatever a decoder raises on a broken file
+            path = (value or {}).get("path")
+            raise ValueError(
+                f"the image of row {row}{f' ({path})' if path else ''} cannot be read: {error}"
+            ) from error
+        images[index] = np.asarray(image).reshape(images.shape[1:])
+    images[flips] = images[flips][:, :, ::-1]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
 class ImageSource:
     """
     Reads images as tensors.
@@ -242,14 +291,7 @@ class ImageSource:
     ):
         import datasets
 
-        if image_column not in dataset.column_names:
-            raise ValueError(
-                f"`image_column` has to be a column of the data set, but there is no {image_column!r}; the columns are"
-                f" {dataset.column_names}."
-            )
-        feature = dataset.features[image_column]
-        if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("string", "binary"):
-            raise ValueError(f"`image_column` has to hold images, but {image_column!r} holds {feature}.")
+        check_image_column(dataset, image_column)
         # Images are decoded here, to be able to say which one cannot be.
         as_bytes = datasets.Image(decode=False)
         self.dataset = dataset.select_columns([image_column]).cast_column(image_column, as_bytes)
@@ -257,7 +299,6 @@ class ImageSource:
         self.resolution = resolution
         self.num_channels = num_channels
         self.image_column = image_column
-        self._decode = datasets.Image().decode_example  # turns the image as EXIF says
 
     def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
         """
@@ -273,19 +314,8 @@ class ImageSource:
         Raises:
             `ValueError`: if an image cannot be read. Names its row and its file.
         """
-        images = np.empty((len(rows), self.resolution, self.resolution, self.num_channels), dtype=np.uint8)
         values = self.dataset[rows.tolist()][self.image_column]
-        for index, (row, value) in enumerate(zip(rows, values)):
-            try:
-                image = center_crop(convert_mode(self._decode(value), self.num_channels), self.resolution)
-            except Exception as error:  # Whatever a decoder raises on a broken file
-                path = (value or {}).get("path")
-                raise ValueError(
-                    f"the image of row {row}{f' ({path})' if path else ''} cannot be read: {error}"
-                ) from error
-            images[index] = np.asarray(image).reshape(images.shape[1:])
-        images[flips] = images[flips][:, :, ::-1]
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        return decode_images(rows, values, flips, self.resolution, self.num_channels)
 
 
 class SourceSubset:

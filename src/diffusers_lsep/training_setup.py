@@ -24,6 +24,7 @@ from .fine_tuning import Start, add_lora, read_pretrained
 from .latents import MomentsDataset, OriginalMomentsDataset
 from .objective import TIMESTEP_SAMPLINGS, LinearProbe, LSEPObjective
 from .repa import REPAEncoder, REPARegularizer
+from .streaming import open_stream
 from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 
 
@@ -87,6 +88,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--dataset_config_name", help="its configuration")
     group.add_argument("--train_data_dir", help="folder of images, one subfolder per class or with a metadata.jsonl")
     group.add_argument("--latents_dir", help="output of encode_latents.py, or a `vae-sd` folder of EDM2 and REPA")
+    group.add_argument("--streaming", action="store_true", help="read the data while training, without a download")
+    group.add_argument("--num_train_images", type=size, help="with --streaming, if the data set does not say it")
     group.add_argument("--cache_dir", help="where `datasets` keeps its files")
     group.add_argument("--image_column", default="image")
     group.add_argument("--label_column", default="label")
@@ -198,6 +201,14 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
         args.train_data_dir = str(examples / "digits")
     if len(sources) > 1:
         parser.error(f"only one source of data can be given, but there are --{' and --'.join(sources)}")
+    if args.streaming:
+        if args.latents_dir is not None:
+            parser.error("--streaming is for images, --latents_dir is on this machine")
+        if args.validation_split is not None and sources:
+            parser.error("--streaming has no held-out images: leave out --validation_split")
+        if args.dataloader_num_workers > 0:  # `datasets` would deal the shards out to them, in another order
+            parser.error(f"--dataloader_num_workers has to be 0 with --streaming, is {args.dataloader_num_workers}")
+        args.validation_split = None
     if args.resume_from_checkpoint and args.overwrite_output_dir:
         parser.error(
             "--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it: give one of them"
@@ -317,6 +328,12 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         if num_classes is not None and not len(names) <= num_classes:
             raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
         names += [str(index) for index in range(len(names), num_classes or 0)]
+    elif args.streaming:
+        location = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+        splits = load_image_dataset(*location, streaming=True)
+        size, columns = (args.resolution, args.image_channels), (args.image_column, args.label_column)
+        source = open_stream(splits, args.seed, args.num_train_images, *size, *columns, num_classes)
+        held_out, names = None, source.names
     else:
         splits = load_image_dataset(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         columns = (args.image_column, args.label_column)
@@ -371,7 +388,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "transformer": config,
         "samples_per_step": samples_per_step,
         "training_images": len(source.labels),
-        "training_labels": zlib.crc32(np.ascontiguousarray(source.labels)),
+        "training_labels": None if args.streaming else zlib.crc32(np.ascontiguousarray(source.labels)),
         "class_names": zlib.crc32("\n".join(names).encode()),
         "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
     }

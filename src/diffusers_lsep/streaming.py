@@ -1,0 +1,167 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training on a data set that is not downloaded: `datasets` streams it while the run goes on."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .data import SampleStream, check_image_column, decode_images
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class StreamedImages:
+    """
+    Images of a streamed data set, for a [`StreamedSamples`]. It knows neither labels nor images ahead: both are
+    checked when they arrive.
+
+    The order is only nearly random. Every epoch shuffles the shards, and the rows inside a buffer. Still it depends on
+    nothing but the seed: each process reads everything and decodes its own part, and a run that is continued skips
+    what was used, so that any number of processes sees the same samples, at the price of reading. A `DataLoader` must
+    not have worker processes: `datasets` would deal the shards out to them.
+
+    Args:
+        dataset (`datasets.IterableDataset`): The data set.
+        seed (`int`): Of the order.
+        num_images (`int`): How many images it has: the length of an epoch.
+        resolution (`int`): Side of the square that images are cropped to, in pixels.
+        num_channels (`int`, defaults to `3`): 1 for grey, 3 for RGB.
+        image_column (`str`, defaults to `"image"`): Column of the images.
+        label_column (`str`, defaults to `"label"`): Column of the labels.
+        num_classes (`int`, *optional*): Number of classes; not needed if the column is a `ClassLabel`.
+        buffer_size (`int`, defaults to `10000`): Size of the buffer, in rows.
+
+    Raises:
+        `ValueError`: if a column or the number of classes is missing.
+    """
+
+    kind = "images"
+
+    def __init__(
+        self,
+        dataset: "datasets.IterableDataset",
+        seed: int,
+        num_images: int,
+        resolution: int,
+        num_channels: int = 3,
+        image_column: str = "image",
+        label_column: str = "label",
+        num_classes: int | None = None,
+        buffer_size: int = 10_000,
+    ):
+        import datasets
+
+        if dataset.features is None:
+            raise ValueError("the data set does not declare its columns, and can only be used without streaming.")
+        if label_column not in dataset.features:
+            raise ValueError(
+                f"`label_column` has to be a column of the data set, but there is no {label_column!r}; the columns are"
+                f" {dataset.column_names}."
+            )
+        check_image_column(dataset, image_column)
+        feature = dataset.features[label_column]
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+        if not names and num_classes is None:
+            raise ValueError(f"`num_classes` has to be given: the streamed column {label_column!r} does not say it.")
+        if num_classes is not None and num_classes < len(names):
+            raise ValueError(f"`num_classes` has to be at least {len(names)}, but is {num_classes}.")
+        self.names = names + [str(index) for index in range(len(names), num_classes or 0)]
+
+        self.labels = StreamedLabels(num_images)
+        self.resolution = resolution
+        self.num_channels = num_channels
+        self.image_column = image_column
+        self.label_column = label_column
+        as_bytes = datasets.Image(decode=False)
+        dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, as_bytes)
+        self.dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
+        self._iterator = None
+        self._position = 0  # the sample that it gives next
+
+    def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
+        """
+        Reads the samples with these global indices, which have to grow from call to call (else it starts anew).
+
+        Raises:
+            `ValueError`: if an image cannot be read, a label is outside the classes, or the data set ends too early.
+        """
+        values = []
+        for row in rows.tolist():
+            sample = self._seek(row)
+            label = sample[self.label_column]
+            if not isinstance(label, int) or not 0 <= label < len(self.names):
+                raise ValueError(
+                    f"`label_column` {self.label_column!r} has to hold labels in 0..{len(self.names) - 1}, but sample"
+                    f" {row} of the stream has {label!r}."
+                )
+            self.labels.known[row] = label
+            values.append(sample[self.image_column])
+        return decode_images(rows, values, flips, self.resolution, self.num_channels)
+
+    def _seek(self, row: int) -> dict:
+        epoch, offset = divmod(row, len(self.labels))
+        same_epoch = epoch == self._position // len(self.labels) and self._position % len(self.labels) > 0
+        if self._iterator is None or row < self._position or not same_epoch:
+            dataset = self.dataset.skip(offset) if offset else self.dataset
+            dataset.set_epoch(epoch)
+            self._iterator, self._position = iter(dataset), row
+        try:
+            while True:
+                sample = next(self._iterator)
+                self._position += 1
+                if self._position > row:
+                    return sample
+        except StopIteration:
+            raise ValueError(
+                f"`num_train_images` says that the data set has {len(self.labels)} images, but it ended after"
+                f" {self._position % len(self.labels)}."
+            ) from None
+
+
+class StreamedLabels:
+    """The labels of the samples that were read last; its length is that of the data set."""
+
+    def __init__(self, num_images: int):
+        self.num_images = num_images
+        self.known: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self.known.pop(row) for row in rows.tolist()], dtype=np.int64)
+
+
+class StreamedSamples(SampleStream):
+    """A [`SampleStream`] that takes its samples in the order in which a [`StreamedImages`] gives them."""
+
+    def rows(self, indices: list[int]) -> np.ndarray:
+        return np.array(indices)
+
+
+def open_stream(
+    splits: "datasets.IterableDatasetDict", seed: int, num_images: int | None, *arguments
+) -> StreamedImages:
+    """
+    Opens the training split of a streamed data set.
+
+    Args:
+        splits (`datasets.IterableDatasetDict`): The data set, by [`~data.load_image_dataset`].
+        seed (`int`): Of the order.
+        num_images (`int`, *optional*): How many images it has, if it does not say it.
+        arguments: More arguments of [`StreamedImages`].
+
+    Raises:
+        `ValueError`: if there is no training split, or if the number of its images is not known.
+    """
+    if "train" not in splits:
+        raise ValueError(f"the data set has no split 'train'; the splits are {list(splits)}.")
+    info = (splits["train"].info.splits or {}).get("train")
+    num_images = num_images or (info.num_examples if info is not None else None)
+    if not num_images:
+        raise ValueError("`num_train_images` has to be given: the streamed data set does not say how many it has.")
+    return StreamedImages(splits["train"], seed, num_images, *arguments)
