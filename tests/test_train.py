@@ -213,8 +213,9 @@ def test_streaming(train, own_images, tmp_path):
     train("--streaming", "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
     assert [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == losses
 
+    shutil.copytree(own_images, tmp_path / "images")  # a folder that `datasets` has not counted yet
     with pytest.raises(ValueError, match="`num_train_images` has to be given"):
-        train("--streaming", "--train_data_dir", own_images, "--resolution", 16, output_dir=tmp_path / "own")
+        train("--streaming", "--train_data_dir", tmp_path / "images", output_dir=tmp_path / "own")
 
 
 @pytest.mark.parametrize(
