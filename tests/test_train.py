@@ -206,11 +206,12 @@ def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
 
 def test_streaming(train, own_images, tmp_path):
     # `datasets` takes seconds to drop a file that was not read to its end: few runs.
-    assert train("--streaming", "--max_train_steps", 3) == 0
+    flags = ("--streaming", "--max_train_steps", 3)
+    assert train(*flags) == 0
     assert settings_of(tmp_path / "run")["training_images"] == 1437
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    train("--streaming", "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    train(*flags, "--resume_from_checkpoint", "latest")
     assert [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == losses
 
     shutil.copytree(own_images, tmp_path / "images")  # a folder that `datasets` has not counted yet
