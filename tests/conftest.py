@@ -109,6 +109,24 @@ def train(load_example, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def launch_environment():
+    """What `accelerate launch` makes of a file in `examples/configs/accelerate`: its arguments and the environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    folder = Path(__file__).resolve().parents[1] / "examples" / "configs" / "accelerate"
+
+    def read(name, *flags):
+        args = launch_command_parser().parse_args(["--config_file", str(folder / name), *flags, "script.py"])
+        args, _, _ = _validate_launch_command(args)
+        if args.multi_gpu or args.use_fsdp:
+            return args, prepare_multi_gpu_env(args)
+        return args, prepare_simple_launcher_cmd_env(args)[1]
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """A file of random weights for Inception in torch-fidelity's layout, with activations of order one throughout."""
     import io

@@ -30,6 +30,7 @@ import importlib.util, sys, torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 
 spec = importlib.util.spec_from_file_location("train_lsep", sys.argv[1])
 script = importlib.util.module_from_spec(spec)
@@ -39,13 +40,7 @@ class ShardingAccelerator(Accelerator):
     def __init__(self, **options):
         super().__init__(**options)
         assert self.num_processes == 2
-        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["SiTTransformerBlock"],
-            reshard_after_forward=True,
-            cpu_ram_efficient_loading=False,
-        )
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the environment
         self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision if self.mixed_precision != "no" else "fp32")
         self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -53,6 +48,7 @@ def prepare_training(trainer, checkpoint, prepare=script.Trainer.prepare_trainin
     prepare(trainer, checkpoint)
     # in autocast like any other run
     assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype is None
+    assert isinstance(trainer.objective.transformer.transformer_blocks[0], FSDPModule)
     # really sharded: this process holds about a half
     whole = sum(p.numel() for p in trainer.objective.parameters())
     here = sum(p.to_local().numel() for p in trainer.objective.parameters())
@@ -74,13 +70,15 @@ FLAGS = [
 ]
 
 
-def train_sharded(tmp_path, *flags):
+def train_sharded(tmp_path, launch_environment, *flags):
     """Runs the script in two processes, each of which has a part of the weights."""
     program = tmp_path / "launched.py"
     program.write_text(LAUNCHED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, program, SCRIPT]
     command += [*FLAGS, "--train_batch_size", 4, "--output_dir", tmp_path / "sharded", *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    settings = launch_environment("fsdp2.yaml")[1]
+    environment = {key: value for key, value in settings.items() if key.startswith("FSDP_")}
+    environment |= {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
 
@@ -96,12 +94,12 @@ def encoder(tmp_path_factory):
     return folder
 
 
-def test_sharded_training_equals_ordinary_training(train, tmp_path, encoder):
+def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_environment, encoder):
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
     repa = ("--repa_encoder", encoder, "--repa_depth", 2)
     train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole")
-    train_sharded(tmp_path, *repa, "--max_train_steps", 2)
-    train_sharded(tmp_path, *repa, "--resume_from_checkpoint", "latest")
+    train_sharded(tmp_path, launch_environment, *repa, "--max_train_steps", 2)
+    train_sharded(tmp_path, launch_environment, *repa, "--resume_from_checkpoint", "latest")
 
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     lines = [read_metrics(run / "metrics.jsonl") for run in (whole, sharded)]
