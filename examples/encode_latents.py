@@ -32,6 +32,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
+from diffusers_lsep.checkpointing import hash_weights
 from diffusers_lsep.data import center_crop, convert_mode, keep_batch, load_image_dataset, read_labels
 from diffusers_lsep.image_files import ImageFiles, open_image_files
 from diffusers_lsep.latents import (
@@ -223,10 +224,7 @@ def resolve_settings(
     args: argparse.Namespace, images: ImageFiles | DatasetImages, vae: AutoencoderKL
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result; kept in the output folder and compared when a run continues."""
-    weights, rows = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.numpy().tobytes())
+    rows = hashlib.sha256()
     rows.update(json.dumps(images.names).encode())
     rows.update(images.labels.tobytes())
     # Training finds the VAE by what is stored here, from wherever it is started.
@@ -241,7 +239,7 @@ def resolve_settings(
         "vae": places["vae"],
         "vae_subfolder": args.vae_subfolder,
         "vae_revision": args.vae_revision,
-        "vae_sha256": weights.hexdigest(),
+        "vae_sha256": hash_weights(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,
         "resolution": args.resolution,

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 import diffusers_lsep
-from diffusers_lsep import FlowMatchSDEScheduler
 from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.sampling import LABEL_SAMPLINGS, SAMPLERS, choose_class_ids, draw_batch, set_scheduler
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument(
         "--label_sampling",
-        choices=["random", "balanced"],
+        choices=LABEL_SAMPLINGS,
         default="random",
         help="With --num_images: classes drawn at random (the papers' protocol) or all equally often (lower FID, and"
         " to be reported as such). Default: random.",
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how = parser.add_argument_group("how to draw")
     how.add_argument(
         "--scheduler",
-        choices=["sde", "ode", "heun", "dpmpp", "unipc"],
+        choices=SAMPLERS,
         help="Sampler in place of the one that the pipeline was saved with.",
     )
     how.add_argument("--num_inference_steps", type=int, default=250, help="Default: 250.")
@@ -110,49 +110,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def set_scheduler(pipe: DiffusionPipeline, name: str | None):
-    """Gives the pipeline the sampler of that name; None keeps the one that it was saved with."""
-    config = {"path_type": pipe.config.path_type, "num_train_timesteps": pipe.scheduler.config.num_train_timesteps}
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    if name == "sde":
-        saved = isinstance(pipe.scheduler, FlowMatchSDEScheduler) and pipe.scheduler.config.diffusion_form != "none"
-        pipe.scheduler = pipe.scheduler if saved else FlowMatchSDEScheduler(**config)
-    elif name == "ode":
-        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none")
-    elif name == "heun":
-        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none", solver_order=2)
-    elif name == "dpmpp":
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **flow)
-    elif name == "unipc":
-        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
-
-
-def choose_class_ids(args: argparse.Namespace, pipe: DiffusionPipeline) -> np.ndarray:
+def find_class_ids(args: argparse.Namespace, pipe: DiffusionPipeline) -> np.ndarray:
     """The class of every image, by its index."""
     num_classes = pipe.transformer.config.num_classes
-    if args.num_images is None:
-        labels = [int(label) if label.lstrip("-").isdigit() else label for label in args.class_labels]
-        ids = []
-        for label in labels:
-            if isinstance(label, str):
-                ids += pipe.get_label_ids(label)
-            elif 0 <= label < num_classes:
-                ids.append(label)
-            else:
-                raise ValueError(f"`--class_labels` has to lie in 0..{num_classes - 1}, but holds {label}.")
-        return np.repeat(ids, args.num_images_per_class)
-    if args.label_sampling == "balanced":
-        return np.arange(args.num_images) % num_classes
-    return np.random.default_rng(np.random.Philox(key=args.seed)).integers(num_classes, size=args.num_images)
-
-
-def make_generator(seed: int, index: int) -> torch.Generator:
-    """
-    The generator of one image. On the CPU, so that the noise is the same on every device; torch's generator for the
-    CPU looks at 32 bits of its seed, and neighbours in these differ for all images of a run.
-    """
-    first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
-    return torch.Generator().manual_seed((first + index) % 2**32)
+    if args.num_images is not None:
+        return choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
+    ids = []
+    for label in args.class_labels:
+        if not label.lstrip("-").isdigit():
+            ids += pipe.get_label_ids(label)
+        elif 0 <= int(label) < num_classes:
+            ids.append(int(label))
+        else:
+            raise ValueError(f"`--class_labels` has to lie in 0..{num_classes - 1}, but holds {label}.")
+    return np.repeat(ids, args.num_images_per_class)
 
 
 class ImageStore:
@@ -235,20 +206,18 @@ def draw(
     # The others read what is pending too, before anybody changes it.
     accelerator.wait_for_everyone()
     for batch in pending[accelerator.process_index :: accelerator.num_processes]:
-        indices = np.arange(batch * args.batch_size, (batch + 1) * args.batch_size)
-        images = pipe(
-            class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
+        images = draw_batch(
+            pipe,
+            class_ids,
+            batch,
+            args.batch_size,
+            args.seed,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             guidance_interval=tuple(args.guidance_interval),
-            generator=[make_generator(args.seed, int(index)) for index in indices],
-            output_type="pt",
-        ).images
-        # As the papers' protocol does it: floor, where diffusers' own PIL images are rounded.
-        images = (255 * images.float()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        count = min(args.batch_size, len(class_ids) - batch * args.batch_size)
-        store.write(batch, images[:count])
-        progress.update(min(count * accelerator.num_processes, progress.total - progress.n))
+        )
+        store.write(batch, images)
+        progress.update(min(len(images) * accelerator.num_processes, progress.total - progress.n))
     progress.close()
 
 
@@ -299,7 +268,7 @@ def main(argv: list[str] | None = None):
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, args.scheduler)
-    class_ids = choose_class_ids(args, pipe)
+    class_ids = find_class_ids(args, pipe)
 
     # 2. Settings, which are stored beside the images
     settings = {name: getattr(args, name) for name in IMAGE_SETTINGS}

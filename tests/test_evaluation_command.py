@@ -301,7 +301,8 @@ def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsy
     expected = compute_feature_metrics(features["samples"]["pool"], features["reference"]["pool"], ["kid"])
     assert entries[0]["metrics"] == {**expected, "inception_score": entries[0]["metrics"]["inception_score"]}
     assert len({entry["metrics"]["kid"] for entry in entries}) == 3
-    assert entries[1]["sampling"] == {"num_inference_steps": 2, "guidance_scale": 1.0, "class_labels": "random"}
+    sampling = {"num_inference_steps": 2, "guidance_scale": 1.0, "label_sampling": "random", "seed": 0}
+    assert sampling.items() <= entries[1]["sampling"].items()
     assert any("grey images, repeated" in note for note in entries[1]["notes"])
     assert "step 1000" in capsys.readouterr().out
     with PIL.Image.open(tmp_path / "out" / "eval_curves.png") as image:
@@ -314,34 +315,47 @@ def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsy
         main(arguments(*options, "--overwrite_output_dir", samples=None))
 
 
-def test_drawn_samples_are_the_pipeline_s(save_pipeline, tmp_path):
+def test_drawn_samples_are_those_of_the_sampling_script(save_pipeline, load_example, tmp_path):
     from diffusers import DiffusionPipeline
 
-    from diffusers_lsep.evaluation.checkpoints import DrawnSamples
+    from diffusers_lsep.sampling import DrawnSamples
 
     save_pipeline(tmp_path / "pipeline")
-    samples = DrawnSamples(tmp_path / "pipeline", num_images=5, num_inference_steps=3)
-    batches = list(samples.batches(0, 5, 2))
-    assert [batch.shape for batch in batches] == [(2, 8, 8, 3), (2, 8, 8, 3), (1, 8, 8, 3)]
-    np.testing.assert_array_equal(next(samples.batches(2, 5, 2)), batches[1])
-
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
-    labels = np.random.Generator(np.random.Philox(key=0)).integers(10, size=5)
-    latents = pipe(
-        labels[2:4],
-        num_inference_steps=3,
-        generator=[torch.Generator().manual_seed(seed) for seed in (2, 3)],
-        output_type="latent",
-    ).images
-    expected = np.floor(np.clip(255 * (latents.numpy() + 1) / 2, 0, 255)).astype(np.uint8)
-    difference = np.abs(batches[1].astype(int) - expected.transpose(0, 2, 3, 1))  # (x + 1) / 2 or x / 2 + 0.5
-    assert difference.max() <= 1 and difference.mean() < 0.01
+    flags = ["--pretrained_model_name_or_path", tmp_path / "pipeline", "--num_images", 37, "--num_inference_steps", 3]
+    others = ["--guidance_scale", 2.0, "--guidance_interval", 0.0, 0.5, "--label_sampling", "balanced", "--seed", 5]
+    others += ["--batch_size", 5]
+    options = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.5), "label_sampling": "balanced", "seed": 5}
+    for name, more, settings in (("default", [], {}), ("other", others, {**options, "batch_size": 5})):
+        load_example("sample").main([*map(str, [*flags, "--output_dir", tmp_path / name, *more])])
+        expected = np.load(tmp_path / name / "samples.npz")["arr_0"]
+        samples = DrawnSamples(pipe, "samples", 37, num_inference_steps=3, **settings)
+        # In the batches of another network, and in the shares of two processes
+        for bounds in ((0, 37), (0, 16, 37)):
+            batches = [list(samples.batches(*pair, 8)) for pair in zip(bounds, bounds[1:])]
+            assert [len(batch) for batch in sum(batches, [])] == [8, 8, 8, 8, 5]
+            np.testing.assert_array_equal(np.concatenate(sum(batches, [])), expected)
+        assert any("every class is drawn equally often" in note for note in samples.notes) == (name == "other")
     assert expected.std() > 10
 
-    names = {DrawnSamples(tmp_path / "pipeline", 5, steps).content_hash for steps in (3, 4)}
-    save_pipeline(tmp_path / "pipeline", seed=1)
-    names.add(DrawnSamples(tmp_path / "pipeline", 5, 3).content_hash)
-    assert samples.content_hash in names and len(names) == 3
+
+def test_the_hash_of_drawn_samples_tells_settings_and_weights_apart(save_pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    from diffusers_lsep.sampling import DrawnSamples, set_scheduler
+
+    def load(seed=0, scheduler=None):
+        save_pipeline(tmp_path / f"pipeline-{seed}", seed=seed)
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / f"pipeline-{seed}")
+        set_scheduler(pipe, scheduler)
+        return pipe
+
+    variants = [{}, {"seed": 1}, {"guidance_scale": 2.0}, {"guidance_interval": (0.0, 0.5)}, {"batch_size": 3}]
+    variants += [{"label_sampling": "balanced"}, {"num_inference_steps": 3}, {"num_images": 6}]
+    samples = [DrawnSamples(load(), "samples", **{"num_images": 5, **variant}) for variant in variants]
+    samples += [DrawnSamples(load(1), "samples", 5), DrawnSamples(load(0, "ode"), "samples", 5)]
+    assert len({each.content_hash for each in samples}) == len(samples)
+    assert DrawnSamples(load(), "another name", 5).content_hash == samples[0].content_hash
 
 
 def test_table():

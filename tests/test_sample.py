@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.sampling import make_generator
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "sample.py"
@@ -57,14 +58,14 @@ def test_classes_become_pngs_and_a_grid(run):
     assert sorted(path.name for path in output_dir.iterdir()) == ["grid.png", "images", "samples.json"]
 
 
-def test_images_are_floored_samples_of_the_pipeline(run, sample, pipeline_dir):
+def test_images_are_floored_samples_of_the_pipeline(run, pipeline_dir):
     from diffusers import DiffusionPipeline
 
     output_dir = run("out", "--num_images", 5, "--batch_size", 3, "--guidance_scale", 1.5, "--save_images")
     archive = np.load(output_dir / "samples.npz")
     assert archive["arr_0"].shape == (5, 8, 8, 3) and archive["arr_0"].dtype == np.uint8
     pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
-    generators = [sample.make_generator(0, i) for i in range(3)]
+    generators = [make_generator(0, i) for i in range(3)]
     tensors = pipe(archive["arr_1"][:3], 2, guidance_scale=1.5, generator=generators, output_type="latent").images
     expected = np.floor(np.clip(255 * (tensors.permute(0, 2, 3, 1).numpy() + 1) / 2, 0, 255))
     assert (np.abs(archive["arr_0"][:3] - expected) > 0).mean() < 0.01  # 255 * (x / 2 + 0.5) in another order

@@ -293,3 +293,12 @@ def _optimizer_tensors(objective: LSEPObjective, optimizer: torch.optim.Optimize
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """SHA-256 of the names and values of a model's state dict, which says whether two models are the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network of FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675), through transformers."""
 
-import hashlib
-
 import numpy as np
 import torch
+
+from ..checkpointing import hash_weights
 
 
 RESOLUTION = 224
@@ -46,11 +46,7 @@ class DINOv2Features:
                 f"`dinov2_model` must be a vision transformer whose patch size divides {RESOLUTION}, got "
                 f"{model_name_or_path!r} ({model.config.model_type}, patch size {patch_size})."
             )
-        digest = hashlib.sha256()
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.numpy().data)
-        self.name = f"dinov2-{digest.hexdigest()[:8]}"
+        self.name = f"dinov2-{hash_weights(model)[:8]}"
         self.widths = {"class_token": model.config.hidden_size}
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ..checkpointing import write_text
-from .checkpoints import DrawnSamples, milestone_samples, plot_metrics
+from ..sampling import DrawnSamples
+from .checkpoints import milestone_samples, plot_metrics
 from .dinov2 import DINOv2Features
 from .features import default_cache_dir, extract_features, process_state
 from .images import EncodedImages, NpzImages, open_images
@@ -347,7 +348,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="In place of SAMPLES, the --output_dir of a training run: evaluates every checkpoint-N in it and plots "
         f"the metrics against the step ({CURVES_FILE}). Samples are those of checkpoint-N/samples/samples.npz where "
-        "there are any, else they are drawn from checkpoint-N/pipeline without guidance and not stored.",
+        "there are any, else those that examples/sample.py would draw from checkpoint-N/pipeline, which are not stored.",
     )
     group.add_argument(
         "--num_images",

@@ -1,0 +1,190 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a pipeline for measuring it: each is decided by the seed, its index, and the batch that it is in.
+
+Which images make a batch is fixed by their indices, so neither processes nor interruptions change an image.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from .checkpointing import hash_weights
+from .pipeline_lsep import LSEPPipeline
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+
+
+SAMPLERS = ("sde", "ode", "heun", "dpmpp", "unipc")
+LABEL_SAMPLINGS = ("random", "balanced")
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
+    """Gives the pipeline the sampler of that name, one of `SAMPLERS`; None keeps the one that it was saved with."""
+    config = {"path_type": pipe.config.path_type, "num_train_timesteps": pipe.scheduler.config.num_train_timesteps}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    if name == "sde":
+        saved = isinstance(pipe.scheduler, FlowMatchSDEScheduler) and pipe.scheduler.config.diffusion_form != "none"
+        pipe.scheduler = pipe.scheduler if saved else FlowMatchSDEScheduler(**config)
+    elif name == "ode":
+        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none")
+    elif name == "heun":
+        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none", solver_order=2)
+    elif name == "dpmpp":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+    elif name == "unipc":
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+
+
+def choose_class_ids(num_images: int, num_classes: int, label_sampling: str = "random", seed: int = 0) -> np.ndarray:
+    """
+    The class of every image, by its index.
+
+    Args:
+        num_images (`int`): How many images.
+        num_classes (`int`): How many classes.
+        label_sampling (`str`, defaults to `"random"`): `"random"`, or `"balanced"`: all equally often, in turn.
+        seed (`int`, defaults to `0`): Of the random ones.
+
+    Returns:
+        `np.ndarray`: int64 `[num_images]`. Fewer images have the first of these classes.
+    """
+    if label_sampling == "balanced":
+        return np.arange(num_images) % num_classes
+    return np.random.default_rng(np.random.Philox(key=seed)).integers(num_classes, size=num_images)
+
+
+def make_generator(seed: int, index: int) -> torch.Generator:
+    """
+    The generator of one image. On the CPU, so that the noise is the same on every device; torch's generator for the
+    CPU looks at 32 bits of its seed, and neighbours in these differ for all images of a run.
+    """
+    first = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
+    return torch.Generator().manual_seed((first + index) % 2**32)
+
+
+def draw_batch(
+    pipe: LSEPPipeline, class_ids: np.ndarray, batch: int, batch_size: int = 32, seed: int = 0, **arguments
+) -> np.ndarray:
+    """
+    Draws one batch of a run: images `batch * batch_size` and the following ones.
+
+    Args:
+        pipe ([`LSEPPipeline`]): Draws them.
+        class_ids (`np.ndarray`): The class of every image of the run.
+        batch (`int`): Which batch.
+        batch_size (`int`, defaults to `32`): Images in every batch; another one may change last bits.
+        seed (`int`, defaults to `0`): Of the run.
+        arguments: For the call of the pipeline, such as `num_inference_steps`.
+
+    Returns:
+        `np.ndarray`: uint8 `[batch_size, H, W, C]`, fewer in the last batch.
+    """
+    indices = np.arange(batch * batch_size, (batch + 1) * batch_size)
+    images = pipe(
+        class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
+        generator=[make_generator(seed, int(index)) for index in indices],
+        output_type="pt",
+        **arguments,
+    ).images
+    # As the papers' protocol does it: floor, where diffusers' own PIL images are rounded.
+    images = (255 * images.float()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return images[: len(class_ids) - batch * batch_size]
+
+
+class DrawnSamples:
+    """
+    The images that `examples/sample.py --num_images N` writes, drawn while they are read: none are stored.
+
+    Args:
+        pipe ([`LSEPPipeline`]):
+            Draws them.
+        name (`str`):
+            What the set is called in results.
+        num_images (`int`):
+            How many images.
+        num_inference_steps (`int`, defaults to `250`):
+            Steps of the scheduler.
+        guidance_scale (`float`, defaults to `1.0`):
+            Scale of the guidance; off if not above 1.
+        guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+            Times at which it acts.
+        label_sampling (`str`, defaults to `"random"`):
+            Of [`choose_class_ids`].
+        seed (`int`, defaults to `0`):
+            Of classes and noise.
+        batch_size (`int`, defaults to `32`):
+            Images in one batch of the pipeline.
+
+    Attributes:
+        name, count, size, statistics, content_hash, settings, notes: as those of [`NpzImages`]; the hash is that of
+            the weights and settings that decide the images.
+    """
+
+    def __init__(
+        self,
+        pipe: LSEPPipeline,
+        name: str,
+        num_images: int,
+        num_inference_steps: int = 250,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        label_sampling: str = "random",
+        seed: int = 0,
+        batch_size: int = 32,
+    ):
+        from . import __version__
+
+        config = pipe.transformer.config
+        self.name, self.count, self.statistics = name, num_images, {}
+        self.size = (config.sample_size * pipe.vae_scale_factor,) * 2
+        self.notes = []
+        if pipe.vae is None and config.in_channels == 1:
+            self.notes.append("`samples`: grey images, repeated to three channels")
+        if label_sampling == "balanced":
+            self.notes.append(
+                "`samples`: every class is drawn equally often; the papers draw classes at random, which gives a"
+                " higher FID"
+            )
+        self.settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": list(guidance_interval),
+            "label_sampling": label_sampling,
+            "seed": seed,
+            "batch_size": batch_size,
+            "sampler": type(pipe.scheduler).__name__,
+            "sampler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
+            "diffusers_lsep_version": __version__,
+        }
+        self._pipe = pipe
+        self._class_ids = choose_class_ids(num_images, config.num_classes, label_sampling, seed)
+        models = {key: model for key, model in (("transformer", pipe.transformer), ("vae", pipe.vae)) if model}
+        decides = {
+            **self.settings,
+            "num_images": num_images,
+            "path_type": pipe.config.path_type,
+            "configs": {key: {k: v for k, v in m.config.items() if k[0] != "_"} for key, m in models.items()},
+            "weights": {key: hash_weights(model) for key, model in models.items()},
+        }
+        self.content_hash = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+        """Images `start` to `stop` as uint8 `[B, H, W, 3]`."""
+        drawn = self.settings["batch_size"]
+        arguments = ("num_inference_steps", "guidance_scale", "guidance_interval")
+        arguments = {name: self.settings[name] for name in arguments}
+        rest = np.empty((0, *self.size, 3), np.uint8)
+        for batch in range(start // drawn, math.ceil(stop / drawn)):
+            images = draw_batch(self._pipe, self._class_ids, batch, drawn, self.settings["seed"], **arguments)
+            images = images[max(0, start - batch * drawn) : stop - batch * drawn]
+            rest = np.concatenate([rest, np.broadcast_to(images, (*images.shape[:3], 3))])
+            while len(rest) >= batch_size:
+                yield rest[:batch_size]
+                rest = rest[batch_size:]
+        if len(rest):
+            yield rest
