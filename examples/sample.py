@@ -27,7 +27,14 @@ from tqdm.auto import tqdm
 
 import diffusers_lsep
 from diffusers_lsep.figures import make_labeled_grid
-from diffusers_lsep.sampling import LABEL_SAMPLINGS, SAMPLERS, choose_class_ids, draw_batch, set_scheduler
+from diffusers_lsep.sampling import (
+    LABEL_SAMPLINGS,
+    SAMPLERS,
+    choose_class_ids,
+    draw_batch,
+    find_class_ids,
+    set_scheduler,
+)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,22 +115,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.label_sampling == "balanced" and args.num_images is None:
         parser.error("--label_sampling goes with --num_images")
     return args
-
-
-def find_class_ids(args: argparse.Namespace, pipe: DiffusionPipeline) -> np.ndarray:
-    """The class of every image, by its index."""
-    num_classes = pipe.transformer.config.num_classes
-    if args.num_images is not None:
-        return choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
-    ids = []
-    for label in args.class_labels:
-        if not label.lstrip("-").isdigit():
-            ids += pipe.get_label_ids(label)
-        elif 0 <= int(label) < num_classes:
-            ids.append(int(label))
-        else:
-            raise ValueError(f"`--class_labels` has to lie in 0..{num_classes - 1}, but holds {label}.")
-    return np.repeat(ids, args.num_images_per_class)
 
 
 class ImageStore:
@@ -268,7 +259,11 @@ def main(argv: list[str] | None = None):
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, args.scheduler)
-    class_ids = find_class_ids(args, pipe)
+    if args.num_images is not None:
+        num_classes = pipe.transformer.config.num_classes
+        class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
+    else:
+        class_ids = np.repeat(find_class_ids(pipe, args.class_labels), args.num_images_per_class)
 
     # 2. Settings, which are stored beside the images
     settings = {name: getattr(args, name) for name in IMAGE_SETTINGS}

@@ -251,6 +251,22 @@ def test_other_errors_before_any_work(arguments, folder, tmp_path, capsys):
         evaluate_images(samples, samples, batch_size=0)
 
 
+def test_extras_that_are_missing_are_named(arguments, save_pipeline, tmp_path, monkeypatch):
+    for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=r"^diffusers-lsep evaluate: error: .* pip install 'diffusers_lsep\[eval\]'"):
+        main(arguments())
+    # matplotlib draws when the work is done, but is asked for before
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    save_pipeline(tmp_path / "run" / "checkpoint-1" / "pipeline")
+    monkeypatch.setattr(LSEPPipeline, "__call__", lambda *args, **kwargs: pytest.fail("an image was drawn"))
+    with pytest.raises(SystemExit, match="evaluate: error: eval_curves.png needs matplotlib: pip install"):
+        main(arguments("--checkpoints", str(tmp_path / "run"), samples=None))
+    with pytest.raises(SystemExit, match="probe: error: the heat map needs matplotlib: pip install"):
+        main(["probe", str(tmp_path / "run" / "checkpoint-1" / "pipeline"), "--data", "nowhere"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_are_replaced_only_on_request(arguments, tmp_path):
     main(arguments())
     (tmp_path / "out" / "eval_results.json").write_text("mine")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffusers_lsep.evaluation.dinov2 import DINOv2Features
-from diffusers_lsep.evaluation.features import extract_features
+from diffusers_lsep.evaluation.features import PixelFeatures, extract_features
 from diffusers_lsep.evaluation.images import open_images
 from diffusers_lsep.evaluation.inception import InceptionFeatures
 
@@ -196,6 +196,29 @@ class TestDINOv2Features:
         ).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"must be a vision transformer .* \(bert, patch size None\)"):
             DINOv2Features(str(tmp_path))
+
+
+class TestPixelFeatures:
+    def test_values(self):
+        images = make_images(3, size=4)
+        extractor = PixelFeatures((4, 4), 3)
+        assert extractor.widths == {"pixels": 48}
+        features = extractor(images)["pixels"]
+        assert features.dtype == np.float32
+        np.testing.assert_array_equal(features, images.reshape(3, 48).astype(np.float32) / 255)
+
+    def test_grey_counts_once(self):
+        images = make_images(3, size=4)[..., :1].repeat(3, axis=3)
+        extractor = PixelFeatures((4, 4), 1)
+        assert extractor.widths == {"pixels": 16} and extractor.name != PixelFeatures((4, 4), 3).name
+        expected = images[..., 0].reshape(3, 16).astype(np.float32) / 255
+        np.testing.assert_array_equal(extractor(images)["pixels"], expected)
+
+    def test_what_is_refused(self):
+        with pytest.raises(ValueError, match="`features` 'pixels' of grey samples need a grey reference"):
+            PixelFeatures((4, 4), 1)(make_images(3, size=4))
+        with pytest.raises(ValueError, match="up to 4,096 values, but those of 64 x 64 have 12,288: use 'inception'"):
+            PixelFeatures((64, 64), 3)
 
 
 def read_all(images, batch_size=3, start=0, stop=None):

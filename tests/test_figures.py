@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.figures import make_labeled_grid, plot_denoising_strip, plot_guidance_sweep, require_matplotlib
 
 
 def test_small_images_are_enlarged_without_smoothing():
@@ -35,3 +37,57 @@ def test_captions_stand_under_their_images():
 def test_wrong_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_labeled_grid(**{"images": [Image.new("L", (8, 8))], "columns": 1, **arguments})
+
+
+def test_a_strip_has_states_above_predictions(tmp_path):
+    # A grey level of its own for each image: 2 times, 3 images
+    states = np.arange(1, 7).reshape(2, 3, 1, 1, 1) / 20 * np.ones((2, 3, 4, 4, 1))
+    predictions = states + 0.5
+    plot_denoising_strip(tmp_path / "strip.png", states, predictions, [1.0, 0.0], ["a", "b", "c"], "title")
+    assert [path.name for path in tmp_path.iterdir()] == ["strip.png"]
+    pixels = np.asarray(Image.open(tmp_path / "strip.png").convert("L")).astype(int)
+    places = {}
+    for value in np.concatenate([states[:, :, 0, 0, 0].ravel(), predictions[:, :, 0, 0, 0].ravel()]):
+        rows, columns = np.nonzero(np.abs(pixels - int(255 * value)) <= 1)
+        assert len(rows) > 80 * 80, "images are not drawn over each other"
+        places[round(value, 2)] = (np.median(rows), np.median(columns))
+    for row in range(3):
+        for column in range(2):
+            value = round((1 + 3 * column + row) / 20, 2)
+            state, prediction = places[value], places[round(value + 0.5, 2)]
+            assert state[0] < prediction[0] and abs(state[1] - prediction[1]) < 3
+            if column:
+                assert places[round(value - 0.15, 2)][1] < state[1], "time runs to the right"
+            if row:
+                assert places[round(value + 0.45, 2)][0] < state[0], "an image stands below the one before"
+
+
+def test_a_sweep_has_a_line_for_each_interval(tmp_path):
+    results = [
+        {
+            "guidance_scale": scale,
+            "guidance_interval": [0, high],
+            "frechet_distance": 1 + i,
+            "precision": 0.5 + i / 10,
+            "recall": 0.5,
+        }
+        for high in (1, 0.7, 0.5)
+        for i, scale in enumerate((1, 2, 3))
+    ]
+    counts = []
+    for part in (results[:3], results):
+        plot_guidance_sweep(tmp_path / "sweep.png", part, "title")
+        pixels = np.asarray(Image.open(tmp_path / "sweep.png").convert("RGB"))
+        # blue, orange and green of matplotlib
+        colours = ((31, 119, 180), (255, 127, 14), (44, 160, 44))
+        counts.append([int((pixels == colour).all(axis=2).sum() > 20) for colour in colours])
+    # Legends show all of them, where the lines themselves lie upon each other.
+    assert counts == [[1, 0, 0], [1, 1, 1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]
+
+
+def test_missing_matplotlib_is_named_with_its_cure(monkeypatch):
+    require_matplotlib("a figure")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"a figure needs matplotlib: pip install 'diffusers_lsep\[eval\]'"):
+        require_matplotlib("a figure")

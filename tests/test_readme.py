@@ -33,6 +33,9 @@ SUBSTITUTIONS = {
     "guidance_interval=(0.0, 0.7))": "guidance_interval=(0.0, 0.7), num_inference_steps=3)",
     "--class_labels 3 7 ": "--class_labels 3 7 --num_inference_steps 2 ",
     "--num_images 50000 ": "--num_images 50 --num_inference_steps 2 ",
+    "--num_images 500 --num_inference_steps 100": (
+        "--num_images 70 --num_inference_steps 2 --guidance_scales 1 2 --cache_dir features"
+    ),
     "path/to/images": "images",
     "--preset SiT-B/2 --resolution 256": (
         "--preset SiT-S/8 --num_layers 3 --resolution 128 --train_batch_size 2 --max_train_steps 1"
@@ -103,6 +106,8 @@ def test_readme_runs(folder, inception_weights):
         assert (folder / name / "model_index.json").is_file()
     assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "eval_results.json").is_file()
     assert (folder / "probing" / "probe_heatmap.png").is_file()
+    for name in ("guidance-sweep", "denoising-strip"):
+        assert Image.open(folder / "figures" / f"{name}.png").width > 400
 
 
 def run_blocks(blocks, folder, environment):

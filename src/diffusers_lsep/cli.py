@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"diffusers-lsep {args.command}: error: {error}")
 
 

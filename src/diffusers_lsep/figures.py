@@ -1,7 +1,13 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Sequence
+"""Figures that people look at."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -55,3 +61,121 @@ def make_labeled_grid(
                 caption = caption[:-1]
             draw.text((left + width / 2, top + height + 1), caption, fill=0, font=font, anchor="ma")
     return grid
+
+
+def require_matplotlib(what: str):
+    """Raises an `ImportError` that says how to install matplotlib where it is missing: before work, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{what} needs matplotlib: pip install 'diffusers_lsep[eval]' ({error}).") from error
+
+
+def save_figure(path: str | os.PathLike, figure: Any, dpi: int = 120):
+    """Writes a matplotlib `Figure` as a PNG, whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=dpi)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]], title: str = ""):
+    """
+    Draws the Frechet distance against the scale of the guidance, and precision against recall: a line for each
+    interval, with the scales beside its points.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The PNG to write, whole or not at all.
+        results (`Sequence[dict]`):
+            With `guidance_scale`, `guidance_interval`, `frechet_distance`, `precision` and `recall` each.
+        title (`str`, defaults to `""`):
+            Over the figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    distance_axis, recall_axis = figure.subplots(1, 2)
+    intervals = list(dict.fromkeys(tuple(result["guidance_interval"]) for result in results))
+    for (low, high), marker in zip(intervals, "os^Dv<>P*X" * len(intervals)):
+        line = [result for result in results if tuple(result["guidance_interval"]) == (low, high)]
+        line.sort(key=lambda result: result["guidance_scale"])
+        scales, distances, precisions, recalls = (
+            [result[name] for result in line] for name in ("guidance_scale", "frechet_distance", "precision", "recall")
+        )
+        style = {"marker": marker, "markersize": 5, "linewidth": 1.2}
+        distance_axis.plot(scales, distances, label=f"t in [{low:g}, {high:g}]", **style)
+        (drawn,) = recall_axis.plot(recalls, precisions, **style)
+        for scale, recall, precision in zip(scales, recalls, precisions):
+            recall_axis.annotate(
+                f"{scale:g}",
+                (recall, precision),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=drawn.get_color(),
+            )
+    distance_axis.set(xlabel="guidance scale", ylabel="Fréchet distance", ylim=(0, None))
+    recall_axis.set(xlabel="recall", ylabel="precision")
+    recall_axis.margins(0.12)
+    distance_axis.legend(title="guidance at", fontsize=9, title_fontsize=9)
+    for axis in (distance_axis, recall_axis):
+        axis.grid(alpha=0.3)
+    save_figure(path, figure)
+
+
+def plot_denoising_strip(
+    path: str | os.PathLike,
+    states: np.ndarray,
+    predictions: np.ndarray,
+    times: Sequence[float],
+    labels: Sequence[str],
+    title: str = "",
+):
+    """
+    Draws how images come out of noise: for each of them a row of the states `x_t` and a row of the data that the model
+    sees in them.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The PNG to write, whole or not at all.
+        states (`np.ndarray`):
+            The states, `[T, N, H, W, C]` in [0, 1]; grey or RGB.
+        predictions (`np.ndarray`):
+            The predicted data, likewise.
+        times (`Sequence[float]`):
+            `T` times, in the order of the columns.
+        labels (`Sequence[str]`):
+            What the `N` images are.
+        title (`str`, defaults to `""`):
+            Over the figure.
+    """
+    from matplotlib.figure import Figure
+
+    # In inches: every image takes one, and the two rows of an image stand together
+    gap, left, top = 0.06, 0.75, 0.6
+    pitch = 2 * (1 + gap) + 0.1
+    width, height = left + len(times) * (1 + gap), top + len(labels) * pitch
+    figure = Figure(figsize=(width, height))
+    figure.text(0.5, 1 - 0.18 / height, title, ha="center", va="center", fontsize=12)
+    for i, label in enumerate(labels):
+        middle = height - top - i * pitch - 1 - gap / 2
+        rotation = 90 if len(label) > 2 else 0
+        figure.text(0.18 / width, middle / height, label, rotation=rotation, ha="center", va="center", fontsize=12)
+        for name, images, bottom in (
+            ("$x_t$", states, middle + gap / 2),
+            (r"$\hat{x}_0$", predictions, middle - gap / 2 - 1),
+        ):
+            figure.text(0.53 / width, (bottom + 0.5) / height, name, ha="center", va="center", fontsize=12)
+            for column, image in enumerate(images[:, i]):
+                position = (left + column * (1 + gap), bottom, 1, 1)
+                axis = figure.add_axes([x / side for x, side in zip(position, (width, height) * 2)])
+                axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+                axis.set_axis_off()
+                if i == 0 and images is states:
+                    axis.set_title(f"t = {times[column]:.2f}", fontsize=10)
+    save_figure(path, figure)

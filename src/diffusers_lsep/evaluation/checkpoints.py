@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpointing import PIPELINE_FOLDER, list_checkpoints
+from ..figures import save_figure
 from ..sampling import DrawnSamples
 from .features import process_state
 from .images import NpzImages
@@ -74,9 +75,4 @@ def plot_metrics(path: Path, steps: Sequence[int], values: Sequence[dict[str, fl
         axis.plot(steps, [value[name] for value in values], marker="o")
         axis.set(title=title, xlabel="training step")
         axis.grid(alpha=0.3)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(path, figure)

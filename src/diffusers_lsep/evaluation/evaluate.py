@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..checkpointing import write_text
+from ..figures import require_matplotlib
 from ..sampling import DrawnSamples
 from .checkpoints import milestone_samples, plot_metrics
 from .dinov2 import DINOv2Features
@@ -348,7 +349,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="In place of SAMPLES, the --output_dir of a training run: evaluates every checkpoint-N in it and plots "
         f"the metrics against the step ({CURVES_FILE}). Samples are those of checkpoint-N/samples/samples.npz where "
-        "there are any, else those that examples/sample.py would draw from checkpoint-N/pipeline, which are not stored.",
+        "there are any, else those that examples/sample.py would draw from checkpoint-N/pipeline: not stored.",
     )
     group.add_argument(
         "--num_images",
@@ -382,6 +383,8 @@ def run(args: argparse.Namespace) -> None:
     existing = [str(path) for path in output_files if path.exists()]
     if existing and not args.overwrite_output_dir:
         raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
+    if args.checkpoints is not None:
+        require_matplotlib(CURVES_FILE)
 
     # 2. The work
     reference = open_images(args.reference, "reference", args.resolution, args.reference_split, args.image_column)

@@ -13,9 +13,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+from ..sampling import DrawnSamples
 from .dinov2 import DINOv2Features
 from .images import EncodedImages, NpzImages
 from .inception import InceptionFeatures
+
+
+# Widths of a few thousand have covariances that fit into memory; those of photographs do not.
+MAX_PIXEL_VALUES = 4096
 
 
 def process_state() -> PartialState:
@@ -30,9 +35,53 @@ def default_cache_dir() -> Path:
     return Path(HF_HOME) / "diffusers_lsep" / "features"
 
 
+class PixelFeatures:
+    """
+    The pixels themselves as features, in [0, 1]: for tiny images, which no network was made for.
+
+    Args:
+        size (`tuple[int, int]`):
+            Height and width.
+        channels (`int`):
+            3, or 1 for grey images; these are then counted once.
+
+    Attributes:
+        widths (`dict[str, int]`): `pixels` and the number of values.
+        name (`str`): `pixels` or `pixels-grey`.
+
+    Raises:
+        ValueError: if an image has more than 4,096 values.
+    """
+
+    def __init__(self, size: tuple[int, int], channels: int):
+        self.widths = {"pixels": math.prod(size) * channels}
+        self.name = "pixels-grey" if channels == 1 else "pixels"
+        if self.widths["pixels"] > MAX_PIXEL_VALUES:
+            raise ValueError(
+                f"`features` 'pixels' is for images of up to {MAX_PIXEL_VALUES:,} values, but those of {size[0]} x "
+                f"{size[1]} have {self.widths['pixels']:,}: use 'inception' or 'dinov2'."
+            )
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """
+        Args:
+            images (`np.ndarray`): Images `[B, H, W, 3]`, uint8.
+
+        Returns:
+            `dict[str, np.ndarray]`: float32 features `[B, width]` under the name `pixels`.
+        """
+        if self.name == "pixels-grey":
+            if (images != images[..., :1]).any():
+                raise ValueError(
+                    "`features` 'pixels' of grey samples need a grey reference, this one has colours."
+                )
+            images = images[..., :1]
+        return {"pixels": images.reshape(len(images), -1).astype(np.float32) / 255}
+
+
 def extract_features(
-    images: NpzImages | EncodedImages,
-    extractor: InceptionFeatures | DINOv2Features,
+    images: NpzImages | EncodedImages | DrawnSamples,
+    extractor: InceptionFeatures | DINOv2Features | PixelFeatures,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 64,
 ) -> dict[str, np.ndarray]:
@@ -43,10 +92,10 @@ def extract_features(
     All write into the same files, so `cache_dir` has to be one that they share.
 
     Args:
-        images ([`NpzImages`] or [`EncodedImages`]):
+        images ([`NpzImages`], [`EncodedImages`] or [`DrawnSamples`]):
             The images.
-        extractor ([`InceptionFeatures`] or [`DINOv2Features`]):
-            The network.
+        extractor ([`InceptionFeatures`], [`DINOv2Features`] or [`PixelFeatures`]):
+            What makes features of them.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Where features are kept, about 20 kB per image for Inception; [`default_cache_dir`] if not given.
         batch_size (`int`, defaults to `64`):

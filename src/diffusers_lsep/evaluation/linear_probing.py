@@ -19,6 +19,7 @@ from torch import nn
 
 from ..checkpointing import STATE_FILE, write_text
 from ..data import SampleSource, cut_off, keyed_generator, load_image_dataset, open_images, sample_posterior
+from ..figures import require_matplotlib, save_figure
 from ..latents import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
 from ..objective import LinearProbe
 from ..paths import get_path
@@ -362,13 +363,7 @@ def draw_heat_map(path: str | os.PathLike, results: dict[str, Any], title: str =
             colour = "black" if table[row, column] > bright else "white"
             axis.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, label="held-out accuracy")
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(path, figure)
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
@@ -447,6 +442,7 @@ def run(args: argparse.Namespace) -> None:
     existing = [str(output_dir / name) for name in (RESULTS_FILE, HEAT_MAP_FILE) if (output_dir / name).exists()]
     if existing and not args.overwrite_output_dir:
         raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
+    require_matplotlib("the heat map")
     state = process_state()
     if state.num_processes > 1:
         raise ValueError(f"`diffusers-lsep probe` runs in one process, got {state.num_processes}.")
