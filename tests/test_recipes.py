@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The argument lists and accelerate's settings in `examples/configs`."""
 
+import argparse
+import importlib
 import json
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep.cli import COMMANDS
+from diffusers_lsep.training_setup import build_parser
 from diffusers_lsep.transformer_sit import SIT_PRESETS
 
 
@@ -194,3 +199,84 @@ def test_fsdp2_config(launch_environment, monkeypatch):
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.transformer_cls_names_to_wrap == ["SiTTransformerBlock"]
     assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
+
+
+# --- The guides
+
+
+GUIDES = sorted((CONFIGS.parents[1] / "docs").glob("*.md"))
+
+
+def commands_of(guide: Path) -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", guide.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def options_of(words: list[str], load_example) -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of the script that a command runs, and what the command gives to it."""
+    if words[0] == "diffusers-lsep":
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"diffusers_lsep.{COMMANDS[words[1]][0]}").add_arguments(parser)
+        return parser, words[2:]
+    position = next(i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py"))
+    launcher = words[:position]
+    assert launcher[0] in ("python", "accelerate"), words
+    if "--config_file" in launcher:
+        assert (CONFIGS.parents[1] / launcher[launcher.index("--config_file") + 1]).is_file(), words
+    name = Path(words[position]).stem
+    if name == "train_lsep":
+        return build_parser(""), words[position + 1 :]
+    script, parsers = load_example(name), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_: parsers.append(parser) or sys.exit())
+        with pytest.raises(SystemExit):
+            script.parse_args([])
+    return parsers[0], words[position + 1 :]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_commands_of_the_guides_exist(guide, load_example):
+    """Scripts, recipes, accelerate's configs and flags. (The README's commands are run; these are too large.)"""
+    commands = commands_of(guide)
+    assert len(commands) >= 3
+    for words in commands:
+        parser, arguments = options_of(words, load_example)
+        known = {option for action in parser._actions for option in action.option_strings}
+        flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        assert flags <= known, f"{sorted(flags - known)} in {words}"
+        for word in arguments:
+            if word.startswith("@"):
+                assert (CONFIGS.parents[1] / word[1:]).is_file(), word
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_flags_and_links_of_the_guides_exist(guide, load_example):
+    text = guide.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (guide.parent / target).exists(), target
+    # of the scripts that the guide runs, of accelerate, and of a cluster's scheduler
+    known = {"--num_processes", "--machine_rank", "--main_process_ip", "--signal"}
+    for words in [*commands_of(guide), ["python", "examples/train_lsep.py"]]:
+        parser, _ = options_of(words, load_example)
+        known |= {option for action in parser._actions for option in action.option_strings}
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    flags = set(re.findall(r"(?<![\w-])--\w+", prose))
+    assert flags and flags <= known, sorted(flags - known)
+
+
+def test_figures_of_the_imagenet_guide(dry_run):
+    """State and activations in the table are what dry runs print."""
+    text = (CONFIGS.parents[1] / "docs" / "imagenet.md").read_text(encoding="utf-8")
+
+    def row(start):
+        return next(line for line in text.splitlines() if line.startswith(f"| {start}")).strip("|").split("|")[1:]
+
+    recipes = [cell.strip(" `") for cell in row("recipe")]
+    for name, state, activations in zip(recipes, row("state per GPU"), row("activations, 32 images")):
+        _, output = dry_run(name)
+        expected = re.search(r"([\d.]+) GB of state, ([\d.]+) GB of activations", output).groups()
+        for cell, value in zip((state, activations), expected):
+            digits = re.search(r"[\d.]+", cell)[0]
+            decimals = len(digits.partition(".")[2])
+            assert float(digits) == round(float(value), decimals), (name, cell, value)

@@ -473,7 +473,7 @@ def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective) -
     held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
     return (
         f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {width}\n"
-        f"trained: {trained:,} parameters, with what is beside the transformer\n"
+        f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them\n"
         f"tokens: {tokens} per image\n"
         f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes\n"
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch\n"
