@@ -4,6 +4,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -294,3 +295,10 @@ def test_usage_errors(train, capsys, flags, message):
     with pytest.raises(SystemExit):
         train(*flags)
     assert message in capsys.readouterr().err
+
+
+def test_missing_peft_is_named(train, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="2"):
+        train("--pretrained_model_name_or_path", "some/model", "--lora_rank", 4)
+    assert "--lora_rank needs peft: pip install peft" in capsys.readouterr().err

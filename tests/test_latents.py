@@ -21,6 +21,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.cli import main
 from diffusers_lsep.data import SampleStream, center_crop, convert_mode, sample_posterior
 from diffusers_lsep.image_files import open_image_files
 from diffusers_lsep.latents import (
@@ -646,6 +648,51 @@ class TestMomentsDataset:
         script.main(arguments(images_dir, tmp_path / "out"))
         assert MomentsDataset(tmp_path / "out").id2label == source.id2label
         assert datasets.load_from_disk(str(tmp_path / "out"))["label"][:] == source.labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def other_vae_dir(vae_dir, tmp_path_factory):
+    """The VAE of these tests but for one weight."""
+    vae = AutoencoderKL.from_pretrained(vae_dir)
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1e-3
+    folder = tmp_path_factory.mktemp("other-vae")
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_training_and_probing_refuse_another_vae(
+    train, encoded, vae_dir, other_vae_dir, tiny_transformer, tmp_path, capsys
+):
+    def save_pipeline(vae, folder):
+        transformer = tiny_transformer(in_channels=2, num_classes=3, sample_size=RESOLUTION // 2)
+        pipe = LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=AutoencoderKL.from_pretrained(vae))
+        pipe.save_pretrained(tmp_path / folder)
+        return str(tmp_path / folder)
+
+    good, bad = save_pipeline(vae_dir, "good"), save_pipeline(other_vae_dir, "bad")
+    latents = ("--latents_dir", encoded, "--dry_run")
+    digest = MomentsDataset(encoded).metadata["vae_sha256"][:12]
+    message = f"was encoded by the VAE {str(vae_dir)!r} .*{digest}.*, but `--pretrained_vae_model_name_or_path` "
+    with pytest.raises(ValueError, match=f"{message}{str(other_vae_dir)!r} is another one"):
+        train(*latents, "--pretrained_vae_model_name_or_path", other_vae_dir)
+    # It is the weights that count, not where they are.
+    shutil.copytree(vae_dir, tmp_path / "moved")
+    assert train(*latents, "--pretrained_vae_model_name_or_path", tmp_path / "moved") == 0
+    assert train(*latents) == 0
+
+    # The VAE of a pipeline to start from
+    shape = [flag for name in ("patch_size", "num_layers") for flag in (f"--{name}", "2")] + ["--probe_depth", "1"]
+    with pytest.raises(ValueError, match=f"{message}{bad!r} is another one"):
+        train(*latents, "--pretrained_model_name_or_path", bad, tiny=shape)
+    assert train(*latents, "--pretrained_model_name_or_path", good, tiny=shape) == 0
+
+    probe = ["--data", str(encoded), "--method", "ridge", "--timesteps", "0", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=f"was encoded by the VAE .*, but that of `PIPELINE` {bad!r} is another one"):
+        main(["probe", bad, *probe])
+    capsys.readouterr()
+    main(["probe", good, *probe])
+    assert "good has no folder probe/: there is no probe of the training to measure" in capsys.readouterr().out
 
 
 def test_source_of_the_training_stream(encoded):

@@ -1,11 +1,14 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hub_server import HubServer
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -330,6 +333,42 @@ class TestCommand:
         results = read_results(tmp_path)
         assert results["training_probe"]["layer"] == 2 and len(results["training_probe"]["accuracy"]) == 2
         assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
+
+    def test_pipeline_on_the_hub(self, arguments, images, tmp_path):
+        """The probe is found beside the pipeline, its depth in the model card; a pipeline without one says so."""
+        torch.manual_seed(0)
+        push_folder = """
+import sys
+from diffusers_lsep.hub import push_folder
+from diffusers_lsep.model_card import write_model_card
+
+write_model_card(sys.argv[1], training_args={"probe_depth": 2, "seed": 0})
+push_folder(sys.argv[1], sys.argv[2], license="mit")
+"""
+        folder, options = tmp_path / "pipeline", arguments("--layers", "1")[4:]
+        with HubServer(tmp_path / "hub", tokens={"hf_owner": "me"}) as hub:
+            environment = hub.environment(tmp_path / "hf-home", HF_TOKEN="hf_owner")
+
+            def run(*command):
+                command = [sys.executable, *map(str, command)]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0, done.stderr
+                return done.stdout
+
+            arguments()  # saves the pipeline
+            run("-c", push_folder, folder, "me/plain")
+            LinearProbe(32, 3).save_pretrained(folder / "probe")
+            run("-c", push_folder, folder, "me/lsep")
+            command = ["-m", "diffusers_lsep.cli", "probe"]
+            data = ["--data", images, *options, "--overwrite_output_dir"]
+            output = run(*command, "me/plain", *data)
+            assert "me/plain has no folder probe/: there is no probe of the training to measure" in output
+            assert read_results(tmp_path)["training_probe"] is None
+            assert "the training's own probe, after 2 blocks: 0." in run(*command, "me/lsep", *data)
+        on_hub = read_results(tmp_path)
+        main(arguments("--layers", "1", "--probe_depth", "2", "--overwrite_output_dir"))
+        assert on_hub["training_probe"] == read_results(tmp_path)["training_probe"]
+        assert on_hub["training_probe"]["layer"] == 2
 
     def test_training_probe_that_cannot_be_measured(self, arguments, tmp_path, caplog):
         with pytest.raises(SystemExit, match="`--probe_depth` 2 was given, but .* has no folder probe/"):

@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
-from diffusers_lsep.model_card import Gallery, merge_model_cards, update_evaluation, write_model_card
+from diffusers_lsep.evaluation.evaluate import METRICS
+from diffusers_lsep.model_card import METRIC_NAMES, Gallery, merge_model_cards, update_evaluation, write_model_card
 
 
 RESULTS = {"metrics": {"fid": 5.7, "inception_score": 120.0}, "dataset": "ImageNet", "num_images": 50000}
@@ -198,6 +199,17 @@ def test_refuses_what_is_no_pipeline_of_this_package(save):
 def test_refuses_wrong_facts(save, arguments, message):
     with pytest.raises(ValueError, match=message):
         write_model_card(save(), **arguments)
+
+
+def test_every_metric_of_the_evaluation_has_its_name(save):
+    folder = save()
+    values = {name: 1.0 + i for i, name in enumerate([*METRICS, "kid_std"])}
+    (folder / "eval_results.json").write_text(json.dumps({"metrics": values, "dataset": "ImageNet"}))
+    card = ModelCard.load(update_evaluation(folder))
+    names = {result.metric_type: result.metric_name for result in card.data.eval_results}
+    assert names == {**METRICS, "kid_std": "KID, standard deviation over its subsets"} == METRIC_NAMES
+    for name, title in names.items():
+        assert f"| {title} | {values[name]:.4g} |" in card.text and f"| {name} |" not in card.text
 
 
 def test_merging_prefers_the_text_that_was_written_by_hand(save):

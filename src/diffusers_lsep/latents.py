@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checkpointing import hash_weights
 from .data import ImageSource
 
 
@@ -154,6 +155,24 @@ class MomentsDataset(torch.utils.data.Dataset):
                 raise OSError(f"{self._paths[shard]} ends early: it was cut after this data set was opened.")
             start = end
         return torch.from_numpy(moments)
+
+    def check_vae(self, vae: torch.nn.Module, name: str) -> None:
+        """
+        Refuses a VAE that is not the one that encoded the rows: its latents mean something else.
+
+        Args:
+            vae (`AutoencoderKL`): The VAE.
+            name (`str`): What the message calls it.
+
+        Raises:
+            ValueError: If its weights are others.
+        """
+        expected, found = self.metadata.get("vae_sha256"), hash_weights(vae)
+        if expected not in (None, found):
+            raise ValueError(
+                f"{self.folder} was encoded by the VAE {self.metadata['vae']!r} (SHA-256 of the weights "
+                f"{expected[:12]}...), but {name} is another one ({found[:12]}...)."
+            )
 
     def open_images(self, resolution: int) -> ImageSource:
         """

@@ -52,6 +52,9 @@ METRIC_NAMES = {
     "inception_score": "Inception Score",
     "precision": "Precision",
     "recall": "Recall",
+    "kid": "KID",
+    "kid_std": "KID, standard deviation over its subsets",
+    "fd_dinov2": "FD-DINOv2",
 }
 
 CITATION = """\

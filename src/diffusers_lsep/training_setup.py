@@ -3,6 +3,7 @@
 """From the flags of `examples/train_lsep.py` to data and model, with every check that can be made before training."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -225,6 +226,8 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     for flag in ("new_classes", "lora_rank"):
         if getattr(args, flag) and not args.pretrained_model_name_or_path:
             parser.error(f"--{flag} needs a model to start from: --pretrained_model_name_or_path")
+    if args.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        parser.error("--lora_rank needs peft: pip install peft")
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args
@@ -272,6 +275,8 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
             path = args.pretrained_vae_model_name_or_path
             raise ValueError(f"`--pretrained_vae_model_name_or_path` {path!r} cannot be loaded: {error}") from error
         vae.requires_grad_(False).eval()
+        if isinstance(latents, MomentsDataset):
+            latents.check_vae(vae, f"`--pretrained_vae_model_name_or_path` {args.pretrained_vae_model_name_or_path!r}")
     elif latents is not None:
         raise ValueError("`--latents_dir` of this kind needs `--pretrained_vae_model_name_or_path` to make images.")
     vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1

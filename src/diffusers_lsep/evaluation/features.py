@@ -72,9 +72,7 @@ class PixelFeatures:
         """
         if self.name == "pixels-grey":
             if (images != images[..., :1]).any():
-                raise ValueError(
-                    "`features` 'pixels' of grey samples need a grey reference, this one has colours."
-                )
+                raise ValueError("`features` 'pixels' of grey samples need a grey reference, this one has colours.")
             images = images[..., :1]
         return {"pixels": images.reshape(len(images), -1).astype(np.float32) / 255}
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..checkpointing import STATE_FILE, write_text
 from ..data import SampleSource, cut_off, keyed_generator, load_image_dataset, open_images, sample_posterior
 from ..figures import require_matplotlib, save_figure
 from ..latents import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
+from ..model_card import CARD_NAME
 from ..objective import LinearProbe
 from ..paths import get_path
 from ..pipeline_lsep import LSEPPipeline
@@ -418,7 +422,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe_depth",
         type=int,
-        help="Depth of the training's own probe (default: that of the pipeline's training_args.json).",
+        help="Depth of the training's own probe (default: as the pipeline's training_args.json or model card says).",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time (default: %(default)s).")
     parser.add_argument("--seed", type=int, default=0, help="Of noise, order and cut (default: %(default)s).")
@@ -513,6 +517,8 @@ def _open_data(args: argparse.Namespace, pipe: LSEPPipeline) -> tuple[SampleSour
             raise ValueError(
                 f"`--data` {args.data!r} holds moments {source.moments_shape}, `PIPELINE` needs {expected}."
             )
+        if not is_original:
+            source.check_vae(pipe.vae, f"that of `PIPELINE` {args.pipeline!r}")
         names, held_out = [source.id2label[index] for index in range(len(source.id2label))], None
     else:
         location = {"train_data_dir": args.data} if folder.is_dir() else {"dataset_name": args.data}
@@ -528,23 +534,43 @@ def _open_data(args: argparse.Namespace, pipe: LSEPPipeline) -> tuple[SampleSour
     return source, held_out, names
 
 
+def _find_file(pipeline: str, name: str) -> Path | None:
+    """A file of a pipeline, in its folder or from the Hub; None if there is none of that name."""
+    if Path(pipeline).is_dir():
+        path = Path(pipeline) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(pipeline, name))
+    except EntryNotFoundError:
+        return None
+
+
+def _find_probe_depth(pipeline: str) -> int | None:
+    """At which depth the probe of a pipeline was trained, as far as its files say."""
+    arguments = _find_file(pipeline, "training_args.json")  # of a whole run
+    if arguments is not None:
+        return json.loads(arguments.read_text(encoding="utf-8")).get("probe_depth")
+    state = Path(pipeline).parent / STATE_FILE  # of a checkpoint, whose pipeline it is
+    if Path(pipeline).is_dir() and state.is_file():
+        return json.loads(state.read_text(encoding="utf-8"))["settings"].get("probe_depth")
+    card = _find_file(pipeline, CARD_NAME)  # all that goes to the Hub
+    text = card.read_text(encoding="utf-8") if card is not None else ""
+    row = re.search(r"^\| `probe_depth` \| `(\d+)` \|$", text, re.MULTILINE)
+    return int(row[1]) if row else None
+
+
 def _load_training_probe(
     pipeline: str, probe_depth: int | None, num_classes: int
 ) -> tuple[LinearProbe | None, int | None]:
-    """The probe that a training left in the pipeline's folder and its depth; none if it cannot be measured."""
-    folder = Path(pipeline)
-    if not (folder / "probe" / "config.json").is_file():
+    """The probe that a training left beside the pipeline, and its depth; none if it cannot be measured."""
+    if _find_file(pipeline, "probe/config.json") is None:
         if probe_depth is not None:
             raise ValueError(f"`--probe_depth` {probe_depth} was given, but {pipeline!r} has no folder probe/.")
+        print(f"{pipeline} has no folder probe/: there is no probe of the training to measure")
         return None, None
-    probe = LinearProbe.from_pretrained(folder / "probe").eval()
+    probe = LinearProbe.from_pretrained(pipeline, subfolder="probe").eval()
     if probe_depth is None:
-        # Of a whole run, or of a checkpoint's pipeline
-        for path, key in ((folder / "training_args.json", None), (folder.parent / STATE_FILE, "settings")):
-            if path.is_file():
-                settings = json.loads(path.read_text(encoding="utf-8"))
-                probe_depth = (settings[key] if key else settings).get("probe_depth")
-                break
+        probe_depth = _find_probe_depth(pipeline)
     if probe_depth is None:
         logger.warning("`--probe_depth` is not known, so the training's own probe is not measured")
         return None, None
