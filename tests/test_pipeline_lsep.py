@@ -129,9 +129,11 @@ def test_bfloat16_model_keeps_its_latents_in_float32(make_pipeline):
 # --- generators -----------------------------------------------------------------------------------------------------
 
 
-def test_an_image_depends_on_its_own_generator_alone(make_pipeline):
-    pipe = make_pipeline()
+@pytest.mark.parametrize("solver_order", [1, 2])
+def test_an_image_depends_on_its_own_generator_alone(make_pipeline, solver_order):
+    pipe = make_pipeline(scheduler=FlowMatchSDEScheduler(solver_order=solver_order))
     arguments = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 1.5}
+    arguments["guidance_interval"] = (0.0, 0.5)  # of the four times, the last two or three
     a = pipe([1, 2, 3], generator=generators(10, 11, 12), **arguments).images
     b = pipe([7, 2, 9], generator=generators(99, 11, 98), **arguments).images
     assert torch.equal(a[1], b[1])
@@ -239,6 +241,7 @@ def gaussian_std(scheduler, path_type="linear", steps=50, **arguments):
     [
         (FlowMatchSDEScheduler(), 0.189),
         (FlowMatchSDEScheduler(last_step="tweedie"), 0.197),
+        (FlowMatchSDEScheduler(solver_order=2), 0.200),
         (FlowMatchSDEScheduler(diffusion_form="none"), 0.190),
         (FlowMatchSDEScheduler(diffusion_form="none", solver_order=2), 0.199),
         (FlowMatchEulerDiscreteScheduler(), 0.190),

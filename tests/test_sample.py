@@ -136,15 +136,15 @@ def test_an_unfinished_run_with_other_settings_is_not_mixed(run, sample, monkeyp
     run("out", "--num_images", 4)
 
 
-@pytest.mark.parametrize("name", ["sde", "ode", "heun", "dpmpp", "unipc"])
+@pytest.mark.parametrize("name", ["sde", "sde2", "ode", "heun", "dpmpp", "unipc"])
 def test_schedulers(run, name):
     output_dir = run("out", "--num_images", 2, "--scheduler", name)
     settings = json.loads((output_dir / "samples.json").read_text())
     expected = {"dpmpp": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
     assert settings["sampler"] == expected.get(name, "FlowMatchSDEScheduler")
-    if name in ("sde", "ode", "heun"):
-        assert settings["sampler_config"]["diffusion_form"] == ("linear" if name == "sde" else "none")
-        assert settings["sampler_config"]["solver_order"] == (2 if name == "heun" else 1)
+    if settings["sampler"] == "FlowMatchSDEScheduler":
+        assert settings["sampler_config"]["diffusion_form"] == ("none" if name in ("ode", "heun") else "linear")
+        assert settings["sampler_config"]["solver_order"] == (2 if name in ("sde2", "heun") else 1)
 
 
 def test_what_is_there_is_not_overwritten_unasked(run):

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The solvers against closed forms.
 
-With Gaussian data of mean `MEAN` and standard deviation `STD` the exact velocity is affine in the sample, so every
-step is an affine map of sample and noise. Its three coefficients, read off `step` itself, carry mean and variance
-through a schedule without any sampling error.
+With Gaussian data of mean `MEAN` and standard deviation `STD` the exact velocity is affine in the sample, so what
+comes out of a schedule is an affine map of the initial sample and of the noise of every step. Its coefficients, read
+off `step` itself, give mean and variance without any sampling error.
 """
 
 import math
@@ -20,16 +20,16 @@ MEAN, STD = 0.3, 0.2
 SDE_FORMS = ["constant", "sigma", "linear", "decreasing", "increasing-decreasing", "sbdm"]
 
 
-def marginal(path_type, t):
+def marginal(path_type, t, data_std=STD):
     """Mean and standard deviation of `x_t`."""
     path = get_path(path_type)
-    return path.alpha(t) * MEAN, math.sqrt((path.alpha(t) * STD) ** 2 + path.sigma(t) ** 2)
+    return path.alpha(t) * MEAN, math.sqrt((path.alpha(t) * data_std) ** 2 + path.sigma(t) ** 2)
 
 
-def exact_velocity(path_type, sample, t):
+def exact_velocity(path_type, sample, t, data_std=STD):
     path = get_path(path_type)
-    mean, std = marginal(path_type, t)
-    slope = (path.alpha(t) * path.d_alpha(t) * STD**2 + path.sigma(t) * path.d_sigma(t)) / std**2
+    mean, std = marginal(path_type, t, data_std)
+    slope = (path.alpha(t) * path.d_alpha(t) * data_std**2 + path.sigma(t) * path.d_sigma(t)) / std**2
     return path.d_alpha(t) * MEAN + slope * (sample - mean)
 
 
@@ -38,34 +38,31 @@ def exact_score(path_type, sample, t):
     return -(sample - mean) / std**2
 
 
-def moments(scheduler, until=0.0):
+def moments(scheduler, until=0.0, data_std=STD):
     """Mean and standard deviation after the steps that start above `until`, from the exact start."""
     path_type = scheduler.config.path_type
-    mean, std = marginal(path_type, scheduler.sigmas[0].item())
-    # One sample each for the constant, the slope in the sample and the slope in the noise.
-    noise = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    state = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    mean, std = marginal(path_type, scheduler.sigmas[0].item(), data_std)
+    # One trajectory for the constant, one for the slope in the initial sample, one for the noise of each step. So it
+    # does not matter what a solver remembers of its earlier steps.
+    state = torch.zeros(2 + len(scheduler.timesteps), dtype=torch.float64)
+    state[1] = 1
     for i, timestep in enumerate(scheduler.timesteps):
         t = scheduler.sigmas[i].item()
         if t <= until:
             break
-        begins_step = scheduler.state_in_first_order
-        velocity = exact_velocity(path_type, state, t)
+        noise = torch.zeros_like(state)
+        noise[2 + i] = 1
+        velocity = exact_velocity(path_type, state, t, data_std)
         state = scheduler.step(velocity, timestep, state, variance_noise=noise).prev_sample
-        if not scheduler.state_in_first_order:
-            continue
-        constant, slope, noise_slope = state[0], state[1] - state[0], state[2] - state[0]
-        mean, std = constant + slope * mean, torch.sqrt(slope**2 * std**2 + noise_slope**2)
-        state = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
-        assert begins_step or scheduler.config.solver_order == 2
-    return float(mean), float(std)
+    slopes = state[1:] - state[0]
+    return float(state[0] + slopes[0] * mean), math.sqrt((slopes[0] * std) ** 2 + slopes[1:].square().sum())
 
 
-def errors(steps, until=0.0, **config):
+def errors(steps, until=0.0, data_std=STD, **config):
     scheduler = FlowMatchSDEScheduler(**config)
     scheduler.set_timesteps(steps)
-    found = moments(scheduler, until)
-    expected = marginal(scheduler.config.path_type, until)
+    found = moments(scheduler, until, data_std)
+    expected = marginal(scheduler.config.path_type, until, data_std)
     return [abs(a - b) for a, b in zip(found, expected)]
 
 
@@ -78,6 +75,145 @@ def test_sde_converges_with_order_one_before_its_last_step(path_type, diffusion_
     for before, after in zip(coarse, fine):
         assert after < 2e-3
         assert before / after == pytest.approx(2, abs=0.25) or before < 1e-7
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("diffusion_form", SDE_FORMS)
+def test_second_order_sde_converges_with_order_two_before_its_last_step(path_type, diffusion_form):
+    # w / sigma^2 of the constant form is 625 at the end: it takes many steps until they are small
+    steps = 1600 if diffusion_form == "constant" else 400
+
+    def total(steps):
+        config = {"path_type": path_type, "diffusion_form": diffusion_form, "solver_order": 2}
+        # of two widths, for at one of them the leading error may happen to vanish
+        found = [errors(steps, 0.04, data_std, **config) for data_std in (STD, 0.5)]
+        assert max(mean for mean, _ in found) < 1e-12, "the mean is exact"
+        return sum(std for _, std in found)
+
+    coarse, fine = total(steps), total(2 * steps)
+    assert fine < 2e-5 and coarse / fine == pytest.approx(4, abs=0.5)
+
+
+def test_second_order_sde_on_grids_of_ones_own():
+    def excess(grid):
+        """Of the spread at `t = 0.04`."""
+        scheduler = FlowMatchSDEScheduler(solver_order=2)
+        scheduler.set_timesteps(sigmas=grid)
+        return moments(scheduler, until=0.04)[1] / marginal("linear", 0.04)[1] - 1
+
+    uniform = torch.linspace(0.96, 0.04, 32, dtype=torch.float64)
+    assert abs(excess(uniform)) < 0.01
+    # Long steps after short ones: less exact, but what is extrapolated does not explode.
+    for distance in (1e-4, 1e-12):
+        pairs = torch.stack([uniform + distance, uniform], dim=1).flatten()
+        assert abs(excess(pairs)) < 0.05
+    # Times that are next to each other in float64: no division by zero.
+    neighbours = [0.5, math.nextafter(0.5, 0), math.nextafter(math.nextafter(0.5, 0), 0), 0.3, 0.1, 0.04]
+    assert math.isfinite(excess(neighbours))
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("diffusion_form", SDE_FORMS)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_second_order_sde_is_exact_for_a_point(path_type, diffusion_form, steps):
+    """The data prediction is constant then, and the rest of the equation is linear."""
+    config = {"path_type": path_type, "diffusion_form": diffusion_form, "diffusion_norm": 0.7, "solver_order": 2}
+    assert errors(steps, until=0.04, data_std=0.0, **config) == pytest.approx([0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("path_type", "diffusion_form", "integral"),
+    [  # of w / sigma^2
+        ("linear", "constant", lambda t: -1 / t),
+        ("linear", "sigma", math.log),
+        ("linear", "linear", math.log),
+        ("linear", "sbdm", lambda t: math.log(t / (1 - t))),
+        ("cosine", "constant", lambda t: -2 / math.pi / math.tan(math.pi / 2 * t)),
+        ("cosine", "sigma", lambda t: 2 / math.pi * math.log(math.tan(math.pi / 4 * t))),
+        ("cosine", "sbdm", lambda t: math.log(math.tan(math.pi / 2 * t))),
+    ],
+)
+def test_second_order_sde_keeps_the_noise_of_the_sde(path_type, diffusion_form, integral):
+    """How much of the noise a step keeps and how much it replaces."""
+    path, norm, t, u = get_path(path_type), 0.7, 0.9, 0.5
+    scheduler = FlowMatchSDEScheduler(
+        path_type=path_type, diffusion_form=diffusion_form, diffusion_norm=norm, solver_order=2
+    )
+    scheduler.set_timesteps(sigmas=[t, u])
+    x = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    # The data are the point 0.
+    velocity = path.d_sigma(t) / path.sigma(t) * x
+    noise = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    kept, new = scheduler.step(velocity, scheduler.timesteps[0], x, variance_noise=noise).prev_sample.tolist()
+    factor = math.exp(-norm * (integral(t) - integral(u)))
+    assert kept == pytest.approx(path.sigma(u) / path.sigma(t) * factor, rel=1e-8)
+    assert new == pytest.approx(path.sigma(u) * math.sqrt(1 - factor**2), rel=1e-8)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+@pytest.mark.parametrize("diffusion_form", SDE_FORMS)
+def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama(path_type, diffusion_form):
+    """On Gaussians from narrow to wide, where the error is that of the spread."""
+    config = {"path_type": path_type, "diffusion_form": diffusion_form}
+    stds = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+
+    def compare(until):
+        first = [math.hypot(*errors(250, until, std, **config)) for std in stds]
+        second = [math.hypot(*errors(64, until, std, **config, solver_order=2)) for std in stds]
+        return [b / a for a, b in zip(first, second)], sum(second) / sum(first)
+
+    ratios, ratio = compare(0.04)
+    if diffusion_form != "constant":
+        assert max(ratios) < 0.5 and ratio < 0.1
+    else:
+        # On the linear path Euler-Maruyama's error changes its sign between the two widest, and is very small there.
+        assert max(ratios[:5]) < 1 and ratio < 0.2
+        assert max(ratios) < (11 if path_type == "linear" else 1)
+    ratios, ratio = compare(0.0)
+    # So it does at the narrowest, after the last step.
+    assert max(ratios[1:]) < 0.5 and ratio < 0.4
+
+
+def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama_on_a_mixture():
+    """benchmarks/solver_order.py has more of it."""
+    path, count = get_path("linear"), 120_000
+    weights, means, stds = (
+        torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5, 0.2], [-1.0, 0.2, 1.2], [0.05, 0.1, 0.2])
+    )
+
+    def velocity(x, t):
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        variance = (alpha * stds) ** 2 + sigma**2
+        centred = x[:, None] - alpha * means
+        parts = (weights.log() - 0.5 * variance.log() - 0.5 * centred**2 / variance).softmax(1)
+        original = (parts * (means + alpha * stds**2 / variance * centred)).sum(1)
+        return path.velocity(original, (x - alpha * original) / sigma, t)
+
+    def measure(x, t):
+        """Wasserstein distance to the exact quantiles, and error of the spread of the narrowest mode."""
+        centres, widths = path.alpha(t) * means, ((path.alpha(t) * stds) ** 2 + path.sigma(t) ** 2).sqrt()
+        grid = torch.linspace(-3, 3, 20_001, dtype=torch.float64)
+        distribution = torch.special.ndtr((grid[:, None] - centres) / widths) @ weights
+        levels = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        distance = (x.sort().values - grid[torch.searchsorted(distribution, levels)]).abs().mean()
+        spread = x[x < (centres[0] + centres[1]) / 2].std() / widths[0] - 1
+        return float(distance), abs(float(spread))
+
+    def run(steps, **config):
+        scheduler = FlowMatchSDEScheduler(**config)
+        scheduler.set_timesteps(steps)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(count, generator=generator, dtype=torch.float64)
+        for i, timestep in enumerate(scheduler.timesteps):
+            before = x
+            v = velocity(x, scheduler.sigmas[i].item())
+            x = scheduler.step(v, timestep, x, generator=generator).prev_sample
+        return *measure(before, 0.04), *measure(x, 0.0)
+
+    first, second = run(250), run(64, solver_order=2)
+    noise = 0.002  # of the distance, with so many samples
+    assert second[0] < first[0] + noise and second[1] < 0.5 * first[1]
+    assert second[2] < 0.5 * first[2] and second[3] < 0.5 * first[3]
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -121,6 +257,66 @@ def test_last_step_gives_its_closed_form(path_type, diffusion_form, last_step):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_last_step_of_the_second_order_sde(path_type):
+    def last_step_at(t, velocity, **config):
+        scheduler = FlowMatchSDEScheduler(path_type=path_type, solver_order=2, **config)
+        scheduler.set_timesteps(sigmas=[t])
+        return scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample
+
+    x, path = torch.tensor([0.5, -1.0], dtype=torch.float64), get_path(path_type)
+    velocity, score = exact_velocity(path_type, x, 0.04), exact_score(path_type, x, 0.04)
+    expected = (x + path.sigma(0.04) ** 2 * score) / path.alpha(0.04)
+    torch.testing.assert_close(last_step_at(0.04, velocity, last_step="tweedie"), expected, rtol=1e-10, atol=1e-10)
+    expected = x - 0.04 * velocity
+    torch.testing.assert_close(last_step_at(0.04, velocity, last_step="euler"), expected, rtol=1e-10, atol=1e-10)
+
+    # "mean" is exact for data of mean 0 and variance 1, at any time,
+    for t in (0.04, 0.9, 1.0):
+        variance = path.alpha(t) ** 2 + path.sigma(t) ** 2
+        velocity = (path.alpha(t) * path.d_alpha(t) + path.sigma(t) * path.d_sigma(t)) / variance * x
+        torch.testing.assert_close(last_step_at(t, velocity), x / math.sqrt(variance), rtol=1e-10, atol=1e-10)
+    # and in general off by the fourth order in sigma.
+    spreads = []
+    for t in (0.02, 0.01):
+        found = last_step_at(t, exact_velocity(path_type, x, t))
+        spreads.append(float((found[0] - found[1]) / (x[0] - x[1])) * marginal(path_type, t)[1] / STD - 1)
+    assert abs(spreads[0]) < 1e-3 and spreads[0] / spreads[1] == pytest.approx(16, rel=0.1)
+
+
+@pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler"])
+def test_last_evaluation_corrects_the_step_before(last_step):
+    """The data prediction there is 2 at the predicted sample, and 1 before."""
+    scheduler = FlowMatchSDEScheduler(solver_order=2, last_step=last_step)
+    t, u = 0.5, 0.1
+    scheduler.set_timesteps(sigmas=[t, u])
+    x = torch.tensor([0.7], dtype=torch.float64)
+    predicted = scheduler.step((x - 1) / t, scheduler.timesteps[0], x, variance_noise=torch.zeros(1)).prev_sample
+    noise = (x - (1 - t)) / t
+    torch.testing.assert_close(predicted, (1 - u) + u * (u / t) * noise)
+    found = scheduler.step((predicted - 2) / u, scheduler.timesteps[1], predicted).prev_sample
+    # q(s) = (1 - s) u^2 / s^2 here, and its mean over log s is in closed form.
+    mean = u**2 * ((u**-2 - t**-2) / 2 - (1 / u - 1 / t)) / math.log(t / u)
+    corrected = predicted + (1 - u - mean)
+    noise = (corrected - 2 * (1 - u)) / u
+    expected = {"mean": 2 + (math.hypot(1 - u, u) - (1 - u)) / u * noise, "tweedie": 2, "euler": 2}[last_step]
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64).reshape(1), rtol=1e-9, atol=0)
+
+
+def test_what_a_callback_adds_to_the_predicted_sample_stays():
+    """Unlike where the correction starts from the sample of the step before."""
+    results = []
+    for shift in (0.0, 0.3):
+        scheduler = FlowMatchSDEScheduler(solver_order=2)
+        scheduler.set_timesteps(sigmas=[0.8, 0.5, 0.2])
+        x, noise = torch.ones(1, dtype=torch.float64), torch.zeros(1)
+        for i, timestep in enumerate(scheduler.timesteps[:2]):
+            x = x + shift * i
+            x = scheduler.step(x / scheduler.sigmas[i], timestep, x, variance_noise=noise).prev_sample  # data: 0
+        results.append(x.item())
+    assert results[1] - results[0] == pytest.approx(0.3 * (0.2 / 0.5) ** 2)
+
+
 def test_fifty_steps_leave_the_known_spread():
     """Standard deviations after 50 steps where the data have 0.2."""
 
@@ -142,6 +338,20 @@ def test_default_grid_is_that_of_the_paper():
     assert scheduler.sigmas.dtype == torch.float64 and scheduler.timesteps.dtype == torch.float32
     torch.testing.assert_close(scheduler.sigmas, expected, rtol=0, atol=0)
     torch.testing.assert_close(scheduler.timesteps, (1000 * expected[:-1]).float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("diffusion_form", ["linear", "sbdm"])
+def test_grid_of_the_second_order_sde(diffusion_form):
+    scheduler = FlowMatchSDEScheduler(diffusion_form=diffusion_form, solver_order=2)
+    start = 0.999 if diffusion_form == "sbdm" else 1.0
+    scheduler.set_timesteps(64)
+    assert scheduler.sigmas.dtype == torch.float64 and scheduler.timesteps.dtype == torch.float32
+    assert len(scheduler.sigmas) == 65 and len(scheduler.timesteps) == 64, "one evaluation for each step"
+    assert scheduler.sigmas[0] == start and scheduler.sigmas[-2:].tolist() == [0.04, 0]
+    steps = (scheduler.sigmas[:-1] ** (1 / 3)).diff()
+    torch.testing.assert_close(steps, torch.full_like(steps, (0.04 ** (1 / 3) - start ** (1 / 3)) / 63))
+    scheduler.set_timesteps(1)
+    assert scheduler.sigmas.tolist() == [start, 0]
 
 
 def test_sbdm_grid_starts_below_its_singularity():
@@ -197,6 +407,38 @@ def test_noise_is_drawn_in_float32_and_not_in_the_last_step():
     assert torch.equal(generator.get_state(), state)
 
 
+def test_second_order_sde_takes_one_evaluation_and_one_draw_for_each_step():
+    scheduler = FlowMatchSDEScheduler(solver_order=2)
+    scheduler.set_timesteps(5)
+    generator, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    drawn = given = torch.ones(2, 3)
+    other = FlowMatchSDEScheduler(solver_order=2)
+    other.set_timesteps(5)
+    for i, timestep in enumerate(scheduler.timesteps):
+        assert scheduler.state_in_first_order and scheduler.step_index in (None, i)
+        drawn = scheduler.step(0.3 * drawn, timestep, drawn, generator=generator).prev_sample
+        noise = torch.randn(2, 3, generator=same) if i < 4 else None
+        given = other.step(0.3 * given, timestep, given, variance_noise=noise).prev_sample
+        assert torch.equal(generator.get_state(), same.get_state()) and torch.equal(drawn, given)
+
+
+def test_second_order_sde_forgets_the_run_before():
+    scheduler = FlowMatchSDEScheduler(solver_order=2)
+    results = []
+    for stop in (3, 6, 6):  # the first run is given up
+        scheduler.set_timesteps(6)
+        sample, generator = torch.ones(4), torch.Generator().manual_seed(0)
+        for timestep in scheduler.timesteps[:stop]:
+            sample = scheduler.step(sample.sin(), timestep, sample, generator=generator).prev_sample
+        results.append(sample)
+    fresh = FlowMatchSDEScheduler(solver_order=2)
+    fresh.set_timesteps(6)
+    sample, generator = torch.ones(4), torch.Generator().manual_seed(0)
+    for timestep in fresh.timesteps:
+        sample = fresh.step(sample.sin(), timestep, sample, generator=generator).prev_sample
+    assert torch.equal(results[1], sample) and torch.equal(results[2], sample)
+
+
 def test_given_noise_replaces_the_draw():
     scheduler = FlowMatchSDEScheduler()
     sample, noise = torch.zeros(1, 2), torch.randn(1, 2)
@@ -232,6 +474,10 @@ def test_starting_in_the_middle_finds_the_step():
     sample = torch.ones(1)
     assert scheduler.step(sample, scheduler.timesteps[2], sample).prev_sample.item() == pytest.approx(0.75)
     assert scheduler.step_index == 3
+    second_order = FlowMatchSDEScheduler(solver_order=2)
+    second_order.set_timesteps(4)
+    second_order.step(sample, second_order.timesteps[2], sample)
+    assert second_order.step_index == 3
     heun = FlowMatchSDEScheduler(diffusion_form="none", solver_order=2)
     heun.set_timesteps(4)
     assert heun.index_for_timestep(heun.timesteps[1]) == 2, "the second place begins a step"
@@ -254,6 +500,9 @@ def test_config_round_trip(tmp_path):
         assert {name: loaded.config[name] for name in config} == config
     heun = FlowMatchSDEScheduler.from_config(scheduler.config, diffusion_form="none", solver_order=2)
     assert heun.order == 2 and heun.config.path_type == "cosine"
+    second_order = FlowMatchSDEScheduler.from_config(scheduler.config, solver_order=2)
+    assert second_order.order == 1, "evaluations of the model for each step"
+    assert second_order.config.solver_order == 2 and second_order.config.last_step == "tweedie"
 
 
 def test_interchangeable_with_other_schedulers():
@@ -272,7 +521,6 @@ def test_interchangeable_with_other_schedulers():
         ({"diffusion_norm": -1.0}, "`diffusion_norm` has to be a number not below 0, but is -1.0"),
         ({"diffusion_norm": math.nan}, "`diffusion_norm` has to be a number not below 0, but is nan"),
         ({"solver_order": 3}, "`solver_order` has to be 1 or 2, but is 3"),
-        ({"solver_order": 2}, "`solver_order=2` .* needs `diffusion_form='none'`, but `diffusion_form` is 'linear'"),
         ({"last_step": "heun"}, r"`last_step` has to be one of .*, but is 'heun'"),
         ({"last_step_size": 0}, "`last_step_size` has to lie between 0 and 1, but is 0"),
         ({"num_train_timesteps": 0}, "`num_train_timesteps` has to be at least 1, but is 0"),

@@ -19,7 +19,7 @@ from .pipeline_lsep import LSEPPipeline
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 
-SAMPLERS = ("sde", "ode", "heun", "dpmpp", "unipc")
+SAMPLERS = ("sde", "sde2", "ode", "heun", "dpmpp", "unipc")
 LABEL_SAMPLINGS = ("random", "balanced")
 
 
@@ -27,9 +27,11 @@ def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
     """Gives the pipeline the sampler of that name, one of `SAMPLERS`; None keeps the one that it was saved with."""
     config = {"path_type": pipe.config.path_type, "num_train_timesteps": pipe.scheduler.config.num_train_timesteps}
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    if name == "sde":
+    if name in ("sde", "sde2"):
         saved = isinstance(pipe.scheduler, FlowMatchSDEScheduler) and pipe.scheduler.config.diffusion_form != "none"
-        pipe.scheduler = pipe.scheduler if saved else FlowMatchSDEScheduler(**config)
+        scheduler = pipe.scheduler if saved else FlowMatchSDEScheduler(**config)
+        order = 1 if name == "sde" else 2
+        pipe.scheduler = FlowMatchSDEScheduler.from_config(scheduler.config, solver_order=order)
     elif name == "ode":
         pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none")
     elif name == "heun":

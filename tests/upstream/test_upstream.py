@@ -191,6 +191,11 @@ class TestSDEScheduler(scheduler_tests.SchedulerCommonTest):
             self.check_over_configs(time_step=None, last_step=last_step)
 
 
+class TestSecondOrderSDEScheduler(TestSDEScheduler):
+    def get_scheduler_config(self, **kwargs):
+        return super().get_scheduler_config(solver_order=2, **kwargs)
+
+
 class TestEulerScheduler(TestSDEScheduler):
     test_forms = None  # those of the SDE
 
