@@ -212,6 +212,15 @@ def test_every_metric_of_the_evaluation_has_its_name(save):
         assert f"| {title} | {values[name]:.4g} |" in card.text and f"| {name} |" not in card.text
 
 
+def test_settings_and_notes_of_an_evaluation_are_readable(save):
+    folder = save()
+    results = {**RESULTS, "sampling": {"seed": 0, "variant": None}, "notes": ["`samples` holds 5 images", "grey"]}
+    (folder / "eval_results.json").write_text(json.dumps(results))
+    text = ModelCard.load(update_evaluation(folder)).text
+    assert "| `sampling.seed` | `0` |" in text and "variant" not in text and "| `num_images` | `50000` |" in text
+    assert "\n\n- `samples` holds 5 images\n- grey\n" in text and "`notes`" not in text
+
+
 def test_merging_prefers_the_text_that_was_written_by_hand(save):
     folder = save()
     path = write_model_card(folder, license="mit")

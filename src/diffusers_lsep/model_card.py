@@ -469,8 +469,15 @@ def _model_index(results: dict[str, Any], dataset: str | None) -> list[EvalResul
 
 def _evaluation_section(results: dict[str, Any]) -> str:
     rows = [(METRIC_NAMES.get(name, name), f"{value:.4g}") for name, value in results["metrics"].items()]
-    settings = {key: value for key, value in results.items() if key != "metrics" and value is not None}
+    settings = {}
+    for key, value in results.items():
+        if key not in ("metrics", "notes"):
+            settings |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    settings = {key: value for key, value in settings.items() if value is not None}
     text = f"## Evaluation\n\n{_table(('Metric', 'Value'), rows)}"
     if settings:
         text += f"\n\n{_table(('Setting', 'Value'), [(f'`{key}`', f'`{value}`') for key, value in settings.items()])}"
+    if results.get("notes"):
+        notes = "\n".join(f"- {note}" for note in results["notes"])
+        text += f"\n\nTo be kept in mind when these numbers are compared with others:\n\n{notes}"
     return text
