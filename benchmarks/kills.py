@@ -36,7 +36,8 @@ def start(folder: Path, steps: int, processes: int) -> subprocess.Popen:
     flags += ["--resume_from_checkpoint", "latest"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [str(part) for part in [*launcher, SCRIPT, *flags, "--num_cpu_threads", 1]]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    with open(f"{folder}.log", "w") as log:  # of the last start, for when it fails
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def kill(process: subprocess.Popen):
@@ -45,6 +46,13 @@ def kill(process: subprocess.Popen):
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
+
+
+def check(returncode: int, folder: Path):
+    """Refuses a run that failed, with what it said."""
+    if returncode != 0:
+        log = Path(f"{folder}.log").read_text(errors="replace")
+        raise RuntimeError(f"the run in {folder.name} ended with {returncode}:\n{log[-4000:]}")
 
 
 def weights(folder: Path, steps: int) -> dict[str, bytes]:
@@ -65,7 +73,7 @@ def main():
     root = Path(tempfile.mkdtemp())
     try:
         begin = time.perf_counter()
-        assert start(root / "whole", args.steps, args.processes).wait() == 0, "the uninterrupted run failed"
+        check(start(root / "whole", args.steps, args.processes).wait(), root / "whole")
         duration = time.perf_counter() - begin
         expected = weights(root / "whole", args.steps)
 
@@ -80,12 +88,12 @@ def main():
                 kills += 1
                 print(f"kill {kills}: {sorted(path.name for path in folder.glob('*'))}", flush=True)
                 continue
-            assert process.returncode == 0, "a resumed run failed"
+            check(process.returncode, folder)
             assert weights(folder, args.steps) == expected, "a resumed run ended with other weights"
             runs += 1
             shutil.rmtree(folder)
         if folder.exists():
-            assert start(folder, args.steps, args.processes).wait() == 0, "a resumed run failed"
+            check(start(folder, args.steps, args.processes).wait(), folder)
             assert weights(folder, args.steps) == expected, "a resumed run ended with other weights"
             runs += 1
         print(f"{kills} kills in {runs} runs of {args.processes} process(es): all ended with the same bits")
