@@ -4,6 +4,7 @@
 
     python benchmarks/run.py                            # all
     python benchmarks/run.py training_step --pairs 15   # one, with more pairs
+    python benchmarks/run.py original_repo --original_repo path/to/LSEP   # against the authors' code
 
 Ratios are times, ours over the baseline that is named, medians over pairs of runs that follow each other; below 1 is
 faster.
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-BENCHMARKS = ["training_step", "sampling_overhead", "import_time"]
+BENCHMARKS = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
 
 
 def main():
@@ -31,23 +32,27 @@ def main():
         "benchmarks", nargs="*", metavar="NAME", help=f"Some of {', '.join(BENCHMARKS)}. Default: all."
     )
     parser.add_argument("--pairs", type=int, help="Pairs of runs, in place of each benchmark's own number.")
+    parser.add_argument("--original_repo", type=Path, help="A clone of the authors' code, to compare with it as well.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/results.json"))
     args = parser.parse_args()
-    unknown = [name for name in args.benchmarks if name not in BENCHMARKS]
+    known = BENCHMARKS + ["original_repo"] * (args.original_repo is not None)
+    unknown = [name for name in args.benchmarks if name not in known]
     if unknown:
-        parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     if args.pairs is not None and args.pairs < 1:
         parser.error(f"--pairs has to be at least 1, but is {args.pairs}")
 
     rows = []
-    print(f"{'ours / baseline':55} {'ratio':>6} {'quartiles':>13} {'target':>7} {'seconds':>17} {'pairs':>6}")
-    for name in args.benchmarks or BENCHMARKS:
+    print(f"{'ours / baseline':58} {'ratio':>6} {'quartiles':>13} {'target':>7} {'seconds':>17} {'pairs':>6}")
+    for name in args.benchmarks or known:
         options = {"pairs": args.pairs} if args.pairs is not None else {}
+        if name == "original_repo":
+            options["original_repo"] = args.original_repo
         for row in importlib.import_module(name).run(**options):
             rows.append({"benchmark": name, **row})
             target = f"{row['target']:.2f}" if row["target"] is not None else ""
             print(
-                f"{row['name']:55} {row['ratio']:6.3f} {row['ratio_25']:6.3f} {row['ratio_75']:6.3f} {target:>7}"
+                f"{row['name']:58} {row['ratio']:6.3f} {row['ratio_25']:6.3f} {row['ratio_75']:6.3f} {target:>7}"
                 f" {row['ours_seconds']:8.3f} {row['baseline_seconds']:8.3f} {row['pairs']:6}",
                 flush=True,
             )

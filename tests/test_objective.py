@@ -254,6 +254,22 @@ def test_step_compiles_to_one_graph(make_objective):
         compiled(**batch(seed=1), probe_weight_scale=scale * 0.5)
 
 
+def test_compiled_step_takes_any_number_of_separate_rows(make_objective):
+    objective, draws = make_objective(), batch()
+    separate = draws["class_dropout_mask"] != draws["probe_dropout_mask"]
+    rows = separate.nonzero()[:, 0]
+    others = (~separate).nonzero()[:, 0]
+    assert len(rows) >= 2 and len(others) >= 2
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    expected = objective(**draws).loss
+    torch.testing.assert_close(compiled(**draws, separate_rows=rows).loss, expected, rtol=1e-5, atol=1e-5)
+    # The second number makes their number symbolic; from then on it is one graph for all.
+    compiled(**draws, separate_rows=torch.cat([rows, others[:1]]))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        loss = compiled(**draws, separate_rows=torch.cat([rows, others[:2]])).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(make_objective):
     gradients = []
     for checkpointing in (False, True):
