@@ -441,7 +441,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         if self.config.diffusion_form == "sbdm":
             # w / sigma^2 is the derivative of log(sigma / alpha), times the norm
             ratio = path.sigma(end) / path.alpha(end) * path.alpha(start) / path.sigma(start)
-            return self.config.diffusion_norm * math.log(ratio)
+            return self.config.diffusion_norm * math.log(max(1.0, ratio))  # not below 1 by rounding
         return math.log(end / start) * self._mean_over_log_time(
             lambda t: t * self._half_variance(t) / path.sigma(t) ** 2, start, end
         )
