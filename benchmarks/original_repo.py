@@ -28,6 +28,7 @@ def run(original_repo: Path, pairs: int = 7, batch_size: int = 16) -> list[dict]
         path_type="linear",
         input_size=SHAPE["size"],
         hidden_size=SHAPE["width"],
+        decoder_hidden_size=SHAPE["width"],
         depth=SHAPE["layers"],
         num_heads=SHAPE["heads"],
         encoder_depth=4,
