@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What coupled dropout and a probe on a part of the batch do to the gradient: its mean stays, its variance grows.
 
-    python benchmarks/gradient_variance.py lsep-digits    # a run of train_lsep.py on the digits
+    python benchmarks/gradient_variance.py    # after `python examples/train_lsep.py`, which writes lsep-digits
 
 The same images, noise and times for all variants; the variance is the trace of the gradient's covariance over batches.
 The probe's part is the gradient of its loss alone.
@@ -45,7 +45,7 @@ def gradients(objective: LSEPObjective, batch: dict[str, torch.Tensor]) -> torch
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the --output_dir of a run on the digits")
+    parser.add_argument("--run", type=Path, default=Path("lsep-digits"), help="the folder of a run on the digits")
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gradient_variance.json"))

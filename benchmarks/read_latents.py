@@ -8,7 +8,8 @@ Two synthetic sets are written in the format of `examples/encode_latents.py` and
 one of ImageNet's size (1,281,167 rows of `[8, 32, 32]` float16: 21 GB of disk). Rates are taken on rows that lie
 scattered over the whole set and that a first pass has brought into the page cache: per second of the clock, and per
 second of the one core (which is what a machine with other work on it tells reliably). Memory is that of a fresh
-process for each set.
+process for each set. Last comes the wait of a training step for its data: batches of 256 with all draws of training
+come from worker processes, while a GPU that takes `--step_seconds` for a step is played by sleep.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import DataLoader
 
+from diffusers_lsep.data import SampleStream
 from diffusers_lsep.latents import MomentsDataset, MomentsShardWriter, finish_moments, moments_features, shard_name
 
 
@@ -93,6 +96,29 @@ def measure(folder: Path, num_read: int, batch_size: int, repeats: int) -> str:
     )
 
 
+def measure_wait(folder: Path, step_seconds: float, num_workers: int, batch_size: int = 256, steps: int = 40) -> str:
+    """The share of the steps' time that passes before a batch is there; a sentence."""
+    dataset = MomentsDataset(folder)
+    channels, *size = dataset.moments_shape
+    stream = SampleStream(
+        dataset, (channels // 2, *size), 0, batch_size, grid_size=16, crop_size_min=12, posterior_noise=True
+    )
+    warm = 2 * num_workers
+    batches = [list(range(step * batch_size, (step + 1) * batch_size)) for step in range(steps + warm)]
+    loader = iter(DataLoader(stream, batch_sampler=batches, num_workers=num_workers, collate_fn=lambda batch: batch))
+    waits = []
+    for _ in batches:
+        start = time.perf_counter()
+        next(loader)
+        waits.append(time.perf_counter() - start)
+        time.sleep(step_seconds)
+    waited = sum(waits[warm:])  # the first ones wait for the workers to start
+    return (
+        f"{len(dataset):,} rows, {steps} steps of {batch_size} samples and {step_seconds} s, {num_workers} workers:"
+        f" {waited / (waited + steps * step_seconds):.2%} of the time is waiting for data"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_281_167], help="Sizes of the sets.")
@@ -102,6 +128,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Rows per batch.")
     parser.add_argument("--repeats", type=int, default=5, help="Passes with a warm cache.")
     parser.add_argument("--data_dir", type=Path, help="Where to write the sets (default: the temporary folder).")
+    parser.add_argument("--step_seconds", type=float, default=0.5, help="SiT-XL/2's 256 images on an H200, estimated.")
+    parser.add_argument("--num_workers", type=int, default=2, help="Workers of the loader.")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the child process
     args = parser.parse_args()
     if args.measure:
@@ -120,6 +148,7 @@ def main() -> None:
             "MB before | MB after one pass | MB after all | of it mapped files |"
         )
         print("|---" * 11 + "|", flush=True)
+        waits = []
         for num_rows in args.rows:
             folder = Path(place) / "set"
             write_set(folder, num_rows, tuple(args.shape), args.shard_size)
@@ -130,7 +159,9 @@ def main() -> None:
                 end="",
                 flush=True,
             )
+            waits.append(measure_wait(folder, args.step_seconds, args.num_workers))
             shutil.rmtree(folder)
+        print("\n".join(["", *waits]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the paired benchmarks, prints a table and writes JSON.
+"""Runs the benchmarks, prints a table and writes JSON.
 
-    python benchmarks/run.py                            # all
+    python benchmarks/run.py                            # all of steps, sampling and import: minutes
+    python benchmarks/run.py --all                      # and the long ones, which have a --help of their own: hours
     python benchmarks/run.py training_step --pairs 15   # one, with more pairs
     python benchmarks/run.py original_repo --original_repo path/to/LSEP   # against the authors' code
 
@@ -15,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,28 +25,40 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-BENCHMARKS = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
+# Pairs of runs, one row each
+PAIRED = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
+# Scripts with reports of their own
+SCRIPTS = [
+    *("growth", "read_latents", "convert_full_size", "kills", "solver_order"),
+    *("digits_ablation", "digits_fine_tuning", "gradient_variance"),
+]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="NAME", help=f"Some of {', '.join(BENCHMARKS)}. Default: all."
+        "benchmarks",
+        nargs="*",
+        metavar="NAME",
+        help=f"Some of {', '.join(PAIRED + SCRIPTS)}. Default: the first {len(PAIRED)}.",
     )
+    parser.add_argument("--all", action="store_true", help="All of them.")
     parser.add_argument("--pairs", type=int, help="Pairs of runs, in place of each benchmark's own number.")
     parser.add_argument("--original_repo", type=Path, help="A clone of the authors' code, to compare with it as well.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/results.json"))
     args = parser.parse_args()
-    known = BENCHMARKS + ["original_repo"] * (args.original_repo is not None)
+    paired = PAIRED + ["original_repo"] * (args.original_repo is not None)
+    known = paired + SCRIPTS
     unknown = [name for name in args.benchmarks if name not in known]
     if unknown:
         parser.error(f"there is no benchmark {unknown[0]!r}; there are {', '.join(known)}")
     if args.pairs is not None and args.pairs < 1:
         parser.error(f"--pairs has to be at least 1, but is {args.pairs}")
 
+    names = known if args.all else args.benchmarks or paired
     rows = []
     print(f"{'ours / baseline':58} {'ratio':>6} {'quartiles':>13} {'target':>7} {'seconds':>17} {'pairs':>6}")
-    for name in args.benchmarks or known:
+    for name in [name for name in names if name in paired]:
         options = {"pairs": args.pairs} if args.pairs is not None else {}
         if name == "original_repo":
             options["original_repo"] = args.original_repo
@@ -65,6 +79,9 @@ def main():
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
+    for name in [name for name in names if name in SCRIPTS]:
+        print(f"\n{name}", flush=True)
+        subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py")], check=True)
 
 
 if __name__ == "__main__":
