@@ -191,23 +191,24 @@ def draw_heat_maps(results: dict[str, list[dict]], path: Path):
 
 
 def draw_sweeps(results: dict[str, dict[str, list[dict]]], path: Path):
-    """Accuracy against Frechet distance, a point for each variant."""
-    groups = [group for group in results if group in SWEEPS]
-    columns = min(2, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis, group in zip(axes, groups):
-        for variant, runs in results[group].items():
+    """Accuracy against Frechet distance: a point for each variant, a colour for each sweep, a star for LSEP itself."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
+    for group, marker in zip([group for group in results if group in SWEEPS], "osD^"):
+        for i, (variant, runs) in enumerate(results[group].items()):
             values = [list(measures(run).values()) for run in runs]
-            x, y = np.mean(values, axis=0)[[2, 0]]
-            errors = np.std(values, axis=0, ddof=1)[[2, 0]] if len(values) > 1 else (0, 0)
-            axis.errorbar(x, y, yerr=errors[1], xerr=errors[0], fmt="o", capsize=2)
-            shown = DEFAULTS[group] if variant == LSEP else variant
-            axis.annotate(shown, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axis.set(title=group, xlabel="Fréchet distance, pixels", ylabel="accuracy, mean of layers and times")
-        axis.label_outer()
-        axis.margins(0.2)
+            y, _, x = np.mean(values, axis=0)
+            yerr, _, xerr = np.std(values, axis=0, ddof=1) if len(values) > 1 else (None,) * 3
+            style = {"marker": "*", "markersize": 14, "color": "black", "zorder": 3} if variant == LSEP else {}
+            style = {"marker": marker, "color": f"C{'osD^'.index(marker)}", **style}
+            label = group if i == 0 else None
+            axis.errorbar(x, y, yerr=yerr, xerr=xerr, linestyle="none", capsize=2, label=label, **style)
+            if variant != LSEP or group == "weight":
+                axis.annotate(variant, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="Fréchet distance, pixels", ylabel="accuracy, mean of layers and times")
+    axis.margins(0.12)
+    axis.legend(title="sweep of")
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
 
