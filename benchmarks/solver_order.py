@@ -234,6 +234,7 @@ def run_digits(args: argparse.Namespace) -> list[dict]:
 
 def plot(path: Path, rows: list[dict], panels: list[tuple[str, str]]):
     """A panel for each place and measure, a curve for each scheduler."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(panels) + 2.6, 4), layout="constrained")
@@ -244,7 +245,8 @@ def plot(path: Path, rows: list[dict], panels: list[tuple[str, str]]):
             ]
             if points:
                 style = "-" if name.startswith("SDE") else "--" if name.startswith("ODE") else ":"
-                axis.plot(*zip(*sorted(points)), style, color=f"C{i % 10}", marker="o", markersize=3, label=name)
+                color = colormaps["tab20"](i)
+                axis.plot(*zip(*sorted(points)), style, color=color, marker="o", markersize=3, label=name)
         for row in rows:
             if row["scheduler"] == EXACT:
                 axis.axhline(row[place][measure], color="black", linewidth=0.8, label=EXACT)
