@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ SBDM_START = 1 - 1e-3
 # (for narrow data).
 GRID_EXPONENT = 3
 
-# Gauss-Legendre on [-1, 1], for integrals over a part of the grid.
-QUADRATURE_NODES, QUADRATURE_WEIGHTS = (values.tolist() for values in np.polynomial.legendre.leggauss(8))
+
+@functools.cache  # and not a constant: numpy.polynomial would make the import of the package slower
+def gauss_legendre() -> tuple[list[float], list[float]]:
+    """Nodes and weights on [-1, 1], for integrals over a part of the grid."""
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    return nodes.tolist(), weights.tolist()
 
 
 @dataclass
@@ -462,8 +467,9 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
     def _mean_over_log_time(function: Callable[[float], float], start: float, end: float) -> float:
         # Rates grow towards 0 like powers of t.
         middle, half = 0.5 * (math.log(end) + math.log(start)), 0.5 * math.log(end / start)
-        values = [function(math.exp(middle + half * node)) for node in QUADRATURE_NODES]
-        return 0.5 * sum(weight * value for weight, value in zip(QUADRATURE_WEIGHTS, values))
+        nodes, weights = gauss_legendre()
+        values = [function(math.exp(middle + half * node)) for node in nodes]
+        return 0.5 * sum(weight * value for weight, value in zip(weights, values))
 
     @staticmethod
     def _draw_noise(
