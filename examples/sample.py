@@ -51,6 +51,7 @@ IMAGE_SETTINGS = (
     "seed",
     "batch_size",
     "dtype",
+    "compile",
 )
 
 
@@ -100,6 +101,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="Default: 0.")
     how.add_argument("--batch_size", type=int, default=32, help="Images at a time in one process. Default: 32.")
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights. Default: float32.")
+    how.add_argument(
+        "--compile",
+        action="store_true",
+        help="Compile the transformer's blocks: faster once that is done; last bits may differ.",
+    )
 
     args = parser.parse_args(argv)
     if (args.class_labels is None) == (args.num_images is None):
@@ -259,6 +265,9 @@ def main(argv: list[str] | None = None):
     ).to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, args.scheduler)
+    if args.compile:
+        # Fixed sizes: a batch, and twice as much under guidance.
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     if args.num_images is not None:
         num_classes = pipe.transformer.config.num_classes
         class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)

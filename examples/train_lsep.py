@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -102,6 +102,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             raise ValueError("give `--gradient_checkpointing` in place of `fsdp_activation_checkpointing`.")
         # Autocast from weights in float32, as without sharding. accelerate's policy would round times and losses too.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if not accelerator.state.dynamo_plugin.dynamic:
+        # False, accelerate's default, is for sizes that never change. The number of samples in the probe's stream
+        # does: the step would be compiled anew for the first eight of them, and not at all from then on.
+        accelerator.state.dynamo_plugin.dynamic = None
     args.mixed_precision = accelerator.mixed_precision
     if accelerator.device.type == "cpu":
         # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
@@ -250,6 +254,11 @@ class Trainer:
         """Whether this process takes part in saving: all do where each has only a part of the weights."""
         return self.accelerator.is_main_process or self.accelerator.is_fsdp2
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `accelerate launch --dynamo_backend ...` has the step compiled."""
+        return self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
@@ -257,6 +266,11 @@ class Trainer:
         """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
         images, moments = batch.pop("images", None), batch.pop("moments", None)
         noise = batch.pop("posterior_noise", None)
+        if self.compiled:
+            # Their number is another one in every step, which is better known before the first is compiled.
+            for name in ("separate_rows", "probe_rows"):
+                if name in batch:
+                    torch._dynamo.maybe_mark_dynamic(batch[name], 0)
         if self.setup.encoder is not None:
             with self.accelerator.autocast():
                 batch["targets"] = {"repa": self.setup.encoder(images)}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL
 
@@ -255,8 +256,8 @@ def test_flags_and_links_of_the_guides_exist(guide, load_example):
     text = guide.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("http") or (guide.parent / target).exists(), target
-    # of the scripts that the guide runs, of accelerate, and of a cluster's scheduler
-    known = {"--num_processes", "--machine_rank", "--main_process_ip", "--signal"}
+    # of a cluster's scheduler, of accelerate, and of the scripts that the guide runs
+    known = {"--signal"} | {option for action in launch_command_parser()._actions for option in action.option_strings}
     for words in [*commands_of(guide), ["python", "examples/train_lsep.py"]]:
         parser, _ = options_of(words, load_example)
         known |= {option for action in parser._actions for option in action.option_strings}

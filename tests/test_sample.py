@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.sampling import make_generator
 
 
@@ -181,3 +182,23 @@ def test_unknown_classes_are_refused(run, tmp_path, label, message):
     with pytest.raises(ValueError, match=message):
         run("out", "--class_labels", label)
     assert not (tmp_path / "out").exists()
+
+
+def test_compiled_blocks_draw_the_same_images(run, sample, monkeypatch):
+    """With and without guidance, and a last batch that is not full: two sizes, each compiled once."""
+    compile_blocks, options = SiTTransformer2DModel.compile_repeated_blocks, {}
+
+    def compile_without_a_compiler(model, **arguments):
+        options.update(arguments)
+        compile_blocks(model, **arguments, backend="aot_eager")
+
+    monkeypatch.setattr(SiTTransformer2DModel, "compile_repeated_blocks", compile_without_a_compiler)
+    arguments = ["--num_images", 6, "--guidance_scale", 2, "--guidance_interval", 0, 0.5]
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run("compiled", *arguments, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 and options["fullgraph"]
+    assert json.loads((compiled / "samples.json").read_text())["compile"] is True
+    images = [np.load(folder / "samples.npz")["arr_0"].astype(int) for folder in (compiled, run("eager", *arguments))]
+    assert abs(images[0] - images[1]).max() <= 1
+    torch.compiler.reset()

@@ -369,6 +369,33 @@ def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
     assert lines[0]["loss"] != exact[0]["loss"]
 
 
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_compiled_step_is_compiled_once_and_the_same(train, tmp_path, monkeypatch, regional):
+    """As with `accelerate launch --dynamo_backend`, which hands on its flags like this."""
+    flags = ["--train_batch_size", 16, "--max_train_steps", 12, "--checkpointing_steps", 12]
+    train(*flags, output_dir=tmp_path / "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional).lower())
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    train(*flags)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and "recompile_limit" not in str(counters)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 < graphs <= 16 if regional else graphs == 1
+
+    eager, compiled = (
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("eager", "run")
+    )
+    assert len(compiled) == 12 and compiled == pytest.approx(eager, rel=1e-5)
+    weights, expected = final_weights(tmp_path / "run"), final_weights(tmp_path / "eager")
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+
+
 def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     flags = ["--probe_decay_start_epoch", 0, "--probe_decay_epochs", 4 / 1437, "--learning_rate", 0]
     flags += ["--probe_learning_rate", 0, "--crop_size_min", 4]
