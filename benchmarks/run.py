@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 PAIRED = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
 # Scripts with reports of their own
 SCRIPTS = [
-    *("growth", "read_latents", "convert_full_size", "kills", "solver_order"),
+    *("throughput", "growth", "read_latents", "convert_full_size", "kills", "solver_order"),
     *("digits_ablation", "digits_fine_tuning", "gradient_variance"),
 ]
 
@@ -80,6 +80,9 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
     for name in [name for name in names if name in SCRIPTS]:
+        if args.all and name == "throughput" and not torch.cuda.is_available():
+            print("\nthroughput is left out: there is no GPU")
+            continue
         print(f"\n{name}", flush=True)
         subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py")], check=True)
 
