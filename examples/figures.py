@@ -358,12 +358,12 @@ def main(argv: list[str] | None = None):
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         require_matplotlib(args.command)
+        if args.command == "guidance-sweep":
+            sweep_guidance(args)
+        else:
+            draw_strip(args)
     except ImportError as error:
         sys.exit(f"figures.py: error: {error}")
-    if args.command == "guidance-sweep":
-        sweep_guidance(args)
-    else:
-        draw_strip(args)
 
 
 if __name__ == "__main__":

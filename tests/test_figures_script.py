@@ -306,6 +306,14 @@ def test_what_does_not_fit_is_refused_before_work(script, save_pipeline, referen
         assert (tmp_path / "out" / f"{command}.png").read_text() == "mine"
 
 
+def test_torch_fidelity_is_asked_for(script, save_pipeline, reference, arguments, monkeypatch):
+    save_pipeline(in_channels=1)
+    for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=r"^figures.py: error: .* pip install 'diffusers_lsep\[eval\]'"):
+        script.main(arguments("guidance-sweep", "--features", "inception"))
+
+
 def test_matplotlib_is_asked_for_before_work(script, arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for command in ("guidance-sweep", "denoising-strip"):
