@@ -64,11 +64,18 @@ def separate_rows(draws: dict[str, torch.Tensor]) -> torch.Tensor:
     return (draws["class_dropout_mask"] != draws["probe_dropout_mask"]).nonzero()[:, 0]
 
 
-def check_equal(baseline, objective, draws):
-    with torch.no_grad():
-        expected = straightforward_loss(baseline, draws, objective.probe_weights)
-        found = objective(**draws).loss
+def check_equal(baseline, model, draws, weights):
+    """The same loss, and the same gradient for the embeddings of the labels, which lies behind all blocks."""
+    table = next(parameter for name, parameter in baseline.named_parameters() if "embedding_table" in name)
+    expected = straightforward_loss(baseline, draws, weights)
+    (expected_gradient,) = torch.autograd.grad(expected, table)
+    model.zero_grad()
+    found = model(**draws).loss
+    found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    gradient = model.transformer.class_embedding.weight.grad
+    scale = expected_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4 * scale)
 
 
 def run(pairs: int = 7, batch_size: int = 16) -> list[dict]:
@@ -77,9 +84,9 @@ def run(pairs: int = 7, batch_size: int = 16) -> list[dict]:
     # 18 % of the samples on average
     draws = make_draws(batch_size, num_shared=round(0.18 * batch_size))
     shared = {**draws, "separate_rows": separate_rows(draws)}
-    check_equal(baseline, objective, draws)
-    check_equal(baseline, objective, shared)
     weights = objective.probe_weights
+    check_equal(baseline, objective, draws, weights)
+    check_equal(baseline, objective, shared, weights)
 
     def baseline_step():
         baseline.zero_grad()
@@ -99,6 +106,11 @@ def run(pairs: int = 7, batch_size: int = 16) -> list[dict]:
         loss.backward()
 
     compiled = torch.compile(objective, fullgraph=True)
+    # tanh by way of exp is off in the compiler for CPUs, because it is off by 1e-8 near 0: nothing for
+    # a GELU, which is where most is computed besides products. TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH=1 switches it on.
+    tuned = torch.compile(objective, fullgraph=True, options={"cpp.use_decompose_tanh": True})
+    for model in (compiled, tuned):
+        check_equal(baseline, model, shared, weights)
     optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
     loop_optimizer = torch.optim.AdamW(baseline.parameters(), foreach=False)
     average = EMAModel(objective.parameters(), decay=0.9999, foreach=True)
@@ -119,8 +131,10 @@ def run(pairs: int = 7, batch_size: int = 16) -> list[dict]:
         | paired_ratio(step(objective, shared), baseline_step, pairs),
         {"name": "the same without shared activations", "target": None}
         | paired_ratio(step(objective, draws), baseline_step, pairs),
-        {"name": "step: ours compiled / straightforward, float32", "target": 0.85}
+        {"name": "step: ours compiled / straightforward, float32", "target": None}
         | paired_ratio(step(compiled, shared), baseline_step, pairs),
+        {"name": "the same with tanh by way of exp", "target": 0.85}
+        | paired_ratio(step(tuned, shared), baseline_step, pairs),
         {"name": "step: ours bf16 autocast / straightforward float32", "target": 0.45}
         | paired_ratio(bfloat16_step, baseline_step, pairs),
         {"name": "AdamW and average: fused / loops", "target": None} | paired_ratio(update, loop_update, pairs),
