@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from pairs import paired_ratio
 from training_step import make_draws, separate_rows
 
-from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPObjective
+from diffusers_lsep import FlowMatchHeunODEScheduler, LinearProbe, LSEPObjective
 from diffusers_lsep.data import load_image_dataset, open_images
 from diffusers_lsep.evaluation.linear_probing import probe_layers
 
@@ -93,7 +93,7 @@ def judge(folder: Path, seed: int) -> dict:
     source, held_out, names = open_images(splits, 8, 1, validation_split="test")
     pipe = DiffusionPipeline.from_pretrained(folder)
     probing = probe_layers(pipe, source, held_out, len(names), method="ridge", batch_size=512)
-    pipe.scheduler = FlowMatchSDEScheduler.from_config(pipe.scheduler.config, diffusion_form="none", solver_order=2)
+    pipe.scheduler = FlowMatchHeunODEScheduler.from_config(pipe.scheduler.config)
     samples = draw(pipe, [i % 10 for i in range(1000)], seed, num_inference_steps=10)
     return {
         "accuracy": probing["accuracy"],

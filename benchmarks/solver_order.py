@@ -34,7 +34,12 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep import (
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEMultistepScheduler,
+    FlowMatchSDEScheduler,
+    LSEPPipeline,
+)
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance
 from diffusers_lsep.paths import get_path
 
@@ -43,11 +48,11 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
     "SDE order 1": lambda: FlowMatchSDEScheduler(),  # Euler-Maruyama
     "SDE order 1, tweedie": lambda: FlowMatchSDEScheduler(last_step="tweedie"),
-    "SDE order 2": lambda: FlowMatchSDEScheduler(solver_order=2),
-    "SDE order 2, tweedie": lambda: FlowMatchSDEScheduler(solver_order=2, last_step="tweedie"),
-    "SDE order 2, last step 0.005": lambda: FlowMatchSDEScheduler(solver_order=2, last_step_size=0.005),
+    "SDE order 2": lambda: FlowMatchSDEMultistepScheduler(),
+    "SDE order 2, tweedie": lambda: FlowMatchSDEMultistepScheduler(last_step="tweedie"),
+    "SDE order 2, last step 0.005": lambda: FlowMatchSDEMultistepScheduler(last_step_size=0.005),
     "ODE Euler": lambda: FlowMatchSDEScheduler(diffusion_form="none"),
-    "ODE Heun": lambda: FlowMatchSDEScheduler(diffusion_form="none", solver_order=2),
+    "ODE Heun": lambda: FlowMatchHeunODEScheduler(),
     "diffusers FlowMatchEuler": lambda: FlowMatchEulerDiscreteScheduler(),
     "diffusers FlowMatchHeun": lambda: FlowMatchHeunDiscreteScheduler(),
     "diffusers DPM++ 2M": lambda: DPMSolverMultistepScheduler(**FLOW),

@@ -31,6 +31,7 @@ from diffusers_lsep.sampling import (
     LABEL_SAMPLINGS,
     SAMPLERS,
     choose_class_ids,
+    describe_scheduler,
     draw_batch,
     find_class_ids,
     set_scheduler,
@@ -279,8 +280,7 @@ def main(argv: list[str] | None = None):
     settings["guidance_interval"] = list(args.guidance_interval)
     settings["num_images"] = len(class_ids)
     settings["class_labels"] = args.class_labels or f"{args.label_sampling} over all classes"
-    settings["sampler"] = type(pipe.scheduler).__name__
-    settings["sampler_config"] = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+    settings |= describe_scheduler(pipe.scheduler)
     settings["quantization"] = "floor(255 * (x + 1) / 2)"
     settings["diffusers_lsep_version"] = diffusers_lsep.__version__
 

@@ -208,6 +208,7 @@ def test_strip_ends_with_the_pipeline_s_images(strip, save_pipeline, tmp_path, s
 
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
     set_scheduler(pipe, scheduler)
+    assert pipe.scheduler.config.get("solver_order") == (2 if scheduler in ("unipc", "dpmpp") else None)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 5, 0, 5)]
     images = pipe(
         [3, 3, 7, 7], 6, guidance_scale=2, guidance_interval=(0, 0.6), generator=generators, output_type="np"

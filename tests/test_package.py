@@ -41,6 +41,8 @@ def test_exports():
         "SiTTransformer2DModel",
         "SIT_PRESETS",
         "FlowMatchSDEScheduler",
+        "FlowMatchSDEMultistepScheduler",
+        "FlowMatchHeunODEScheduler",
         "LSEPPipeline",
         "LinearProbe",
         "LSEPObjective",

@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPObjective, LSEPPipeline, convert_original_checkpoint
+from diffusers_lsep import (
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEScheduler,
+    LSEPObjective,
+    LSEPPipeline,
+    convert_original_checkpoint,
+)
 
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -23,9 +29,9 @@ GRADIENTS = {
     "y_embedder.embedding_table.weight": ["transformer.class_embedding.weight"],
 }
 SAMPLERS = {
-    "sde": {},
-    "ode_euler": {"diffusion_form": "none"},
-    "ode_heun": {"diffusion_form": "none", "solver_order": 2},
+    "sde": (FlowMatchSDEScheduler, {}),
+    "ode_euler": (FlowMatchSDEScheduler, {"diffusion_form": "none"}),
+    "ode_heun": (FlowMatchHeunODEScheduler, {}),
 }
 
 
@@ -110,8 +116,9 @@ def test_losses_and_gradients(reference, mode):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampling_trajectories(reference, ema, sampler, guidance):
     _, settings, tensors = reference
+    scheduler_class, config = SAMPLERS[sampler]
 
-    class StoredNoise(FlowMatchSDEScheduler):
+    class StoredNoise(scheduler_class):
         """Steps with the stored noise in place of draws."""
 
         def step(self, *args, generator=None, **kwargs):
@@ -121,7 +128,7 @@ def test_sampling_trajectories(reference, ema, sampler, guidance):
 
     path_type = settings["model"]["path_type"]
     assert ema.scheduler.config.path_type == path_type
-    pipe = LSEPPipeline(ema.transformer, StoredNoise(path_type=path_type, **SAMPLERS[sampler]))
+    pipe = LSEPPipeline(ema.transformer, StoredNoise(path_type=path_type, **config))
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
         tensors["sample.class_labels"],

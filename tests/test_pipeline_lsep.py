@@ -1,9 +1,11 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,14 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from PIL import Image
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep import (
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEMultistepScheduler,
+    FlowMatchSDEScheduler,
+    LSEPPipeline,
+)
 from diffusers_lsep.paths import get_path
+from diffusers_lsep.sampling import SAMPLERS, set_scheduler
 
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "crane", "crane"]
@@ -129,9 +137,9 @@ def test_bfloat16_model_keeps_its_latents_in_float32(make_pipeline):
 # --- generators -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver_order", [1, 2])
-def test_an_image_depends_on_its_own_generator_alone(make_pipeline, solver_order):
-    pipe = make_pipeline(scheduler=FlowMatchSDEScheduler(solver_order=solver_order))
+@pytest.mark.parametrize("scheduler_class", [FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler])
+def test_an_image_depends_on_its_own_generator_alone(make_pipeline, scheduler_class):
+    pipe = make_pipeline(scheduler=scheduler_class())
     arguments = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 1.5}
     arguments["guidance_interval"] = (0.0, 0.5)  # of the four times, the last two or three
     a = pipe([1, 2, 3], generator=generators(10, 11, 12), **arguments).images
@@ -173,7 +181,7 @@ def test_guidance_costs_a_second_evaluation_inside_its_interval_only(make_pipeli
 
 
 def test_second_evaluation_of_a_step_keeps_the_decision_of_the_first(make_pipeline):
-    heun = make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none", solver_order=2))
+    heun = make_pipeline(scheduler=FlowMatchHeunODEScheduler())
     # Evaluations at t = 1; 0.8, 0.8; 0.6, 0.6; 0.4, 0.4; 0.2, 0.2. The steps from 0.8 and 0.6 are guided.
     arguments = {"num_inference_steps": 5, "guidance_scale": 2.0, "guidance_interval": (0.6, 0.8)}
     expected = [1, 1, 2, 2, 2, 2, 1, 1, 1]
@@ -241,9 +249,9 @@ def gaussian_std(scheduler, path_type="linear", steps=50, **arguments):
     [
         (FlowMatchSDEScheduler(), 0.189),
         (FlowMatchSDEScheduler(last_step="tweedie"), 0.197),
-        (FlowMatchSDEScheduler(solver_order=2), 0.200),
+        (FlowMatchSDEMultistepScheduler(), 0.200),
         (FlowMatchSDEScheduler(diffusion_form="none"), 0.190),
-        (FlowMatchSDEScheduler(diffusion_form="none", solver_order=2), 0.199),
+        (FlowMatchHeunODEScheduler(), 0.199),
         (FlowMatchEulerDiscreteScheduler(), 0.190),
         (FlowMatchHeunDiscreteScheduler(), 0.200),
         (DPMSolverMultistepScheduler(**FLOW), 0.200),
@@ -266,6 +274,8 @@ def test_schedulers_bring_noise_to_the_data(scheduler, std):
         # The expected data at t = 0.04 have a smaller spread than the data: 0.2^2 / sqrt(0.2^2 + tan(0.02 pi)^2).
         (FlowMatchSDEScheduler(path_type="cosine", last_step="tweedie"), 0.1908),
         (FlowMatchSDEScheduler(path_type="cosine", diffusion_form="none"), 0.2),
+        (FlowMatchSDEMultistepScheduler(path_type="cosine"), 0.2),
+        (FlowMatchHeunODEScheduler(path_type="cosine"), 0.2),
         (FlowMatchEulerDiscreteScheduler(), 0.2),
         (FlowMatchHeunDiscreteScheduler(), 0.2),
     ],
@@ -301,14 +311,88 @@ def test_euler_of_diffusers_gets_the_grid_of_the_papers(make_pipeline):
     torch.testing.assert_close(theirs.sigmas, torch.linspace(1, 0, 8))
 
 
-def test_schedulers_are_swapped_as_users_do(make_pipeline):
-    pipe = make_pipeline()
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
-    pipe(1, num_inference_steps=4)
+@pytest.fixture(params=["saved now", "saved before"])
+def saved_pipeline(make_pipeline, tmp_path, request):
+    """A pipeline that was saved and loaded, with the exact velocity of Gaussian data in place of its network."""
+    make_pipeline().save_pretrained(tmp_path)
+    if request.param == "saved before":  # when FlowMatchSDEScheduler had a `solver_order`
+        path = tmp_path / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "solver_order": 1}))
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, transformer=GaussianFlow())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_gaussian(pipe):
+    """Samples of 30 steps, and the error of their standard deviation: that of their noise is exactly 1."""
+    noise = torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std(correction=0)
+    images = pipe(0, 30, latents=noise, generator=generators(1)[0], output_type="latent").images
+    return images, abs(images.double().std(correction=0).item() - 0.2)
+
+
+SECOND_ORDER = 0.0025  # at 30 steps; the solvers of first order have errors from 0.008 on
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "arguments", "is_second_order"),
+    [
+        (DPMSolverMultistepScheduler, FLOW, True),
+        (UniPCMultistepScheduler, FLOW, True),
+        (FlowMatchHeunDiscreteScheduler, {}, True),
+        (FlowMatchEulerDiscreteScheduler, {}, False),
+        (FlowMatchHeunODEScheduler, {}, True),
+        (FlowMatchSDEMultistepScheduler, {}, True),
+        (FlowMatchSDEScheduler, {}, False),
+        (FlowMatchSDEScheduler, {"diffusion_form": "none"}, False),
+    ],
+)
+def test_schedulers_are_swapped_as_users_do(saved_pipeline, scheduler_class, arguments, is_second_order):
+    pipe = saved_pipeline
+    original = pipe.scheduler
+    pipe.scheduler = scheduler_class(**arguments)
+    expected, error = draw_gaussian(pipe)
+    assert error < SECOND_ORDER if is_second_order else error > 3 * SECOND_ORDER
+
+    in_between = (None, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunODEScheduler)
+    for other_class in in_between:
+        pipe.scheduler = original
+        if other_class is not None:
+            flow = FLOW if other_class is DPMSolverMultistepScheduler else {}
+            pipe.scheduler = other_class.from_config(pipe.scheduler.config, **flow)
+        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **arguments)
+        assert torch.equal(draw_gaussian(pipe)[0], expected)
+
+
+@pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler])
+def test_advice_of_the_error_makes_a_scheduler_that_fits(saved_pipeline, scheduler_class):
+    pipe = saved_pipeline
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="has to be a flow-matching scheduler") as error:
+        pipe(0)
+    (advice,) = re.findall("Try `(.+)`", str(error.value))
+    pipe.scheduler = eval(advice, {**vars(diffusers), "pipe": pipe})
+    is_second_order = scheduler_class is not DDIMScheduler
+    assert (draw_gaussian(pipe)[1] < SECOND_ORDER) == is_second_order
+    assert isinstance(pipe.scheduler, scheduler_class if is_second_order else FlowMatchSDEScheduler)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_of_the_scripts_have_their_order(saved_pipeline, name):
+    set_scheduler(saved_pipeline, name)
+    error = draw_gaussian(saved_pipeline)[1]
+    assert error < SECOND_ORDER if name in ("sde2", "heun", "dpmpp", "unipc") else error > 3 * SECOND_ORDER
+
+
+def test_settings_that_a_scheduler_keeps_for_others_are_not_taken_for_its_own(make_pipeline):
+    pipe = make_pipeline(scheduler=DPMSolverMultistepScheduler(**FLOW))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.config.use_flow_sigmas
+    with pytest.raises(ValueError, match="`scheduler` has to be a flow-matching scheduler, but DDIMScheduler"):
+        pipe(1)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe(1, num_inference_steps=4)
-    pipe.scheduler = FlowMatchSDEScheduler.from_config(pipe.scheduler.config)
-    pipe(1, num_inference_steps=4)
+    pipe(1, num_inference_steps=7)
+    torch.testing.assert_close(pipe.scheduler.sigmas, torch.linspace(1, 0, 8))
 
 
 def test_own_sigmas(make_pipeline):
@@ -344,6 +428,38 @@ torch.save(images, sys.argv[2])
     found = torch.load(tmp_path / "images.pt", weights_only=True)
     expected = pipe(["three", 4], 3, guidance_scale=1.5, generator=generators(0, 1), output_type="pt").images
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchSDEMultistepScheduler, FlowMatchHeunODEScheduler])
+def test_every_scheduler_of_the_package_is_saved_and_loaded(make_pipeline, tmp_path, scheduler_class):
+    pipe = make_pipeline(scheduler=scheduler_class(path_type="cosine"))
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == [
+        "diffusers_lsep",
+        scheduler_class.__name__,
+    ]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is scheduler_class and loaded.config.path_type == "cosine"
+    found, expected = (p(1, 3, generator=generators(0), output_type="latent").images for p in (loaded, pipe))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("diffusion_form", "successor"),
+    [("linear", FlowMatchSDEMultistepScheduler), ("none", FlowMatchHeunODEScheduler)],
+)
+def test_old_pipelines_of_second_order_name_their_scheduler(make_pipeline, tmp_path, diffusion_form, successor):
+    make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form=diffusion_form)).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "solver_order": 2}))
+    with pytest.raises(ValueError, match=f"`solver_order` .* is {successor.__name__} now") as error:
+        DiffusionPipeline.from_pretrained(tmp_path)
+    (advice,) = re.findall(r"`scheduler=(.+)`", str(error.value))
+    scheduler = eval(advice, {successor.__name__: successor, "pipeline": tmp_path})
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler)
+    assert type(pipe.scheduler) is successor and len(pipe(1, num_inference_steps=2).images) == 1
+    pipe.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is successor
 
 
 def test_loaded_pipeline_keeps_names_path_and_settings(make_pipeline, tmp_path):

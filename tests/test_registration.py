@@ -9,7 +9,8 @@ from diffusers_lsep.registration import register_with_diffusers
 
 
 def test_classes_are_attributes_of_diffusers():
-    for name in ("SiTTransformer2DModel", "FlowMatchSDEScheduler", "LSEPPipeline"):
+    schedulers = ("FlowMatchSDEScheduler", "FlowMatchSDEMultistepScheduler", "FlowMatchHeunODEScheduler")
+    for name in ("SiTTransformer2DModel", *schedulers, "LSEPPipeline"):
         assert getattr(diffusers, name) is getattr(diffusers_lsep, name)
 
 

@@ -14,7 +14,13 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from hub_server import HubServer
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep import (
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEMultistepScheduler,
+    FlowMatchSDEScheduler,
+    LSEPPipeline,
+    SiTTransformer2DModel,
+)
 from diffusers_lsep.hub import add_code
 
 
@@ -42,8 +48,9 @@ PUSH = """
 import diffusers_lsep
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(os.environ["FOLDERS"] + "/plain")
-pipe.push_to_hub("lsep/code", license="mit", with_code=True, token="hf_owner")
+for name in ("linear", "multistep", "heun"):
+    pipe = DiffusionPipeline.from_pretrained(f"{os.environ['FOLDERS']}/plain/{name}")
+    pipe.push_to_hub(f"lsep/{name}", license="mit", with_code=True, token="hf_owner")
 """
 
 LOAD_WITHOUT_PACKAGE = """
@@ -64,12 +71,13 @@ diffusers_logging.add_handler(handler)
 
 REPORT["imported"] = error_of(__import__, "diffusers_lsep")
 REPORT["not trusted, local"] = error_of(DiffusionPipeline.from_pretrained, os.environ["FOLDERS"] + "/linear")
-REPORT["not trusted, hub"] = error_of(DiffusionPipeline.from_pretrained, "lsep/code")
-for name in ("linear", "cosine", "euler"):
+REPORT["not trusted, hub"] = error_of(DiffusionPipeline.from_pretrained, "lsep/linear")
+for name in ("linear", "cosine", "multistep", "heun", "euler"):
     pipe = DiffusionPipeline.from_pretrained(f"{os.environ['FOLDERS']}/{name}", trust_remote_code=True)
     IMAGES[name] = generate(pipe)
-pipe = DiffusionPipeline.from_pretrained("lsep/code", trust_remote_code=True)
-IMAGES["hub"] = generate(pipe)
+for name in ("multistep", "heun", "linear"):
+    pipe = DiffusionPipeline.from_pretrained(f"lsep/{name}", trust_remote_code=True)
+    IMAGES[f"{name}, hub"] = generate(pipe)
 REPORT["modules"] = [type(part).__module__ for part in (pipe, pipe.transformer, pipe.scheduler)]
 pipe.scheduler = type(pipe.scheduler)(path_type="cosine")
 REPORT["wrong path"] = error_of(generate, pipe)
@@ -99,6 +107,8 @@ def pipelines():
     schedulers = {
         "linear": FlowMatchSDEScheduler(),
         "cosine": FlowMatchSDEScheduler(path_type="cosine"),
+        "multistep": FlowMatchSDEMultistepScheduler(),
+        "heun": FlowMatchHeunODEScheduler(),
         "euler": FlowMatchEulerDiscreteScheduler(),
     }
     return {name: LSEPPipeline(transformer, scheduler, id2label=id2label) for name, scheduler in schedulers.items()}
@@ -107,8 +117,8 @@ def pipelines():
 @pytest.fixture(scope="module")
 def folders(pipelines, tmp_path_factory):
     folders = tmp_path_factory.mktemp("folders")
-    pipelines["linear"].save_pretrained(folders / "plain")
     for name, pipe in pipelines.items():
+        pipe.save_pretrained(folders / "plain" / name)
         pipe.save_pretrained(folders / name)
         add_code(folders / name)
     return folders
@@ -150,13 +160,14 @@ def test_the_package_is_not_there(loaded):
     ]
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "euler"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "multistep", "heun", "euler"])
 def test_same_images_from_a_folder(loaded, expected, name):
     assert np.array_equal(loaded[1][name], expected[name])
 
 
-def test_same_images_from_the_hub(loaded, expected):
-    assert np.array_equal(loaded[1]["hub"], expected["linear"])
+@pytest.mark.parametrize("name", ["linear", "multistep", "heun"])
+def test_same_images_from_the_hub(loaded, expected, name):
+    assert np.array_equal(loaded[1][f"{name}, hub"], expected[name])
 
 
 def test_checks_work_without_the_package(loaded):
@@ -183,17 +194,25 @@ def test_layout(folders, hub, loaded):
     assert json.loads((folders / "euler" / "model_index.json").read_text())["scheduler"][0] == "diffusers"
     code = ["pipeline.py", "scheduler/scheduling_flow_match_sde.py", "transformer/transformer_sit.py"]
     assert sorted(str(path.relative_to(folders / "linear")) for path in folders.glob("linear/**/*.py")) == code
-    assert [path for path in hub.files("lsep/code") if path.endswith(".py")] == code
+    assert [path for path in hub.files("lsep/linear") if path.endswith(".py")] == code
+    for name, module in (
+        ("multistep", "scheduling_flow_match_sde_multistep"),
+        ("heun", "scheduling_flow_match_heun_ode"),
+    ):
+        assert list(hub.files(f"lsep/{name}")).count(f"scheduler/{module}.py") == 1
+        assert json.loads(hub.files(f"lsep/{name}")["model_index.json"])["scheduler"][0] == module
 
 
 def test_card_says_that_the_repository_brings_code(hub, loaded):
-    card = hub.files("lsep/code")["README.md"].decode()
-    assert 'DiffusionPipeline.from_pretrained("lsep/code", trust_remote_code=True)' in card
+    card = hub.files("lsep/linear")["README.md"].decode()
+    assert 'DiffusionPipeline.from_pretrained("lsep/linear", trust_remote_code=True)' in card
     assert "import diffusers_lsep" not in card
 
 
 def test_code_stands_alone(folders):
-    for path in folders.glob("linear/**/*.py"):
+    paths = [path for name in ("linear", "multistep", "heun") for path in folders.glob(f"{name}/**/*.py")]
+    assert len(paths) == 9
+    for path in paths:
         tree = ast.parse(path.read_text())
         bound = defaultdict(set)
         for node in ast.walk(tree):

@@ -12,7 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep import (
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEScheduler,
+    LSEPPipeline,
+    SiTTransformer2DModel,
+)
 from diffusers_lsep.sampling import make_generator
 
 
@@ -137,15 +142,47 @@ def test_an_unfinished_run_with_other_settings_is_not_mixed(run, sample, monkeyp
     run("out", "--num_images", 4)
 
 
-@pytest.mark.parametrize("name", ["sde", "sde2", "ode", "heun", "dpmpp", "unipc"])
-def test_schedulers(run, name):
-    output_dir = run("out", "--num_images", 2, "--scheduler", name)
-    settings = json.loads((output_dir / "samples.json").read_text())
-    expected = {"dpmpp": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
-    assert settings["sampler"] == expected.get(name, "FlowMatchSDEScheduler")
-    if settings["sampler"] == "FlowMatchSDEScheduler":
-        assert settings["sampler_config"]["diffusion_form"] == ("none" if name in ("ode", "heun") else "linear")
-        assert settings["sampler_config"]["solver_order"] == (2 if name in ("sde2", "heun") else 1)
+@pytest.mark.parametrize(
+    ("name", "sampler", "setting"),
+    [
+        ("sde", "FlowMatchSDEScheduler", ("diffusion_form", "linear")),
+        ("sde2", "FlowMatchSDEMultistepScheduler", ("diffusion_form", "linear")),
+        ("ode", "FlowMatchSDEScheduler", ("diffusion_form", "none")),
+        ("heun", "FlowMatchHeunODEScheduler", ("path_type", "linear")),
+        ("dpmpp", "DPMSolverMultistepScheduler", ("solver_order", 2)),
+        ("unipc", "UniPCMultistepScheduler", ("solver_order", 2)),
+    ],
+)
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_schedulers(run, pipeline_dir, name, sampler, setting, saved_before):
+    if saved_before:  # when FlowMatchSDEScheduler had a `solver_order`
+        path = pipeline_dir / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "solver_order": 1}))
+    settings = json.loads((run("out", "--num_images", 2, "--scheduler", name) / "samples.json").read_text())
+    assert settings["sampler"] == sampler
+    key, value = setting
+    assert settings["sampler_config"][key] == value
+    # What is kept for other schedulers is no setting of this one.
+    assert ("last_step" in settings["sampler_config"]) == name.startswith(("sde", "ode"))
+    assert ("path_type" in settings["sampler_config"]) == sampler.startswith("FlowMatch")
+
+
+@pytest.mark.parametrize("name", ["sde", "sde2"])
+def test_schedulers_of_the_sde_keep_the_saved_one(run, pipeline_dir, name):
+    """Also where the pipeline was saved with another one in its place, but not with the ODE."""
+    sde = FlowMatchSDEScheduler(diffusion_form="sigma", last_step_size=0.02)
+    for scheduler, form in (
+        (sde, "sigma"),
+        (FlowMatchHeunODEScheduler.from_config(sde.config), "sigma"),
+        (FlowMatchSDEScheduler(diffusion_form="none", last_step_size=0.02), "linear"),
+    ):
+        scheduler.save_pretrained(pipeline_dir / "scheduler")
+        index = json.loads((pipeline_dir / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers_lsep", type(scheduler).__name__]
+        (pipeline_dir / "model_index.json").write_text(json.dumps(index))
+        output_dir = run("out", "--num_images", 2, "--scheduler", name, "--overwrite_output_dir")
+        config = json.loads((output_dir / "samples.json").read_text())["sampler_config"]
+        assert config["diffusion_form"] == form and config["last_step_size"] == (0.02 if form == "sigma" else 0.04)
 
 
 def test_what_is_there_is_not_overwritten_unasked(run):

@@ -10,7 +10,9 @@ from .conversion import convert_original_checkpoint
 from .objective import LinearProbe, LSEPObjective
 from .pipeline_lsep import LSEPPipeline
 from .registration import register_with_diffusers
+from .scheduling_flow_match_heun_ode import FlowMatchHeunODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
 from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 
 
@@ -18,6 +20,8 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "SIT_PRESETS",
+    "FlowMatchHeunODEScheduler",
+    "FlowMatchSDEMultistepScheduler",
     "FlowMatchSDEScheduler",
     "LSEPObjective",
     "LSEPPipeline",
@@ -28,4 +32,10 @@ __all__ = [
     "convert_original_checkpoint",
 ]
 
-register_with_diffusers(SiTTransformer2DModel, FlowMatchSDEScheduler, LSEPPipeline)
+register_with_diffusers(
+    SiTTransformer2DModel,
+    FlowMatchSDEScheduler,
+    FlowMatchSDEMultistepScheduler,
+    FlowMatchHeunODEScheduler,
+    LSEPPipeline,
+)

@@ -31,13 +31,16 @@ PROBE_FOLDER = "probe"
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
 
-# The component classes that a repository with code brings along: module, class, and the base class that goes in its
-# place in the code of the pipeline. That only names it as a type, and diffusers executes the component's own file
-# later, which makes another class of the same name.
+# The component classes that a repository with code brings along: component and module.
 REMOTE_COMPONENTS = {
-    "transformer": ("transformer_sit", "SiTTransformer2DModel", "ModelMixin"),
-    "scheduler": ("scheduling_flow_match_sde", "FlowMatchSDEScheduler", "SchedulerMixin"),
+    "SiTTransformer2DModel": ("transformer", "transformer_sit"),
+    "FlowMatchSDEScheduler": ("scheduler", "scheduling_flow_match_sde"),
+    "FlowMatchSDEMultistepScheduler": ("scheduler", "scheduling_flow_match_sde_multistep"),
+    "FlowMatchHeunODEScheduler": ("scheduler", "scheduling_flow_match_heun_ode"),
 }
+# What goes in the place of a component's module in the code of the pipeline. That only names the class as a type, and
+# diffusers executes the component's own file later, which makes another class of the same name.
+REMOTE_STAND_INS = {"transformer_sit": "from diffusers import ModelMixin as SiTTransformer2DModel\n"}
 REMOTE_PIPELINE_FILE = "pipeline.py"
 
 
@@ -216,36 +219,36 @@ def add_code(folder: str | os.PathLike):
     index = SavedPipeline(folder).index
     _write(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
     index["_class_name"] = [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]
-    for component, (module, class_name, _) in REMOTE_COMPONENTS.items():
+    for class_name, (component, module) in REMOTE_COMPONENTS.items():
         if index[component][1] == class_name:
             _write(folder / component / f"{module}.py", _standalone_source(module))
             index[component] = [module, class_name]
     _write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _standalone_source(module: str, imported: frozenset[str] = frozenset()) -> str:
+def _standalone_source(module: str, imported: set[str] | None = None) -> str:
     """
     The source of a module of this package with nothing left that needs the others: a module that it imports stands in
-    place of the import; a component class is replaced by its base class (see `REMOTE_COMPONENTS`); methods that import
-    from the package while they run, such as `push_to_hub`, are left to the base class. `imported` holds the imports
-    that were made before.
+    place of the first import; a component class is replaced by its base class (see `REMOTE_STAND_INS`); methods that
+    import from the package while they run, such as `push_to_hub`, are left to the base class. `imported` holds the
+    modules and imports of other libraries that stand in the text already.
     """
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported_here = imported | {ast.unparse(node) for node in imports}
-    stand_ins = {name: (class_name, base) for name, class_name, base in REMOTE_COMPONENTS.values()}
+    is_whole_file = imported is None
+    imported = set() if imported is None else imported
     edits = []
     for node in imports:
-        text = None
-        if ast.unparse(node) in imported:
-            text = ""
-        elif isinstance(node, ast.ImportFrom) and node.level and node.module in stand_ins:
-            class_name, base = stand_ins[node.module]
-            text = f"from diffusers import {base} as {class_name}\n"
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            text = f"\n\n# {node.module}.py\n{_standalone_source(node.module, imported_here)}\n\n"
-        if text is not None:
+        is_own = isinstance(node, ast.ImportFrom) and node.level
+        name = node.module if is_own else ast.unparse(node)
+        if name in imported:
+            edits.append((node.lineno, node.end_lineno, ""))
+            continue
+        imported.add(name)
+        if is_own:
+            text = REMOTE_STAND_INS.get(name)
+            text = text or f"\n\n# {name}.py\n{_standalone_source(name, imported)}\n\n"
             edits.append((node.lineno, node.end_lineno, text))
     for method in (method for node in tree.body if isinstance(node, ast.ClassDef) for method in node.body):
         if any(isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(method)):
@@ -256,7 +259,7 @@ def _standalone_source(module: str, imported: frozenset[str] = frozenset()) -> s
     for start, end, text in sorted(edits, reverse=True):
         lines[start - 1 : end] = [text]
     text = "".join(lines)
-    if imported:
+    if not is_whole_file:
         text = "".join(text.splitlines(keepends=True)[2:])  # the licence is at the top of the file already
     return re.sub(r"\n{4,}", "\n\n\n", text)
 

@@ -15,13 +15,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
 )
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
 from .paths import get_path
-from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -53,7 +53,8 @@ class LSEPPipeline(DiffusionPipeline):
 
     Args:
         transformer ([`SiTTransformer2DModel`]): Predicts the velocity of the flow.
-        scheduler ([`FlowMatchSDEScheduler`] or a flow-matching scheduler of diffusers): Integrates the flow.
+        scheduler (a flow-matching scheduler, of diffusers or of this package, such as [`FlowMatchSDEScheduler`]):
+            Integrates the flow.
         vae ([`AutoencoderKL`], *optional*): Decodes latents. Without it the model works on pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*):
             Names of the classes; several names of one class are separated by commas, as in `facebook/DiT-XL-2-256`.
@@ -70,7 +71,7 @@ class LSEPPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: SiTTransformer2DModel,
-        scheduler: FlowMatchSDEScheduler,
+        scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         path_type: str | None = None,
@@ -293,9 +294,15 @@ class LSEPPipeline(DiffusionPipeline):
 
     @property
     def _scheduler_has_path(self) -> bool:
-        # Of all schedulers only FlowMatchSDEScheduler. Not told by its class, of which there are several where a
+        # Of all schedulers only those of this package. Not told by their classes, of which there are several where a
         # repository brings its own code (see `hub.add_code`).
         return hasattr(self.scheduler, "path")
+
+    @property
+    def _scheduler_uses_flow_sigmas(self) -> bool:
+        # The config alone does not tell: it also holds settings of the scheduler that this one was made from.
+        takes_them = "use_flow_sigmas" in inspect.signature(self.scheduler.__init__).parameters
+        return takes_them and bool(self.scheduler.config.use_flow_sigmas)
 
     def _check_scheduler(self, sigmas: list[float] | None):
         scheduler, path_type = self.scheduler, self.config.path_type
@@ -312,11 +319,15 @@ class LSEPPipeline(DiffusionPipeline):
             return
 
         is_flow_match = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
-        if not is_flow_match and not scheduler.config.get("use_flow_sigmas", False):
+        if not is_flow_match and not self._scheduler_uses_flow_sigmas:
+            if "use_flow_sigmas" in inspect.signature(scheduler.__init__).parameters:
+                hint = f"{name}.from_config(pipe.scheduler.config, use_flow_sigmas=True"
+                hint += ", prediction_type='flow_prediction')"
+            else:
+                hint = f"FlowMatchSDEScheduler.from_config(pipe.scheduler.config, path_type={path_type!r})"
             raise ValueError(
-                f"`scheduler` has to be a flow-matching scheduler, but {name} has `use_flow_sigmas=False`. Try"
-                f" `{name}.from_config(pipe.scheduler.config, use_flow_sigmas=True,"
-                " prediction_type='flow_prediction')`."
+                f"`scheduler` has to be a flow-matching scheduler, but {name} has no `use_flow_sigmas=True`. Try"
+                f" `{hint}`."
             )
         if not is_flow_match and scheduler.config.get("prediction_type") != "flow_prediction":
             raise ValueError(
@@ -329,8 +340,9 @@ class LSEPPipeline(DiffusionPipeline):
         if not is_flow_match or scheduler.config.get("stochastic_sampling", False):
             raise ValueError(
                 f"`scheduler` {name} is for the linear path, but the transformer was trained on the path"
-                f" {path_type!r}. Use FlowMatchSDEScheduler, FlowMatchEulerDiscreteScheduler (without"
-                " `stochastic_sampling`) or FlowMatchHeunDiscreteScheduler."
+                f" {path_type!r}. Use FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler,"
+                " FlowMatchHeunODEScheduler, FlowMatchEulerDiscreteScheduler (without `stochastic_sampling`) or"
+                " FlowMatchHeunDiscreteScheduler."
             )
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
@@ -352,12 +364,7 @@ class LSEPPipeline(DiffusionPipeline):
     def _set_timesteps(self, num_inference_steps: int, device: torch.device, sigmas: list[float] | None):
         scheduler = self.scheduler
         takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-        if (
-            sigmas is None
-            and takes_sigmas
-            and not self._scheduler_has_path
-            and not scheduler.config.get("use_flow_sigmas", False)
-        ):
+        if sigmas is None and takes_sigmas and not self._scheduler_has_path and not self._scheduler_uses_flow_sigmas:
             # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         if sigmas is not None:

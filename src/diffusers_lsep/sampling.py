@@ -6,17 +6,21 @@ Which images make a batch is fixed by their indices, so neither processes nor in
 """
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from .checkpointing import hash_weights
 from .pipeline_lsep import LSEPPipeline
+from .scheduling_flow_match_heun_ode import FlowMatchHeunODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
 
 
 SAMPLERS = ("sde", "sde2", "ode", "heun", "dpmpp", "unipc")
@@ -28,18 +32,25 @@ def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
     config = {"path_type": pipe.config.path_type, "num_train_timesteps": pipe.scheduler.config.num_train_timesteps}
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     if name in ("sde", "sde2"):
-        saved = isinstance(pipe.scheduler, FlowMatchSDEScheduler) and pipe.scheduler.config.diffusion_form != "none"
-        scheduler = pipe.scheduler if saved else FlowMatchSDEScheduler(**config)
-        order = 1 if name == "sde" else 2
-        pipe.scheduler = FlowMatchSDEScheduler.from_config(scheduler.config, solver_order=order)
+        scheduler_class = FlowMatchSDEScheduler if name == "sde" else FlowMatchSDEMultistepScheduler
+        # Of the same SDE as the saved one
+        saved = pipe.scheduler.config if pipe.scheduler.config.get("diffusion_form", "none") != "none" else {}
+        pipe.scheduler = scheduler_class.from_config(saved, **config)
     elif name == "ode":
         pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none")
     elif name == "heun":
-        pipe.scheduler = FlowMatchSDEScheduler(**config, diffusion_form="none", solver_order=2)
+        pipe.scheduler = FlowMatchHeunODEScheduler(**config)
     elif name == "dpmpp":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **flow)
     elif name == "unipc":
         pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
+
+
+def describe_scheduler(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Class and settings of a scheduler, without those that it only keeps for the one it may be swapped for."""
+    own = inspect.signature(scheduler.__init__).parameters
+    config = {name: value for name, value in scheduler.config.items() if name in own}
+    return {"sampler": type(scheduler).__name__, "sampler_config": config}
 
 
 def find_class_ids(pipe: LSEPPipeline, labels: list[str]) -> list[int]:
@@ -177,8 +188,7 @@ class DrawnSamples:
             "label_sampling": label_sampling,
             "seed": seed,
             "batch_size": batch_size,
-            "sampler": type(pipe.scheduler).__name__,
-            "sampler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
+            **describe_scheduler(pipe.scheduler),
             "diffusers_lsep_version": __version__,
         }
         self._pipe = pipe

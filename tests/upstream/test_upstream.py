@@ -23,7 +23,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep import (
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEMultistepScheduler,
+    FlowMatchSDEScheduler,
+    LSEPPipeline,
+    SiTTransformer2DModel,
+)
 
 
 def import_tests_of_checkout():
@@ -191,21 +197,21 @@ class TestSDEScheduler(scheduler_tests.SchedulerCommonTest):
             self.check_over_configs(time_step=None, last_step=last_step)
 
 
-class TestSecondOrderSDEScheduler(TestSDEScheduler):
-    def get_scheduler_config(self, **kwargs):
-        return super().get_scheduler_config(solver_order=2, **kwargs)
+class TestSDEMultistepScheduler(TestSDEScheduler):
+    scheduler_classes = (FlowMatchSDEMultistepScheduler,)
 
 
 class TestEulerScheduler(TestSDEScheduler):
     test_forms = None  # those of the SDE
+    test_compatibles = None  # one of them, FlowMatchSDEMultistepScheduler, refuses the ODE
 
     def get_scheduler_config(self, **kwargs):
         return {"num_train_timesteps": 1000, "diffusion_form": "none", **kwargs}
 
 
-class TestHeunScheduler(TestEulerScheduler):
-    def get_scheduler_config(self, **kwargs):
-        return super().get_scheduler_config(solver_order=2, **kwargs)
+class TestHeunODEScheduler(TestSDEScheduler):
+    scheduler_classes = (FlowMatchHeunODEScheduler,)
+    test_forms = None
 
 
 # Pipelines

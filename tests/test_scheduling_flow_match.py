@@ -7,17 +7,26 @@ comes out of a schedule is an affine map of the initial sample and of the noise 
 off `step` itself, give mean and variance without any sampling error.
 """
 
+import ast
+import inspect
+import json
 import math
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
-from diffusers_lsep import FlowMatchSDEScheduler
+from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEMultistepScheduler, FlowMatchSDEScheduler
 from diffusers_lsep.paths import get_path
 
 
 MEAN, STD = 0.3, 0.2
 SDE_FORMS = ["constant", "sigma", "linear", "decreasing", "increasing-decreasing", "sbdm"]
+
+
+def diffusers_schedulers(*names):
+    return [getattr(diffusers, f"{name}Scheduler") for name in names]
 
 
 def marginal(path_type, t, data_std=STD):
@@ -58,8 +67,8 @@ def moments(scheduler, until=0.0, data_std=STD):
     return float(state[0] + slopes[0] * mean), math.sqrt((slopes[0] * std) ** 2 + slopes[1:].square().sum())
 
 
-def errors(steps, until=0.0, data_std=STD, **config):
-    scheduler = FlowMatchSDEScheduler(**config)
+def errors(scheduler_class, steps, until=0.0, data_std=STD, **config):
+    scheduler = scheduler_class(**config)
     scheduler.set_timesteps(steps)
     found = moments(scheduler, until, data_std)
     expected = marginal(scheduler.config.path_type, until, data_std)
@@ -70,8 +79,8 @@ def errors(steps, until=0.0, data_std=STD, **config):
 @pytest.mark.parametrize("diffusion_form", SDE_FORMS)
 def test_sde_converges_with_order_one_before_its_last_step(path_type, diffusion_form):
     config = {"path_type": path_type, "diffusion_form": diffusion_form}
-    coarse = errors(1000, until=0.04, **config)
-    fine = errors(2000, until=0.04, **config)
+    coarse = errors(FlowMatchSDEScheduler, 1000, until=0.04, **config)
+    fine = errors(FlowMatchSDEScheduler, 2000, until=0.04, **config)
     for before, after in zip(coarse, fine):
         assert after < 2e-3
         assert before / after == pytest.approx(2, abs=0.25) or before < 1e-7
@@ -84,9 +93,9 @@ def test_second_order_sde_converges_with_order_two_before_its_last_step(path_typ
     steps = 1600 if diffusion_form == "constant" else 400
 
     def total(steps):
-        config = {"path_type": path_type, "diffusion_form": diffusion_form, "solver_order": 2}
+        config = {"path_type": path_type, "diffusion_form": diffusion_form}
         # of two widths, for at one of them the leading error may happen to vanish
-        found = [errors(steps, 0.04, data_std, **config) for data_std in (STD, 0.5)]
+        found = [errors(FlowMatchSDEMultistepScheduler, steps, 0.04, data_std, **config) for data_std in (STD, 0.5)]
         assert max(mean for mean, _ in found) < 1e-12, "the mean is exact"
         return sum(std for _, std in found)
 
@@ -97,7 +106,7 @@ def test_second_order_sde_converges_with_order_two_before_its_last_step(path_typ
 def test_second_order_sde_on_grids_of_ones_own():
     def excess(grid):
         """Of the spread at `t = 0.04`."""
-        scheduler = FlowMatchSDEScheduler(solver_order=2)
+        scheduler = FlowMatchSDEMultistepScheduler()
         scheduler.set_timesteps(sigmas=grid)
         return moments(scheduler, until=0.04)[1] / marginal("linear", 0.04)[1] - 1
 
@@ -114,7 +123,7 @@ def test_second_order_sde_on_grids_of_ones_own():
 def test_second_order_sde_takes_times_next_to_each_other(path_type, diffusion_form):
     times = [0.9, 0.78, 0.5, 0.3]  # 0.78: where rounding would make a rate of the cosine path negative
     times += [math.nextafter(t, 0) for t in times] + [math.nextafter(math.nextafter(t, 0), 0) for t in times]
-    scheduler = FlowMatchSDEScheduler(path_type=path_type, diffusion_form=diffusion_form, solver_order=2)
+    scheduler = FlowMatchSDEMultistepScheduler(path_type=path_type, diffusion_form=diffusion_form)
     scheduler.set_timesteps(sigmas=sorted(times, reverse=True))
     scheduler.set_begin_index(0)  # in `timesteps`, which are float32, they are the same
     mean, std = moments(scheduler)
@@ -126,8 +135,9 @@ def test_second_order_sde_takes_times_next_to_each_other(path_type, diffusion_fo
 @pytest.mark.parametrize("steps", [2, 5])
 def test_second_order_sde_is_exact_for_a_point(path_type, diffusion_form, steps):
     """The data prediction is constant then, and the rest of the equation is linear."""
-    config = {"path_type": path_type, "diffusion_form": diffusion_form, "diffusion_norm": 0.7, "solver_order": 2}
-    assert errors(steps, until=0.04, data_std=0.0, **config) == pytest.approx([0, 0], abs=1e-12)
+    config = {"path_type": path_type, "diffusion_form": diffusion_form, "diffusion_norm": 0.7}
+    found = errors(FlowMatchSDEMultistepScheduler, steps, until=0.04, data_std=0.0, **config)
+    assert found == pytest.approx([0, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +155,7 @@ def test_second_order_sde_is_exact_for_a_point(path_type, diffusion_form, steps)
 def test_second_order_sde_keeps_the_noise_of_the_sde(path_type, diffusion_form, integral):
     """How much of the noise a step keeps and how much it replaces."""
     path, norm, t, u = get_path(path_type), 0.7, 0.9, 0.5
-    scheduler = FlowMatchSDEScheduler(
-        path_type=path_type, diffusion_form=diffusion_form, diffusion_norm=norm, solver_order=2
-    )
+    scheduler = FlowMatchSDEMultistepScheduler(path_type=path_type, diffusion_form=diffusion_form, diffusion_norm=norm)
     scheduler.set_timesteps(sigmas=[t, u])
     x = torch.tensor([1.0, 0.0], dtype=torch.float64)
     # The data are the point 0.
@@ -167,8 +175,8 @@ def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama(path_type, d
     stds = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 
     def compare(until):
-        first = [math.hypot(*errors(250, until, std, **config)) for std in stds]
-        second = [math.hypot(*errors(64, until, std, **config, solver_order=2)) for std in stds]
+        first = [math.hypot(*errors(FlowMatchSDEScheduler, 250, until, std, **config)) for std in stds]
+        second = [math.hypot(*errors(FlowMatchSDEMultistepScheduler, 64, until, std, **config)) for std in stds]
         return [b / a for a, b in zip(first, second)], sum(second) / sum(first)
 
     ratios, ratio = compare(0.04)
@@ -208,8 +216,7 @@ def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama_on_a_mixture
         spread = x[x < (centres[0] + centres[1]) / 2].std() / widths[0] - 1
         return float(distance), abs(float(spread))
 
-    def run(steps, **config):
-        scheduler = FlowMatchSDEScheduler(**config)
+    def run(scheduler, steps):
         scheduler.set_timesteps(steps)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(count, generator=generator, dtype=torch.float64)
@@ -219,20 +226,22 @@ def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama_on_a_mixture
             x = scheduler.step(v, timestep, x, generator=generator).prev_sample
         return *measure(before, 0.04), *measure(x, 0.0)
 
-    first, second = run(250), run(64, solver_order=2)
+    first, second = run(FlowMatchSDEScheduler(), 250), run(FlowMatchSDEMultistepScheduler(), 64)
     noise = 0.002  # of the distance, with so many samples
     assert second[0] < first[0] + noise and second[1] < 0.5 * first[1]
     assert second[2] < 0.5 * first[2] and second[3] < 0.5 * first[3]
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
-@pytest.mark.parametrize(("solver_order", "steps"), [(1, 500), (2, 100)])
-def test_ode_converges_with_its_order(path_type, solver_order, steps):
-    config = {"path_type": path_type, "diffusion_form": "none", "solver_order": solver_order}
-    coarse, fine = errors(steps, **config), errors(2 * steps, **config)
+@pytest.mark.parametrize(
+    ("scheduler_class", "config", "order", "steps"),
+    [(FlowMatchSDEScheduler, {"diffusion_form": "none"}, 1, 500), (FlowMatchHeunODEScheduler, {}, 2, 100)],
+)
+def test_ode_converges_with_its_order(path_type, scheduler_class, config, order, steps):
+    coarse, fine = (errors(scheduler_class, n, path_type=path_type, **config) for n in (steps, 2 * steps))
     for before, after in zip(coarse, fine):
         assert after < 2e-3
-        assert before / after == pytest.approx(2**solver_order, rel=0.15) or before < 1e-7
+        assert before / after == pytest.approx(2**order, rel=0.15) or before < 1e-7
 
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
@@ -269,7 +278,7 @@ def test_last_step_gives_its_closed_form(path_type, diffusion_form, last_step):
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_last_step_of_the_second_order_sde(path_type):
     def last_step_at(t, velocity, **config):
-        scheduler = FlowMatchSDEScheduler(path_type=path_type, solver_order=2, **config)
+        scheduler = FlowMatchSDEMultistepScheduler(path_type=path_type, **config)
         scheduler.set_timesteps(sigmas=[t])
         return scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample
 
@@ -296,7 +305,7 @@ def test_last_step_of_the_second_order_sde(path_type):
 @pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler"])
 def test_last_evaluation_corrects_the_step_before(last_step):
     """The data prediction there is 2 at the predicted sample, and 1 before."""
-    scheduler = FlowMatchSDEScheduler(solver_order=2, last_step=last_step)
+    scheduler = FlowMatchSDEMultistepScheduler(last_step=last_step)
     t, u = 0.5, 0.1
     scheduler.set_timesteps(sigmas=[t, u])
     x = torch.tensor([0.7], dtype=torch.float64)
@@ -316,7 +325,7 @@ def test_what_a_callback_adds_to_the_predicted_sample_stays():
     """Unlike where the correction starts from the sample of the step before."""
     results = []
     for shift in (0.0, 0.3):
-        scheduler = FlowMatchSDEScheduler(solver_order=2)
+        scheduler = FlowMatchSDEMultistepScheduler()
         scheduler.set_timesteps(sigmas=[0.8, 0.5, 0.2])
         x, noise = torch.ones(1, dtype=torch.float64), torch.zeros(1)
         for i, timestep in enumerate(scheduler.timesteps[:2]):
@@ -329,15 +338,15 @@ def test_what_a_callback_adds_to_the_predicted_sample_stays():
 def test_fifty_steps_leave_the_known_spread():
     """Standard deviations after 50 steps where the data have 0.2."""
 
-    def std(**config):
-        scheduler = FlowMatchSDEScheduler(**config)
+    def std(scheduler):
         scheduler.set_timesteps(50)
         return moments(scheduler)[1]
 
-    assert std(diffusion_form="none") == pytest.approx(0.190, abs=6e-4)
-    assert std(diffusion_form="none", solver_order=2) == pytest.approx(0.199, abs=6e-4)
-    assert std() == pytest.approx(0.189, abs=6e-4)
-    assert std(last_step="tweedie") == pytest.approx(0.197, abs=6e-4)
+    assert std(FlowMatchSDEScheduler(diffusion_form="none")) == pytest.approx(0.190, abs=6e-4)
+    assert std(FlowMatchHeunODEScheduler()) == pytest.approx(0.199, abs=6e-4)
+    assert std(FlowMatchSDEScheduler()) == pytest.approx(0.189, abs=6e-4)
+    assert std(FlowMatchSDEScheduler(last_step="tweedie")) == pytest.approx(0.197, abs=6e-4)
+    assert std(FlowMatchSDEMultistepScheduler()) == pytest.approx(0.200, abs=6e-4)
 
 
 def test_default_grid_is_that_of_the_paper():
@@ -351,7 +360,7 @@ def test_default_grid_is_that_of_the_paper():
 
 @pytest.mark.parametrize("diffusion_form", ["linear", "sbdm"])
 def test_grid_of_the_second_order_sde(diffusion_form):
-    scheduler = FlowMatchSDEScheduler(diffusion_form=diffusion_form, solver_order=2)
+    scheduler = FlowMatchSDEMultistepScheduler(diffusion_form=diffusion_form)
     start = 0.999 if diffusion_form == "sbdm" else 1.0
     scheduler.set_timesteps(64)
     assert scheduler.sigmas.dtype == torch.float64 and scheduler.timesteps.dtype == torch.float32
@@ -369,20 +378,25 @@ def test_sbdm_grid_starts_below_its_singularity():
     assert scheduler.sigmas[0] == 1 - 1e-3 and scheduler.sigmas[-2:].tolist() == [0.04, 0]
 
 
-@pytest.mark.parametrize("solver_order", [1, 2])
-def test_ode_grid(solver_order):
-    scheduler = FlowMatchSDEScheduler(diffusion_form="none", solver_order=solver_order)
+@pytest.mark.parametrize(
+    ("scheduler", "order", "times"),
+    [
+        (FlowMatchSDEScheduler(diffusion_form="none"), 1, [1, 0.75, 0.5, 0.25, 0]),
+        (FlowMatchHeunODEScheduler(), 2, [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0]),
+    ],
+)
+def test_ode_grid(scheduler, order, times):
     scheduler.set_timesteps(4)
-    times = [1, 0.75, 0.5, 0.25, 0] if solver_order == 1 else [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0]
+    assert scheduler.sigmas.dtype == torch.float64 and scheduler.timesteps.dtype == torch.float32
     assert scheduler.sigmas.tolist() == times
     assert scheduler.timesteps.tolist() == [1000 * t for t in times[:-1]]
-    assert scheduler.order == solver_order
+    assert scheduler.order == order
 
 
 def test_heun_is_laid_out_as_in_diffusers():
     from diffusers import FlowMatchHeunDiscreteScheduler
 
-    ours = FlowMatchSDEScheduler(diffusion_form="none", solver_order=2)
+    ours = FlowMatchHeunODEScheduler()
     theirs = FlowMatchHeunDiscreteScheduler()
     ours.set_timesteps(5)
     theirs.set_timesteps(5)
@@ -417,14 +431,14 @@ def test_noise_is_drawn_in_float32_and_not_in_the_last_step():
 
 
 def test_second_order_sde_takes_one_evaluation_and_one_draw_for_each_step():
-    scheduler = FlowMatchSDEScheduler(solver_order=2)
+    scheduler = FlowMatchSDEMultistepScheduler()
     scheduler.set_timesteps(5)
     generator, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     drawn = given = torch.ones(2, 3)
-    other = FlowMatchSDEScheduler(solver_order=2)
+    other = FlowMatchSDEMultistepScheduler()
     other.set_timesteps(5)
     for i, timestep in enumerate(scheduler.timesteps):
-        assert scheduler.state_in_first_order and scheduler.step_index in (None, i)
+        assert scheduler.order == 1 and scheduler.step_index in (None, i)
         drawn = scheduler.step(0.3 * drawn, timestep, drawn, generator=generator).prev_sample
         noise = torch.randn(2, 3, generator=same) if i < 4 else None
         given = other.step(0.3 * given, timestep, given, variance_noise=noise).prev_sample
@@ -432,7 +446,7 @@ def test_second_order_sde_takes_one_evaluation_and_one_draw_for_each_step():
 
 
 def test_second_order_sde_forgets_the_run_before():
-    scheduler = FlowMatchSDEScheduler(solver_order=2)
+    scheduler = FlowMatchSDEMultistepScheduler()
     results = []
     for stop in (3, 6, 6):  # the first run is given up
         scheduler.set_timesteps(6)
@@ -440,7 +454,7 @@ def test_second_order_sde_forgets_the_run_before():
         for timestep in scheduler.timesteps[:stop]:
             sample = scheduler.step(sample.sin(), timestep, sample, generator=generator).prev_sample
         results.append(sample)
-    fresh = FlowMatchSDEScheduler(solver_order=2)
+    fresh = FlowMatchSDEMultistepScheduler()
     fresh.set_timesteps(6)
     sample, generator = torch.ones(4), torch.Generator().manual_seed(0)
     for timestep in fresh.timesteps:
@@ -483,61 +497,179 @@ def test_starting_in_the_middle_finds_the_step():
     sample = torch.ones(1)
     assert scheduler.step(sample, scheduler.timesteps[2], sample).prev_sample.item() == pytest.approx(0.75)
     assert scheduler.step_index == 3
-    second_order = FlowMatchSDEScheduler(solver_order=2)
+    second_order = FlowMatchSDEMultistepScheduler()
     second_order.set_timesteps(4)
     second_order.step(sample, second_order.timesteps[2], sample)
     assert second_order.step_index == 3
-    heun = FlowMatchSDEScheduler(diffusion_form="none", solver_order=2)
+    heun = FlowMatchHeunODEScheduler()
     heun.set_timesteps(4)
     assert heun.index_for_timestep(heun.timesteps[1]) == 2, "the second place begins a step"
 
 
-def test_config_round_trip(tmp_path):
-    config = {
-        "path_type": "cosine",
-        "diffusion_form": "sigma",
-        "diffusion_norm": 0.5,
-        "last_step": "tweedie",
-        "last_step_size": 0.02,
-    }
-    scheduler = FlowMatchSDEScheduler(**config)
-    scheduler.save_pretrained(tmp_path)
-    for loaded in (
-        FlowMatchSDEScheduler.from_pretrained(tmp_path),
-        FlowMatchSDEScheduler.from_config(scheduler.config),
-    ):
-        assert {name: loaded.config[name] for name in config} == config
-    heun = FlowMatchSDEScheduler.from_config(scheduler.config, diffusion_form="none", solver_order=2)
-    assert heun.order == 2 and heun.config.path_type == "cosine"
-    second_order = FlowMatchSDEScheduler.from_config(scheduler.config, solver_order=2)
-    assert second_order.order == 1, "evaluations of the model for each step"
-    assert second_order.config.solver_order == 2 and second_order.config.last_step == "tweedie"
+SDE_CONFIG = {
+    "path_type": "cosine",
+    "diffusion_form": "sigma",
+    "diffusion_norm": 0.5,
+    "last_step": "tweedie",
+    "last_step_size": 0.02,
+}
+SCHEDULERS = [FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler, FlowMatchHeunODEScheduler]
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
-def test_interchangeable_with_other_schedulers():
-    scheduler = FlowMatchSDEScheduler()
+def through_a_file(scheduler, folder):
+    scheduler.save_pretrained(folder)
+    return type(scheduler).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_config_round_trip(tmp_path, scheduler_class):
+    config = SDE_CONFIG if scheduler_class is not FlowMatchHeunODEScheduler else {"path_type": "cosine"}
+    scheduler = scheduler_class(**config, num_train_timesteps=500)
+    for loaded in (through_a_file(scheduler, tmp_path), scheduler_class.from_config(scheduler.config)):
+        assert {name: loaded.config[name] for name in config} == config and loaded.path is scheduler.path
+        loaded.set_timesteps(3)
+        assert loaded.timesteps[0] == 500 == len(loaded)
+
+
+@pytest.mark.parametrize(
+    "swapped_class", [*SCHEDULERS, *diffusers_schedulers("FlowMatchEulerDiscrete", "UniPCMultistep")]
+)
+def test_settings_survive_another_scheduler(tmp_path, swapped_class):
+    """As a pipeline that is saved between the swaps keeps them."""
+    saved = through_a_file(FlowMatchSDEScheduler(**SDE_CONFIG), tmp_path / "a")
+    swapped = through_a_file(swapped_class.from_config(saved.config), tmp_path / "b")
+    for scheduler_class in SCHEDULERS[:2]:
+        back = through_a_file(scheduler_class.from_config(swapped.config), tmp_path / "c")
+        assert {name: back.config[name] for name in SDE_CONFIG} == SDE_CONFIG and back.sde.last_step == "tweedie"
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_schedulers_of_diffusers_are_loaded_from_our_files(tmp_path, scheduler_class):
+    scheduler_class().save_pretrained(tmp_path)
+    for other_class in diffusers_schedulers("DPMSolverMultistep", "UniPCMultistep"):
+        other = other_class.from_pretrained(tmp_path, **FLOW)
+        assert other.config.solver_order == 2 and other.config.use_flow_sigmas
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_no_config_key_means_something_else_in_diffusers(scheduler_class):
+    """Keys of a config are handed on to the scheduler that it is swapped for."""
+    theirs = {}  # from the sources: some schedulers need packages that are not installed
+    for path in Path(diffusers.__file__).parent.glob("schedulers/scheduling_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                        theirs[node.name] = {argument.arg for argument in method.args.args + method.args.kwonlyargs}
+    assert len(theirs) > 40 and "solver_order" in theirs["UniPCMultistepScheduler"]
+    ours = set(inspect.signature(scheduler_class).parameters)
+    shared = {key for keys in theirs.values() for key in ours & keys}
+    assert shared == {"num_train_timesteps"}
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_compatibles_are_named_and_swapped(scheduler_class):
+    theirs = diffusers_schedulers(
+        "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"
+    )
+    scheduler = scheduler_class(num_train_timesteps=500)
+    assert set(scheduler.compatibles) == {*SCHEDULERS, *theirs}
+    for other_class in scheduler.compatibles:
+        other = other_class.from_config(scheduler.config)
+        assert type(other) is other_class and other.config.num_train_timesteps == 500
+        back = scheduler_class.from_config(other.config)
+        own = inspect.signature(scheduler_class).parameters
+        assert {name: back.config[name] for name in own} == {name: scheduler.config[name] for name in own}
+
+
+# --- configs from before there was one scheduler for each solver ---------------------------------------------------
+
+
+@pytest.fixture
+def old_config(tmp_path):
+    """Writes what `FlowMatchSDEScheduler` used to save."""
+
+    def write(solver_order, **config):
+        FlowMatchSDEScheduler(**config).save_pretrained(tmp_path / "old")
+        path = tmp_path / "old" / "scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "solver_order": solver_order}))
+        return tmp_path / "old"
+
+    return write
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_solver_order_of_old_configs_is_not_handed_on(old_config, tmp_path, scheduler_class):
+    scheduler = scheduler_class.from_pretrained(old_config(1, **SDE_CONFIG))
+    assert "solver_order" not in scheduler.config and scheduler.config.path_type == "cosine"
+    for other_class in diffusers_schedulers("DPMSolverMultistep", "UniPCMultistep"):
+        for config in (scheduler.config, through_a_file(scheduler, tmp_path / "new").config):
+            assert other_class.from_config(config, **FLOW).config.solver_order == 2
+
+
+@pytest.mark.parametrize(
+    ("diffusion_form", "successor"),
+    [("linear", FlowMatchSDEMultistepScheduler), ("none", FlowMatchHeunODEScheduler)],
+)
+def test_old_second_order_does_not_become_first_order(old_config, diffusion_form, successor):
+    folder = old_config(2, diffusion_form=diffusion_form, last_step="tweedie")
+    message = f"`solver_order` has to be 1 with FlowMatchSDEScheduler, but is 2: that is {successor.__name__} now"
+    with pytest.raises(ValueError, match=message):
+        FlowMatchSDEScheduler.from_pretrained(folder)
+    scheduler = successor.from_pretrained(folder)
+    assert "solver_order" not in scheduler.config and scheduler.config.last_step == "tweedie"
+    # Nor does a call that was right before.
+    config = FlowMatchSDEScheduler().config
+    with pytest.raises(ValueError, match=message):
+        FlowMatchSDEScheduler.from_config(config, diffusion_form=diffusion_form, solver_order=2)
+
+
+def test_the_solver_of_an_sde_is_not_for_the_ode(old_config):
+    with pytest.raises(ValueError, match="is 'none'. For the ODE use FlowMatchHeunODEScheduler"):
+        FlowMatchSDEMultistepScheduler.from_pretrained(old_config(2, diffusion_form="none"))
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+@pytest.mark.parametrize("solver_order", [1, 2, 3])
+@pytest.mark.parametrize("saved", [False, True])
+def test_solver_order_of_others_survives(tmp_path, scheduler_class, solver_order, saved):
+    """A user's choice for DPM++ or UniPC is kept while another scheduler is in its place."""
+    for other_class in diffusers_schedulers("DPMSolverMultistep", "UniPCMultistep"):
+        scheduler = other_class(**FLOW, solver_order=solver_order)
+        for swapped_class in (scheduler_class, FlowMatchSDEScheduler, other_class):
+            scheduler = swapped_class.from_config(scheduler.config)
+            scheduler = through_a_file(scheduler, tmp_path) if saved else scheduler
+        assert scheduler.config.solver_order == solver_order and scheduler.config.use_flow_sigmas
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_interchangeable_with_other_schedulers(scheduler_class):
+    scheduler = scheduler_class()
     sample = torch.ones(2)
-    assert scheduler.init_noise_sigma == 1 and scheduler.order == 1 and len(scheduler) == 1000
+    assert scheduler.init_noise_sigma == 1 and len(scheduler) == 1000
+    assert scheduler.order == (2 if scheduler_class is FlowMatchHeunODEScheduler else 1)
     assert scheduler.scale_model_input(sample, 3.0) is sample
-    assert len(scheduler.timesteps) == 1000
+    assert len(scheduler.timesteps) == (1999 if scheduler_class is FlowMatchHeunODEScheduler else 1000)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"path_type": "vp"}, r"`path_type` has to be one of \['linear', 'cosine'\], but is 'vp'"),
-        ({"diffusion_form": "vp"}, r"`diffusion_form` has to be one of .*'none'\], but is 'vp'"),
+        ({"diffusion_form": "vp"}, r"`diffusion_form` has to be one of \['constant', .*\], but is 'vp'"),
         ({"diffusion_norm": -1.0}, "`diffusion_norm` has to be a number not below 0, but is -1.0"),
         ({"diffusion_norm": math.nan}, "`diffusion_norm` has to be a number not below 0, but is nan"),
-        ({"solver_order": 3}, "`solver_order` has to be 1 or 2, but is 3"),
         ({"last_step": "heun"}, r"`last_step` has to be one of .*, but is 'heun'"),
         ({"last_step_size": 0}, "`last_step_size` has to lie between 0 and 1, but is 0"),
         ({"num_train_timesteps": 0}, "`num_train_timesteps` has to be at least 1, but is 0"),
     ],
 )
 def test_impossible_configurations_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        FlowMatchSDEScheduler(**arguments)
+    for scheduler_class in SCHEDULERS:
+        if arguments.keys() <= inspect.signature(scheduler_class).parameters.keys():
+            with pytest.raises(ValueError, match=message):
+                scheduler_class(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -555,13 +687,15 @@ def test_impossible_configurations_are_refused(arguments, message):
     ],
 )
 def test_impossible_grids_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        FlowMatchSDEScheduler().set_timesteps(**arguments)
+    for scheduler_class in SCHEDULERS:
+        with pytest.raises(ValueError, match=message):
+            scheduler_class().set_timesteps(**arguments)
 
 
 def test_sbdm_refuses_a_grid_that_starts_at_its_singularity():
-    with pytest.raises(ValueError, match="`sigmas` have to start at 0.999 or below .* start at 1.0"):
-        FlowMatchSDEScheduler(diffusion_form="sbdm").set_timesteps(sigmas=[1.0, 0.5])
+    for scheduler_class in SCHEDULERS[:2]:
+        with pytest.raises(ValueError, match="`sigmas` have to start at 0.999 or below.* start at 1.0"):
+            scheduler_class(diffusion_form="sbdm").set_timesteps(sigmas=[1.0, 0.5])
 
 
 def test_impossible_steps_are_refused():
