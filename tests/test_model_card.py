@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
+from diffusers import DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.evaluation.evaluate import METRICS
 from diffusers_lsep.model_card import METRIC_NAMES, Gallery, merge_model_cards, update_evaluation, write_model_card
 
@@ -199,6 +200,20 @@ def test_refuses_what_is_no_pipeline_of_this_package(save):
 def test_refuses_wrong_facts(save, arguments, message):
     with pytest.raises(ValueError, match=message):
         write_model_card(save(), **arguments)
+
+
+def test_sampler_is_described_by_its_own_settings(save):
+    folder = save()
+    scheduler = FlowMatchSDEScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert "| `diffusion_form` | `linear` |" in ModelCard.load(write_model_card(folder)).text
+    for scheduler_class in (FlowMatchHeunODEScheduler, DPMSolverMultistepScheduler):
+        pipe = LSEPPipeline.from_pretrained(folder, scheduler=scheduler_class.from_config(scheduler.config))
+        pipe.save_pretrained(folder)
+        text = ModelCard.load(write_model_card(folder)).text
+        assert f"| scheduler | `{scheduler_class.__name__}` |" in text and "| `num_train_timesteps` | `1000` |" in text
+        assert "diffusion_form" not in text and ("solver_order" in text) == (
+            scheduler_class is DPMSolverMultistepScheduler
+        )
 
 
 def test_every_metric_of_the_evaluation_has_its_name(save):

@@ -6,6 +6,7 @@ The sections stand between comments. A section is rewritten when a new card is m
 the comments stays.
 """
 
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
@@ -405,8 +407,12 @@ class SavedPipeline:
         return [next((name for name in names.get(i, []) if count[name] == 1), i) for i in ids]
 
     def sampling(self, sampling: Mapping[str, Any]) -> str:
-        rows = [("scheduler", f"`{self.scheduler.get('_class_name', self.index['scheduler'][1])}`")]
-        rows += [(f"`{key}`", f"`{value}`") for key, value in self.scheduler.items() if not key.startswith("_")]
+        # Not what the file holds beside the scheduler's own settings, for others that it may be swapped for
+        class_name = self.index["scheduler"][1]
+        scheduler_class = getattr(diffusers, class_name, None)
+        own = inspect.signature(scheduler_class).parameters if scheduler_class is not None else self.scheduler
+        rows = [("scheduler", f"`{class_name}`")]
+        rows += [(f"`{key}`", f"`{value}`") for key, value in self.scheduler.items() if key in own]
         rows += [(f"`{key}`", f"`{value}`") for key, value in sampling.items()]
         return f"## Sampler\n\n{_table(('Setting', 'Value'), rows)}"
 
