@@ -6,7 +6,7 @@
     python examples/figures.py guidance-sweep --pretrained_model_name_or_path lsep-digits \\
         --reference examples/digits --features pixels --num_images 500 --output_dir figures
     python examples/figures.py denoising-strip --pretrained_model_name_or_path lsep-digits \\
-        --class_labels 3 seven --output_dir figures
+        --class_labels 3 7 --output_dir figures
 
 `guidance-sweep` measures the same images (labels and noise) at several scales and intervals of the guidance: Frechet
 distance, precision and recall, as a figure and as JSON. What it has drawn is kept as features in `--cache_dir`, so a
@@ -35,8 +35,9 @@ from diffusers_lsep.evaluation.images import EncodedImages, NpzImages, open_imag
 from diffusers_lsep.evaluation.inception import InceptionFeatures
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
 from diffusers_lsep.figures import plot_denoising_strip, plot_guidance_sweep, require_matplotlib
+from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.paths import get_path
-from diffusers_lsep.sampling import LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, find_class_ids, set_scheduler
+from diffusers_lsep.sampling import LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, choose_class_ids, set_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("--cache_dir", help="Where features are kept. Default: as for `diffusers-lsep evaluate`.")
 
     strip.add_argument(
-        "--class_labels", nargs="+", required=True, metavar="CLASS", help="Class ids or names, of an image each."
+        "--class_labels", nargs="+", required=True, metavar="CLASS", help="Class names or ids, of an image each."
     )
     strip.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="Seeds; every class is drawn with each of them. Default: 0."
@@ -203,6 +204,10 @@ def sweep_guidance(args: argparse.Namespace):
     reference_features = extract_features(reference, extractor, args.cache_dir)[feature]
 
     # 2. The images of every setting, and their distances
+    if state.is_main_process:
+        num_classes = pipe.transformer.config.num_classes
+        class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
+        print(f"at every setting, {describe_classes(class_ids, pipe.config.id2label)}")
     results, samples = [], None
     for low, high in args.guidance_interval:
         for scale in args.guidance_scales:
@@ -318,8 +323,10 @@ def draw_strip(args: argparse.Namespace):
         raise ValueError(f"`denoising-strip` runs in one process, got {process_state().num_processes}.")
     pipe = load_pipeline(args)
     id2label = pipe.config.id2label or {}
-    rows = [(class_id, seed) for class_id in find_class_ids(pipe, args.class_labels) for seed in args.seeds]
+    classes = find_class_ids(args.class_labels, id2label, pipe.transformer.config.num_classes, "--class_labels")
+    rows = [(class_id, seed) for class_id in classes for seed in args.seeds]
     class_ids = [class_id for class_id, _ in rows]
+    print(describe_classes(class_ids, id2label))
 
     recorder = Recorder(class_ids, args)
     generators = [torch.Generator().manual_seed(seed) for _, seed in rows]

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws images from a saved LSEP pipeline: a few to look at, or 50,000 to evaluate.
 
-    python examples/sample.py --pretrained_model_name_or_path lsep-digits --class_labels 3 seven --output_dir samples
+    python examples/sample.py --pretrained_model_name_or_path lsep-digits --class_labels 3 7 --output_dir samples
     accelerate launch examples/sample.py --pretrained_model_name_or_path lsep/sit-xl-256 --num_images 50000 ...
 
 Every image is decided by `--seed`, its index and the batch it is in, and which images make a batch is fixed by their
@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 
 import diffusers_lsep
 from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
     LABEL_SAMPLINGS,
     SAMPLERS,
     choose_class_ids,
     draw_batch,
-    find_class_ids,
     set_scheduler,
 )
 
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     what = parser.add_argument_group("what to draw (one of the first two)")
     what.add_argument(
-        "--class_labels", nargs="+", metavar="CLASS", help="Class ids or names, to be written as PNGs and a grid."
+        "--class_labels", nargs="+", metavar="CLASS", help="Class names or ids, to be written as PNGs and a grid."
     )
     what.add_argument("--num_images", type=int, help="How many images to write into one samples.npz, for evaluation.")
     what.add_argument(
@@ -272,7 +272,9 @@ def main(argv: list[str] | None = None):
         num_classes = pipe.transformer.config.num_classes
         class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
     else:
-        class_ids = np.repeat(find_class_ids(pipe, args.class_labels), args.num_images_per_class)
+        num_classes, id2label = pipe.transformer.config.num_classes, pipe.config.id2label
+        class_ids = find_class_ids(args.class_labels, id2label, num_classes, "--class_labels")
+        class_ids = np.repeat(class_ids, args.num_images_per_class)
 
     # 2. Settings, which are stored beside the images
     settings = {name: getattr(args, name) for name in IMAGE_SETTINGS}
@@ -293,6 +295,7 @@ def main(argv: list[str] | None = None):
             shutil.rmtree(store_dir, ignore_errors=True)
             result.unlink()
         store.create(settings)
+        print(describe_classes(class_ids, pipe.config.id2label))
     accelerator.wait_for_everyone()
     draw(args, accelerator, pipe, store, class_ids)
     accelerator.wait_for_everyone()

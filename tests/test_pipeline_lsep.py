@@ -31,7 +31,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 @pytest.fixture
 def make_pipeline(tiny_transformer):
-    def make(vae=False, scheduler=None, path_type=None, **config):
+    def make(vae=False, scheduler=None, path_type=None, id2label=ID2LABEL, **config):
         if vae:
             torch.manual_seed(0)
             vae = AutoencoderKL(
@@ -41,7 +41,7 @@ def make_pipeline(tiny_transformer):
             transformer=tiny_transformer(**config),
             scheduler=scheduler or FlowMatchSDEScheduler(),
             vae=vae or None,
-            id2label=ID2LABEL,
+            id2label=id2label,
             path_type=path_type,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -205,6 +205,31 @@ def test_classes_by_id_name_and_list(make_pipeline):
     for labels in (["three", 5], [np.int64(3), "digit 5"], torch.tensor([3, 5]), (3, 5), np.array([3, 5])):
         assert torch.equal(pipe(labels, generator=generators(0, 1), **arguments).images, expected)
     assert pipe("three", **arguments).images.shape[0] == pipe(3, **arguments).images.shape[0] == 1
+
+
+def test_what_could_be_a_name_or_an_id_is_the_name(make_pipeline):
+    """Folders are sorted as text: 1, 10, 2."""
+    pipe = make_pipeline(id2label=dict(enumerate(["1", "10", "2"])), num_classes=3, in_channels=3)
+    assert pipe.get_label_ids(["1", "10", "2", "0", 1, np.int64(2)]) == [0, 1, 2, 0, 1, 2]
+    found, expected, other = (
+        pipe(label, num_inference_steps=1, generator=generators(0), output_type="latent").images
+        for label in ("1", 0, 1)
+    )
+    assert torch.equal(found, expected) and not torch.equal(found, other)
+    with pytest.raises(ValueError, match=r"has to lie in 0\.\.2, but holds 3\. The names are \['1', '10', '2'\]"):
+        pipe("3")
+
+
+def test_names_with_commas(make_pipeline):
+    """Folders may have them, and `id2label` separates several names of a class by them."""
+    pipe = make_pipeline(id2label={0: "cat, grey", 1: "dog,", 2: "cat, red", 11: "none"})
+    assert pipe.get_label_ids(["cat, grey", "grey", "dog", "dog,", "cat, red"]) == [0, 0, 1, 1, 2]
+    assert pipe.labels == {"dog": 1, "grey": 0, "none": 11, "red": 2}
+    with pytest.raises(ValueError, match=r"'cat' is the name of several classes: 0 \(cat, grey\), 2 \(cat, red\)"):
+        pipe("cat")
+    for label, message in (("none", r"has to lie in 0\.\.9, but holds 11\.$"), ("", "there is no class ''")):
+        with pytest.raises(ValueError, match=message):
+            pipe(label)
 
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
@@ -372,6 +397,9 @@ def test_model_offload_and_from_pipe(make_pipeline):
     ("arguments", "message"),
     [
         ({"class_labels": 10}, r"`class_labels` has to lie in 0\.\.9, but holds 10"),
+        ({"class_labels": "10"}, r"`class_labels` has to lie in 0\.\.9, but holds 10\. The names are \['digit 0'"),
+        ({"class_labels": "-1"}, r"`class_labels` has to lie in 0\.\.9, but holds -1"),
+        ({"class_labels": "\u00b2"}, "`class_labels`: there is no class '\u00b2'"),
         ({"class_labels": [3, -1]}, r"`class_labels` has to lie in 0\.\.9, but holds -1"),
         ({"class_labels": []}, "`class_labels` has to hold at least one class, but is empty"),
         ({"class_labels": [1.5]}, "`class_labels` has to be a class id, .* but holds 1.5 of type float"),

@@ -204,6 +204,18 @@ def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
     assert pipeline.transformer.config.sample_size == 16 and pipeline.transformer.config.in_channels == 3
 
 
+def test_folders_named_by_numbers(train, own_images, tmp_path, capsys):
+    """They are sorted as text, 1, 10, 2: the class "1" is the one with the id 0, in training as in the pipeline."""
+    for i, name in enumerate(["1", "10", "2, two"]):
+        shutil.copytree(own_images / ("ant", "bee")[i % 2], tmp_path / "images" / name)
+    labels = ("--validation_labels", "1", "two", "2, two")
+    assert train("--train_data_dir", tmp_path / "images", "--resolution", 8, *labels) == 0
+    printed = "At every validation, images to draw: 3\n  class 0, '1': 1\n  class 2, '2, two': 2\n"
+    assert printed in capsys.readouterr().out
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.get_label_ids(["1", "10", "2, two", "2"]) == [0, 1, 2, 2]
+
+
 def test_streaming(train, own_images, tmp_path):
     # `datasets` takes seconds to drop a file that was not read to its end: few runs.
     flags = ("--streaming", "--max_train_steps", 3)
@@ -528,7 +540,11 @@ def test_usage_errors(train, capsys, flags, message, tmp_path):
         (["--image_column", "png"], "`image_column` .* no 'png'"),
         (["--validation_split", "val"], "`validation_split` has no split 'val'"),
         (["--validation_split", 1.5], "`--validation_split` has to be a split or a fraction .* is 1.5"),
-        (["--validation_labels", 3, "ten"], "`--validation_labels` .* in 0..9, but 'ten' is neither"),
+        (
+            ["--validation_labels", 3, "ten"],
+            r"`--validation_labels`: there is no class 'ten'\. The names are \['0', '1",
+        ),
+        (["--validation_labels", 10], r"`--validation_labels` has to lie in 0\.\.9, but holds 10\. "),
         (["--report_to", "pencil"], "`--report_to` has to be none, all or one .* but is 'pencil'"),
         (["--num_probe_weights", 1], "`num_probe_weights=1` is a constant weight"),
         (["--attention_head_dim", 3], "divisible by 4"),

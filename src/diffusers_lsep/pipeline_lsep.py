@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
 import math
-import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .labels import find_class_ids, find_names, unique_names
 from .paths import get_path
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .transformer_sit import SiTTransformer2DModel
@@ -84,12 +84,6 @@ class LSEPPipeline(DiffusionPipeline):
         # JSON has only strings as keys.
         id2label = {int(class_id): label for class_id, label in id2label.items()} if id2label is not None else None
         self.register_to_config(id2label=id2label, path_type=path_type)
-        self._ids_of_label: dict[str, list[int]] = {}
-        for class_id, label in (id2label or {}).items():
-            for name in label.split(","):
-                ids = self._ids_of_label.setdefault(name.strip(), [])
-                if class_id not in ids:
-                    ids.append(class_id)
 
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -97,7 +91,7 @@ class LSEPPipeline(DiffusionPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """The names of the classes, in alphabetical order, with their ids; without names that several classes have."""
-        return {name: ids[0] for name, ids in sorted(self._ids_of_label.items()) if len(ids) == 1}
+        return unique_names(find_names(self.config.id2label))
 
     @property
     def guidance_scale(self) -> float:
@@ -190,68 +184,24 @@ class LSEPPipeline(DiffusionPipeline):
             self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
         )
 
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
+    def get_label_ids(self, label: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """
-        Maps the names of classes to their ids.
+        Maps classes, by name or by id, to their ids. What could be both a name and an id is the name: `"1"` is the
+        class of that name, or where there is none the class with the id 1. An integer is an id.
 
         Args:
-            label (`str` or `list[str]`): Names of classes.
+            label (`int`, `str` or a list of these): Classes.
 
         Returns:
             `list[int]`: Class ids.
 
         Raises:
-            `ValueError`: if a name is not one of `labels`, or if several classes have it.
+            `ValueError`: if there is no such class, or if several classes have the name.
         """
-        ids = []
-        for name in [label] if isinstance(label, str) else label:
-            candidates = self._ids_of_label.get(name, [])
-            if len(candidates) > 1:
-                described = ", ".join(f"{i} ({self.config.id2label[i]})" for i in candidates)
-                raise ValueError(f"`class_labels`: {name!r} is the name of several classes: {described}. Pass the id.")
-            if not candidates:
-                raise ValueError(f"`class_labels`: there is no class {name!r}. {self._describe_labels(name)}")
-            ids.append(candidates[0])
-        return ids
-
-    def _describe_labels(self, name: str) -> str:
-        import difflib
-
-        if not self._ids_of_label:
-            return "The pipeline has no names of classes (`id2label`); pass ids."
-        close = difflib.get_close_matches(name, self._ids_of_label, n=5)
-        if close:
-            return f"Close names are {close}; `pipe.labels` has all of them."
-        names = list(self.labels)
-        return f"The names are {names}." if len(names) <= 20 else "`pipe.labels` has all names."
-
-    def _get_class_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if not isinstance(class_labels, (list, tuple, range, np.ndarray)):
-            class_labels = [class_labels]
-        if len(class_labels) == 0:
-            raise ValueError("`class_labels` has to hold at least one class, but is empty.")
-
-        num_classes = self.transformer.config.num_classes
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                ids += self.get_label_ids(label)
-                continue
-            try:
-                class_id = operator.index(label)  # integers of all kinds, numpy's too
-            except TypeError:
-                class_id = None
-            if class_id is None or isinstance(label, bool):
-                raise ValueError(
-                    f"`class_labels` has to be a class id, the name of a class, or a list of these, but holds"
-                    f" {label!r} of type {type(label).__name__}."
-                )
-            if not 0 <= class_id < num_classes:
-                raise ValueError(f"`class_labels` has to lie in 0..{num_classes - 1}, but holds {class_id}.")
-            ids.append(class_id)
-        return ids
+        if isinstance(label, torch.Tensor):
+            label = label.tolist()
+        labels = label if isinstance(label, (list, tuple, range, np.ndarray)) else [label]
+        return find_class_ids(labels, self.config.id2label, self.transformer.config.num_classes)
 
     def check_inputs(
         self,
@@ -265,6 +215,8 @@ class LSEPPipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ):
+        if batch_size == 0:
+            raise ValueError("`class_labels` has to hold at least one class, but is empty.")
         if sigmas is None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
         if not math.isfinite(guidance_scale):
@@ -396,7 +348,7 @@ class LSEPPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str` or a list of these):
-                Class ids in `0..num_classes - 1`, or names of classes (see `labels`).
+                Class ids in `0..num_classes - 1`, or names of classes (see `labels` and `get_label_ids`).
             num_inference_steps (`int`, defaults to `250`): Number of steps of the scheduler.
             guidance_scale (`float`, defaults to `1.0`):
                 Scale `s` of classifier-free guidance (arXiv 2207.12598), `v_null + s (v_class - v_null)`. Off if not
@@ -427,7 +379,7 @@ class LSEPPipeline(DiffusionPipeline):
             `ValueError`: if an argument is none of the above, before any work.
         """
         # 1. Check inputs
-        class_ids = self._get_class_ids(class_labels)
+        class_ids = self.get_label_ids(class_labels)
         batch_size = len(class_ids)
         self.check_inputs(
             batch_size,

@@ -42,24 +42,6 @@ def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
         pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, **flow)
 
 
-def find_class_ids(pipe: LSEPPipeline, labels: list[str]) -> list[int]:
-    """
-    Maps what stands in a command line, ids and names of classes, to ids.
-
-    Raises:
-        `ValueError`: if there is no such class.
-    """
-    num_classes, ids = pipe.transformer.config.num_classes, []
-    for label in labels:
-        if not label.lstrip("-").isdigit():
-            ids += pipe.get_label_ids(label)
-        elif 0 <= int(label) < num_classes:
-            ids.append(int(label))
-        else:
-            raise ValueError(f"`--class_labels` has to lie in 0..{num_classes - 1}, but holds {label}.")
-    return ids
-
-
 def choose_class_ids(num_images: int, num_classes: int, label_sampling: str = "random", seed: int = 0) -> np.ndarray:
     """
     The class of every image, by its index.
