@@ -37,12 +37,11 @@ from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distan
 from diffusers_lsep.figures import plot_denoising_strip, plot_guidance_sweep, require_matplotlib
 from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.paths import get_path
-from diffusers_lsep.sampling import LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, choose_class_ids, set_scheduler
+from diffusers_lsep.sampling import DTYPES, LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, choose_class_ids, load_pipeline
 
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The features that distances are of, and what the extractors call them.
 FEATURES = {"inception": "pool", "dinov2": "class_token", "pixels": "pixels"}
 
@@ -58,7 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
         command.add_argument("--revision", help="Revision of the pipeline on the Hub.")
         command.add_argument("--variant", help="Variant of the weight files, such as fp16.")
-        command.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights. Default: float32.")
+        command.add_argument(
+            "--dtype", choices=DTYPES, default="float32", help="Of the transformer. Default: float32."
+        )
         command.add_argument(
             "--scheduler", choices=SAMPLERS, help="Sampler in place of the one that the pipeline was saved with."
         )
@@ -159,13 +160,9 @@ def prepare_output(args: argparse.Namespace, *names: str) -> Path:
     return folder
 
 
-def load_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=DTYPES[args.dtype]
-    ).to(process_state().device)
-    pipe.set_progress_bar_config(disable=True)
-    set_scheduler(pipe, args.scheduler)
-    return pipe
+def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
+    place = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "variant")}
+    return load_pipeline(**place, device=process_state().device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
 
 
 # --- guidance-sweep ---
@@ -191,7 +188,7 @@ def sweep_guidance(args: argparse.Namespace):
     state = process_state()
 
     # 1. Everything that can be refused
-    pipe = load_pipeline(args)
+    pipe = open_pipeline(args)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     resolution = side if not args.reference.endswith(".npz") else None
     reference = open_images(args.reference, "reference", resolution, args.reference_split, args.image_column)
@@ -321,7 +318,7 @@ def draw_strip(args: argparse.Namespace):
     path = prepare_output(args, "denoising-strip.png") / "denoising-strip.png"
     if process_state().num_processes > 1:
         raise ValueError(f"`denoising-strip` runs in one process, got {process_state().num_processes}.")
-    pipe = load_pipeline(args)
+    pipe = open_pipeline(args)
     id2label = pipe.config.id2label or {}
     classes = find_class_ids(args.class_labels, id2label, pipe.transformer.config.num_classes, "--class_labels")
     rows = [(class_id, seed) for class_id in classes for seed in args.seeds]

@@ -311,6 +311,10 @@ def test_what_does_not_fit_is_refused_before_work(script, save_pipeline, referen
             script.main(arguments("guidance-sweep", "--reference", tmp_path / name))
     with pytest.raises(ValueError, match=r"`--class_labels` has to lie in 0\.\.9, but holds 10"):
         script.main(arguments("denoising-strip", "--class_labels", 10))
+    save_pipeline(in_channels=4)
+    for command in ("guidance-sweep", "denoising-strip"):
+        with pytest.raises(ValueError, match="`vae` is needed for images, .* 4 channels"):
+            script.main(arguments(command))
     assert not (tmp_path / "out").exists()
 
     (tmp_path / "out").mkdir()

@@ -1,9 +1,11 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 import subprocess
 import sys
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -31,11 +33,12 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 @pytest.fixture
 def make_pipeline(tiny_transformer):
-    def make(vae=False, scheduler=None, path_type=None, id2label=ID2LABEL, **config):
+    def make(vae=False, scheduler=None, path_type=None, id2label=ID2LABEL, vae_config=None, **config):
         if vae:
             torch.manual_seed(0)
+            vae_config = {"scaling_factor": 0.5, **(vae_config or {})}
             vae = AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **two_blocks(), scaling_factor=0.5
+                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **two_blocks(), **vae_config
             )
         pipe = LSEPPipeline(
             transformer=tiny_transformer(**config),
@@ -124,6 +127,113 @@ def test_bfloat16_model_keeps_its_latents_in_float32(make_pipeline):
     assert latents.dtype == torch.float32
     assert set(seen) == {(torch.bfloat16, torch.float32)}
     assert pipe(1, num_inference_steps=2).images[0].size == (16, 16)
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decode(make_pipeline):
+    """Draws 16 images with a VAE: these, the float32 decode of the same latents, and what the VAE saw and was."""
+
+    def decode(dtype, prepare=lambda vae: None, **vae_config):
+        pipe = make_pipeline(vae=True, vae_config=vae_config).to(dtype)
+        vae, decode_latents, seen = copy.deepcopy(pipe.vae).float(), pipe.vae.decode, {}
+
+        def spy(latents, **kwargs):
+            weights = pipe.vae.decoder.conv_in.weight.dtype
+            seen.update(latents=latents, weights=weights, autocast=torch.is_autocast_enabled("cpu"))
+            return decode_latents(latents, **kwargs)
+
+        pipe.vae.decode = spy
+        prepare(pipe.vae)
+        arguments = {"class_labels": [i % 10 for i in range(16)], "num_inference_steps": 2}
+        latents = pipe(**arguments, generator=generators(*range(16)), output_type="latent").images
+        images = pipe(**arguments, generator=generators(*range(16)), output_type="pt").images
+        assert {parameter.dtype for parameter in pipe.vae.parameters()} == {dtype}, "as it was before"
+        for flag in ("use_slicing", "use_tiling", "tile_latent_min_size"):
+            setattr(vae, flag, getattr(pipe.vae, flag))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            expected = vae.decode(latents / 0.5 + vae_config.get("shift_factor", 0)).sample
+        return images, (expected / 2 + 0.5).clamp(0, 1), seen
+
+    return decode
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("config", [{}, {"shift_factor": 0.3}], ids=["", "shift"])
+def test_a_vae_that_asks_for_it_decodes_in_float32(decode, dtype, config):
+    images, expected, seen = decode(dtype, force_upcast=True, **config)
+    assert seen["latents"].dtype == seen["weights"] == images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def forget_force_upcast(vae):
+    config = {name: value for name, value in vae.config.items() if name != "force_upcast"}
+    vae._internal_dict = type(vae.config)(config)
+
+
+@pytest.mark.parametrize("prepare", [lambda vae: None, forget_force_upcast], ids=["false", "absent"])
+def test_a_vae_that_does_not_ask_for_it_decodes_in_its_dtype(decode, prepare):
+    images, expected, seen = decode(torch.bfloat16, prepare, force_upcast=False)
+    assert seen["latents"].dtype == seen["weights"] == torch.bfloat16 and images.dtype == torch.float32
+    assert 0.05 < 255 * (images - expected).std() < 3
+    # Images are not rounded once more on their way from [-1, 1] to [0, 1]: dark ones have values between bfloat16's.
+    assert not torch.equal(images, images.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda vae: vae.enable_slicing(),
+        lambda vae: (vae.enable_tiling(), setattr(vae, "tile_latent_min_size", 4)),
+        lambda vae: accelerate.cpu_offload_with_hook(vae, "cpu"),
+        lambda vae: accelerate.cpu_offload(vae, torch.device("cpu")),
+    ],
+    ids=["slicing", "tiling", "model offload", "sequential offload"],
+)
+def test_float32_decoding_goes_with(decode, prepare):
+    images, expected, seen = decode(torch.bfloat16, prepare)
+    assert seen["weights"] == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def test_weights_that_something_else_casts_are_left_alone(decode, make_pipeline):
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    expected = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    images = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    assert (images - expected).abs().max() < 0.2
+    assert pipe.vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    pipe.vae.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
+    images = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    assert (images - expected).abs().max() < 0.02 and pipe.vae.dtype == torch.bfloat16
+
+
+def test_the_vae_is_in_half_precision_again_after_an_error(make_pipeline):
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    pipe.vae.decoder.forward = None
+    with pytest.raises(TypeError):
+        pipe(1, num_inference_steps=1)
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.bfloat16}
+
+
+def test_images_are_not_decoded_under_autocast(decode):
+    with torch.autocast("cpu", torch.bfloat16):
+        images, expected, seen = decode(torch.float32)
+    assert not seen["autocast"] and images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_latents_are_no_images(make_pipeline, output_type):
+    pipe = make_pipeline(in_channels=4)
+    assert pipe(1, num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
+    pipe.transformer.forward = None  # any work would fail
+    with pytest.raises(ValueError, match='`vae` is needed for images, .* 4 channels .* or use `output_type="latent"`'):
+        pipe(1, num_inference_steps=1, output_type=output_type)
 
 
 # --- generators -----------------------------------------------------------------------------------------------------
@@ -327,7 +437,7 @@ def test_euler_of_diffusers_gets_the_grid_of_the_papers(make_pipeline):
 
 
 def test_schedulers_are_swapped_as_users_do(make_pipeline):
-    pipe = make_pipeline()
+    pipe = make_pipeline(in_channels=3)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
     pipe(1, num_inference_steps=4)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -348,7 +458,7 @@ def test_own_sigmas(make_pipeline):
 
 @pytest.mark.parametrize("vae", [False, True])
 def test_a_new_process_generates_the_same_images(make_pipeline, tmp_path, vae):
-    pipe = make_pipeline(vae=vae)
+    pipe = make_pipeline(vae=vae, in_channels=4 if vae else 3)
     pipe.save_pretrained(tmp_path / "pipeline")
     index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert index["_class_name"] == "LSEPPipeline" and index["path_type"] == "linear"
@@ -420,7 +530,7 @@ def test_model_offload_and_from_pipe(make_pipeline):
         ({"generator": generators(0, 1)}, "`generator` .* one for each of the 1 images, but is a list of 2"),
         ({"output_type": "jpg"}, "`output_type` has to be one of .*, but is 'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has to be a part of \['latents'\], but has \['noise'\]"),
-        ({"sigmas": [0.2, 0.9]}, "`sigmas` have to decrease"),
+        ({"sigmas": [0.2, 0.9], "output_type": "latent"}, "`sigmas` have to decrease"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, message):

@@ -470,6 +470,24 @@ def test_through_a_vae(train, own_images, tiny_vae, tmp_path):
     assert pipeline("bee", num_inference_steps=2).images[0].size == (16, 16)
 
 
+def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monkeypatch):
+    """In training and in validation, whatever the rest does."""
+    for name in ("_encode", "_decode"):
+        compute = getattr(AutoencoderKL, name)
+
+        def check(self, x, *args, compute=compute, **kwargs):
+            computed.append(compute.__name__)
+            assert x.dtype == self.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            return compute(self, x, *args, **kwargs)
+
+        monkeypatch.setattr(AutoencoderKL, name, check)
+    computed = []
+    flags = ("--resolution", 16, "--mixed_precision", "bf16", "--validation_steps", 4, "--validation_split", 0.2)
+    flags += ("--pretrained_vae_model_name_or_path", tiny_vae)
+    assert train("--train_data_dir", own_images, *flags) == 0
+    assert {"_encode", "_decode"} == set(computed)
+
+
 def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae, tmp_path):
     """The same moments, from the VAE at every step or from files, are the same run."""
     from diffusers_lsep.data import load_image_dataset, open_images
@@ -569,6 +587,10 @@ def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
     SiTTransformer2DModel(8, 4, 3, None, 1, 2, 8, num_classes=2).save_config(tmp_path / "model")
     with pytest.raises(ValueError, match="`in_channels` is 3, but the VAE needs 4"):
         train(*vae, "--resolution", 16, "--model_config_name_or_path", tmp_path / "model", tiny=TINY_RUN)
+    SiTTransformer2DModel(8, 2, 4, None, 1, 2, 8, num_classes=2).save_config(tmp_path / "latents")
+    with pytest.raises(ValueError, match="`--pretrained_vae_model_name_or_path` is needed: the model has 4 channels"):
+        train(*vae[:2], "--model_config_name_or_path", tmp_path / "latents", tiny=TINY_RUN)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_is_refused(train, tmp_path):
