@@ -6,7 +6,7 @@
     python examples/figures.py guidance-sweep --pretrained_model_name_or_path lsep-digits \\
         --reference examples/digits --features pixels --num_images 500 --output_dir figures
     python examples/figures.py denoising-strip --pretrained_model_name_or_path lsep-digits \\
-        --class_labels 3 seven --output_dir figures
+        --class_labels 3 7 --output_dir figures
 
 `guidance-sweep` measures the same images (labels and noise) at several scales and intervals of the guidance: Frechet
 distance, precision and recall, as a figure and as JSON. What it has drawn is kept as features in `--cache_dir`, so a
@@ -35,13 +35,13 @@ from diffusers_lsep.evaluation.images import EncodedImages, NpzImages, open_imag
 from diffusers_lsep.evaluation.inception import InceptionFeatures
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
 from diffusers_lsep.figures import plot_denoising_strip, plot_guidance_sweep, require_matplotlib
+from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.paths import get_path
-from diffusers_lsep.sampling import LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, find_class_ids, set_scheduler
+from diffusers_lsep.sampling import DTYPES, LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, choose_class_ids, load_pipeline
 
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The features that distances are of, and what the extractors call them.
 FEATURES = {"inception": "pool", "dinov2": "class_token", "pixels": "pixels"}
 
@@ -57,7 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
         command.add_argument("--revision", help="Revision of the pipeline on the Hub.")
         command.add_argument("--variant", help="Variant of the weight files, such as fp16.")
-        command.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights. Default: float32.")
+        command.add_argument(
+            "--dtype", choices=DTYPES, default="float32", help="Of the transformer. Default: float32."
+        )
         command.add_argument(
             "--scheduler", choices=SAMPLERS, help="Sampler in place of the one that the pipeline was saved with."
         )
@@ -110,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sweep.add_argument("--cache_dir", help="Where features are kept. Default: as for `diffusers-lsep evaluate`.")
 
     strip.add_argument(
-        "--class_labels", nargs="+", required=True, metavar="CLASS", help="Class ids or names, of an image each."
+        "--class_labels", nargs="+", required=True, metavar="CLASS", help="Class names or ids, of an image each."
     )
     strip.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="Seeds; every class is drawn with each of them. Default: 0."
@@ -158,13 +160,9 @@ def prepare_output(args: argparse.Namespace, *names: str) -> Path:
     return folder
 
 
-def load_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=DTYPES[args.dtype]
-    ).to(process_state().device)
-    pipe.set_progress_bar_config(disable=True)
-    set_scheduler(pipe, args.scheduler)
-    return pipe
+def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
+    place = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", "revision", "variant")}
+    return load_pipeline(**place, device=process_state().device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
 
 
 # --- guidance-sweep ---
@@ -190,7 +188,7 @@ def sweep_guidance(args: argparse.Namespace):
     state = process_state()
 
     # 1. Everything that can be refused
-    pipe = load_pipeline(args)
+    pipe = open_pipeline(args)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     resolution = side if not args.reference.endswith(".npz") else None
     reference = open_images(args.reference, "reference", resolution, args.reference_split, args.image_column)
@@ -203,6 +201,10 @@ def sweep_guidance(args: argparse.Namespace):
     reference_features = extract_features(reference, extractor, args.cache_dir)[feature]
 
     # 2. The images of every setting, and their distances
+    if state.is_main_process:
+        num_classes = pipe.transformer.config.num_classes
+        class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
+        print(f"at every setting, {describe_classes(class_ids, pipe.config.id2label)}")
     results, samples = [], None
     for low, high in args.guidance_interval:
         for scale in args.guidance_scales:
@@ -316,10 +318,12 @@ def draw_strip(args: argparse.Namespace):
     path = prepare_output(args, "denoising-strip.png") / "denoising-strip.png"
     if process_state().num_processes > 1:
         raise ValueError(f"`denoising-strip` runs in one process, got {process_state().num_processes}.")
-    pipe = load_pipeline(args)
+    pipe = open_pipeline(args)
     id2label = pipe.config.id2label or {}
-    rows = [(class_id, seed) for class_id in find_class_ids(pipe, args.class_labels) for seed in args.seeds]
+    classes = find_class_ids(args.class_labels, id2label, pipe.transformer.config.num_classes, "--class_labels")
+    rows = [(class_id, seed) for class_id in classes for seed in args.seeds]
     class_ids = [class_id for class_id, _ in rows]
+    print(describe_classes(class_ids, id2label))
 
     recorder = Recorder(class_ids, args)
     generators = [torch.Generator().manual_seed(seed) for _, seed in rows]

@@ -3,11 +3,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws images from a saved LSEP pipeline: a few to look at, or 50,000 to evaluate.
 
-    python examples/sample.py --pretrained_model_name_or_path lsep-digits --class_labels 3 seven --output_dir samples
+    python examples/sample.py --pretrained_model_name_or_path lsep-digits --class_labels 3 7 --output_dir samples
     accelerate launch examples/sample.py --pretrained_model_name_or_path lsep/sit-xl-256 --num_images 50000 ...
 
 Every image is decided by `--seed`, its index and the batch it is in, and which images make a batch is fixed by their
-indices. So any number of processes writes the same files, and a run that was killed goes on where it was.
+indices. So any number of processes writes the same files, and a run that was killed goes on where it was, but not if
+weights or settings have changed.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import math
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -27,24 +29,23 @@ from tqdm.auto import tqdm
 
 import diffusers_lsep
 from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
+    DTYPES,
     LABEL_SAMPLINGS,
     SAMPLERS,
     choose_class_ids,
+    describe_models,
     describe_scheduler,
     draw_batch,
-    find_class_ids,
-    set_scheduler,
+    load_pipeline,
 )
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What makes an image: a run is only continued if all of it is the same.
+# Where the model is from. It may be somewhere else when a run goes on: its weights may not be others.
+PLACES = ("pretrained_model_name_or_path", "revision", "variant")
+# What makes an image, beside the model: a run is only continued if all of it is the same.
 IMAGE_SETTINGS = (
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
     "scheduler",
     "num_inference_steps",
     "guidance_scale",
@@ -64,11 +65,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--revision", help="Revision of the pipeline on the Hub.")
     parser.add_argument("--variant", help="Variant of the weight files, such as fp16.")
     parser.add_argument("--output_dir", required=True, help="Where the images go.")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the images that are there.")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="Discard the images that are there, and those of an unfinished run.",
+    )
 
     what = parser.add_argument_group("what to draw (one of the first two)")
     what.add_argument(
-        "--class_labels", nargs="+", metavar="CLASS", help="Class ids or names, to be written as PNGs and a grid."
+        "--class_labels", nargs="+", metavar="CLASS", help="Class names or ids, to be written as PNGs and a grid."
     )
     what.add_argument("--num_images", type=int, help="How many images to write into one samples.npz, for evaluation.")
     what.add_argument(
@@ -101,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--seed", type=int, default=0, help="Default: 0.")
     how.add_argument("--batch_size", type=int, default=32, help="Images at a time in one process. Default: 32.")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights. Default: float32.")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="The transformer's. Default: float32.")
     how.add_argument(
         "--compile",
         action="store_true",
@@ -142,11 +147,12 @@ class ImageStore:
         """Makes the folder, or checks that the one from an earlier run has the same settings."""
         settings_path = self.folder / "settings.json"
         if settings_path.is_file():
-            earlier = json.loads(settings_path.read_text())
+            before = dict(flatten(json.loads(settings_path.read_text())))
+            now = dict(flatten(json.loads(json.dumps(settings))))
             differing = [
-                f"{name} ({earlier.get(name)} before, {value} now)"
-                for name, value in settings.items()
-                if earlier.get(name) != value
+                f"{name} ({before.get(name)!s:.40} before, {now.get(name)!s:.40} now)"
+                for name in before | now
+                if name not in PLACES and before.get(name) != now.get(name)
             ]
             if differing:
                 raise ValueError(
@@ -178,6 +184,15 @@ class ImageStore:
 
     def read(self) -> np.ndarray:
         return np.load(self.array_path, mmap_mode="r")
+
+
+def flatten(settings: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as names and values."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def write_json(path: Path, content: dict):
@@ -258,29 +273,25 @@ def main(argv: list[str] | None = None):
         )
 
     # 1. Pipeline
-    pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=DTYPES[args.dtype],
-    ).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    set_scheduler(pipe, args.scheduler)
+    place = {name: getattr(args, name) for name in PLACES}
+    pipe = load_pipeline(**place, device=accelerator.device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
     if args.compile:
         # Fixed sizes: a batch, and twice as much under guidance.
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    num_classes, id2label = pipe.transformer.config.num_classes, pipe.config.id2label or {}
     if args.num_images is not None:
-        num_classes = pipe.transformer.config.num_classes
         class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
     else:
-        class_ids = np.repeat(find_class_ids(pipe, args.class_labels), args.num_images_per_class)
+        class_ids = find_class_ids(args.class_labels, id2label, num_classes, "--class_labels")
+        class_ids = np.repeat(class_ids, args.num_images_per_class)
 
     # 2. Settings, which are stored beside the images
-    settings = {name: getattr(args, name) for name in IMAGE_SETTINGS}
+    settings = place | {name: getattr(args, name) for name in IMAGE_SETTINGS}
     settings["guidance_interval"] = list(args.guidance_interval)
     settings["num_images"] = len(class_ids)
     settings["class_labels"] = args.class_labels or f"{args.label_sampling} over all classes"
     settings |= describe_scheduler(pipe.scheduler)
+    settings["class_ids"] = class_ids.tolist()
     settings["quantization"] = "floor(255 * (x + 1) / 2)"
     settings["diffusers_lsep_version"] = diffusers_lsep.__version__
 
@@ -289,10 +300,15 @@ def main(argv: list[str] | None = None):
     channels = pipe.vae.config.out_channels if pipe.vae is not None else pipe.transformer.config.in_channels
     store = ImageStore(store_dir, len(class_ids), (side, side, channels), args.batch_size)
     if accelerator.is_main_process:
-        if args.overwrite_output_dir and result.exists():
+        models = describe_models(pipe)
+        settings["weights"] = models["weights"]
+        if args.overwrite_output_dir:
             shutil.rmtree(store_dir, ignore_errors=True)
-            result.unlink()
-        store.create(settings)
+            result.unlink(missing_ok=True)
+            for path in (output_dir / "images").glob("*-class-*.png"):  # there may have been more of them
+                path.unlink()
+        store.create({**settings, **models})
+        print(describe_classes(class_ids, id2label))
     accelerator.wait_for_everyone()
     draw(args, accelerator, pipe, store, class_ids)
     accelerator.wait_for_everyone()
@@ -305,9 +321,8 @@ def main(argv: list[str] | None = None):
             write_npz(result, np.broadcast_to(images, (*images.shape[:-1], max(3, channels))), class_ids)
         if args.num_images is None or args.save_images:
             paths = write_pngs(output_dir / "images", images, class_ids)
-        write_json(output_dir / "samples.json", {**settings, "class_ids": class_ids.tolist()})
+        write_json(output_dir / "samples.json", settings)
         if args.num_images is None:
-            id2label = pipe.config.id2label or {}
             captions = [id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids.tolist()]
             grid = make_labeled_grid([Image.open(path) for path in paths], args.num_images_per_class, captions)
             temporary = result.with_name(f".{result.name}.tmp")

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`diffusers-lsep evaluate` and its `evaluate.Metric`, with random weights in Inception."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -20,6 +22,7 @@ from diffusers_lsep.evaluation.features import extract_features
 from diffusers_lsep.evaluation.images import open_images
 from diffusers_lsep.evaluation.inception import InceptionFeatures
 from diffusers_lsep.evaluation.metrics import feature_statistics, inception_score
+from diffusers_lsep.sampling import DrawnSamples, choose_class_ids, make_generator, set_scheduler
 
 
 SIZE = 8
@@ -332,10 +335,6 @@ def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsy
 
 
 def test_drawn_samples_are_those_of_the_sampling_script(save_pipeline, load_example, tmp_path):
-    from diffusers import DiffusionPipeline
-
-    from diffusers_lsep.sampling import DrawnSamples
-
     save_pipeline(tmp_path / "pipeline")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     flags = ["--pretrained_model_name_or_path", tmp_path / "pipeline", "--num_images", 37, "--num_inference_steps", 3]
@@ -355,11 +354,29 @@ def test_drawn_samples_are_those_of_the_sampling_script(save_pipeline, load_exam
     assert expected.std() > 10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_drawn_samples_are_decoded_in_float32(tiny_transformer, tiny_vae_folder, dtype):
+    """Also by a VAE that does not ask for it."""
+    vae = AutoencoderKL.from_pretrained(tiny_vae_folder, force_upcast=False).to(dtype)
+    pipe = LSEPPipeline(tiny_transformer(num_layers=1), FlowMatchSDEScheduler(), vae=vae)
+    pipe.set_progress_bar_config(disable=True)
+    samples = DrawnSamples(pipe, "samples", 6, num_inference_steps=2, batch_size=6)
+    (images,) = samples.batches(0, 6, 6)
+    generators = [make_generator(0, i) for i in range(6)]
+    latents = pipe(choose_class_ids(6, 10), 2, generator=generators, output_type="latent").images
+    with torch.no_grad():
+        expected = copy.deepcopy(vae).float().decode(latents / vae.config.scaling_factor).sample
+    expected = (255 * (expected / 2 + 0.5)).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(images, expected)
+    assert vae.dtype == dtype
+
+
+def test_drawn_samples_need_a_vae_where_there_are_latents(tiny_transformer):
+    with pytest.raises(ValueError, match="`vae` is needed for images, .* 4 channels"):
+        DrawnSamples(LSEPPipeline(tiny_transformer(), FlowMatchSDEScheduler()), "samples", 6)
+
+
 def test_the_hash_of_drawn_samples_tells_settings_and_weights_apart(save_pipeline, tmp_path):
-    from diffusers import DiffusionPipeline
-
-    from diffusers_lsep.sampling import DrawnSamples, set_scheduler
-
     def load(seed=0, scheduler=None):
         save_pipeline(tmp_path / f"pipeline-{seed}", seed=seed)
         pipe = DiffusionPipeline.from_pretrained(tmp_path / f"pipeline-{seed}")

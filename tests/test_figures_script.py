@@ -70,9 +70,15 @@ def read_sweep(folder):
     return json.loads((folder / "out" / "guidance-sweep.json").read_text())
 
 
-def test_sweep_measures_what_sample_py_draws(script, load_example, save_pipeline, reference, arguments, tmp_path):
+def test_sweep_measures_what_sample_py_draws(
+    script, load_example, save_pipeline, reference, arguments, tmp_path, capsys
+):
     save_pipeline(in_channels=1)
     script.main(arguments("guidance-sweep", *TWO_SCALES, "--label_sampling", "balanced", "--seed", 3))
+    printed = capsys.readouterr().out
+    assert (
+        "at every setting, images to draw: 11\n  class 0, 'digit 0, 0th': 2\n  class 1, 'digit 1, 1th': 1\n" in printed
+    )
     sweep = read_sweep(tmp_path)
     settings = [(result["guidance_scale"], result["guidance_interval"]) for result in sweep["results"]]
     assert settings == [(1, [0, 1]), (2, [0, 1]), (1, [0, 0.5]), (2, [0, 0.5])]
@@ -251,6 +257,15 @@ def test_strip_decodes_latents(script, strip, save_pipeline, arguments, tiny_vae
     np.testing.assert_array_equal(states[-1], images)
 
 
+def test_strip_takes_digits_for_names_first_and_prints_what_is_drawn(strip, tiny_transformer, tmp_path, capsys):
+    transformer = tiny_transformer(num_layers=1, in_channels=1, num_classes=3)
+    names = {0: "1", 1: "10", 2: "2"}  # folders, sorted as text
+    LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label=names).save_pretrained(tmp_path / "model")
+    labels = strip("--class_labels", 1, 2)[4]
+    assert labels == ["1", "2"]
+    assert "images to draw: 2\n  class 0, '1': 1\n  class 2, '2': 1\n" in capsys.readouterr().out
+
+
 def test_strip_is_a_picture(script, save_pipeline, arguments, tmp_path, capsys):
     save_pipeline(in_channels=3)
     script.main(arguments("denoising-strip"))
@@ -297,6 +312,10 @@ def test_what_does_not_fit_is_refused_before_work(script, save_pipeline, referen
             script.main(arguments("guidance-sweep", "--reference", tmp_path / name))
     with pytest.raises(ValueError, match=r"`--class_labels` has to lie in 0\.\.9, but holds 10"):
         script.main(arguments("denoising-strip", "--class_labels", 10))
+    save_pipeline(in_channels=4)
+    for command in ("guidance-sweep", "denoising-strip"):
+        with pytest.raises(ValueError, match="`vae` is needed for images, .* 4 channels"):
+            script.main(arguments(command))
     assert not (tmp_path / "out").exists()
 
     (tmp_path / "out").mkdir()

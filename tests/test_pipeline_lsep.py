@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 import re
 import subprocess
 import sys
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -39,17 +41,18 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 @pytest.fixture
 def make_pipeline(tiny_transformer):
-    def make(vae=False, scheduler=None, path_type=None, **config):
+    def make(vae=False, scheduler=None, path_type=None, id2label=ID2LABEL, vae_config=None, **config):
         if vae:
             torch.manual_seed(0)
+            vae_config = {"scaling_factor": 0.5, **(vae_config or {})}
             vae = AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **two_blocks(), scaling_factor=0.5
+                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **two_blocks(), **vae_config
             )
         pipe = LSEPPipeline(
             transformer=tiny_transformer(**config),
             scheduler=scheduler or FlowMatchSDEScheduler(),
             vae=vae or None,
-            id2label=ID2LABEL,
+            id2label=id2label,
             path_type=path_type,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -134,6 +137,113 @@ def test_bfloat16_model_keeps_its_latents_in_float32(make_pipeline):
     assert pipe(1, num_inference_steps=2).images[0].size == (16, 16)
 
 
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decode(make_pipeline):
+    """Draws 16 images with a VAE: these, the float32 decode of the same latents, and what the VAE saw and was."""
+
+    def decode(dtype, prepare=lambda vae: None, **vae_config):
+        pipe = make_pipeline(vae=True, vae_config=vae_config).to(dtype)
+        vae, decode_latents, seen = copy.deepcopy(pipe.vae).float(), pipe.vae.decode, {}
+
+        def spy(latents, **kwargs):
+            weights = pipe.vae.decoder.conv_in.weight.dtype
+            seen.update(latents=latents, weights=weights, autocast=torch.is_autocast_enabled("cpu"))
+            return decode_latents(latents, **kwargs)
+
+        pipe.vae.decode = spy
+        prepare(pipe.vae)
+        arguments = {"class_labels": [i % 10 for i in range(16)], "num_inference_steps": 2}
+        latents = pipe(**arguments, generator=generators(*range(16)), output_type="latent").images
+        images = pipe(**arguments, generator=generators(*range(16)), output_type="pt").images
+        assert {parameter.dtype for parameter in pipe.vae.parameters()} == {dtype}, "as it was before"
+        for flag in ("use_slicing", "use_tiling", "tile_latent_min_size"):
+            setattr(vae, flag, getattr(pipe.vae, flag))
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            expected = vae.decode(latents / 0.5 + vae_config.get("shift_factor", 0)).sample
+        return images, (expected / 2 + 0.5).clamp(0, 1), seen
+
+    return decode
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("config", [{}, {"shift_factor": 0.3}], ids=["", "shift"])
+def test_a_vae_that_asks_for_it_decodes_in_float32(decode, dtype, config):
+    images, expected, seen = decode(dtype, force_upcast=True, **config)
+    assert seen["latents"].dtype == seen["weights"] == images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def forget_force_upcast(vae):
+    config = {name: value for name, value in vae.config.items() if name != "force_upcast"}
+    vae._internal_dict = type(vae.config)(config)
+
+
+@pytest.mark.parametrize("prepare", [lambda vae: None, forget_force_upcast], ids=["false", "absent"])
+def test_a_vae_that_does_not_ask_for_it_decodes_in_its_dtype(decode, prepare):
+    images, expected, seen = decode(torch.bfloat16, prepare, force_upcast=False)
+    assert seen["latents"].dtype == seen["weights"] == torch.bfloat16 and images.dtype == torch.float32
+    assert 0.05 < 255 * (images - expected).std() < 3
+    # Images are not rounded once more on their way from [-1, 1] to [0, 1]: dark ones have values between bfloat16's.
+    assert not torch.equal(images, images.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda vae: vae.enable_slicing(),
+        lambda vae: (vae.enable_tiling(), setattr(vae, "tile_latent_min_size", 4)),
+        lambda vae: accelerate.cpu_offload_with_hook(vae, "cpu"),
+        lambda vae: accelerate.cpu_offload(vae, torch.device("cpu")),
+    ],
+    ids=["slicing", "tiling", "model offload", "sequential offload"],
+)
+def test_float32_decoding_goes_with(decode, prepare):
+    images, expected, seen = decode(torch.bfloat16, prepare)
+    assert seen["weights"] == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def test_weights_that_something_else_casts_are_left_alone(decode, make_pipeline):
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    expected = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    pipe.vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    images = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    assert (images - expected).abs().max() < 0.2
+    assert pipe.vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    pipe.vae.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
+    images = pipe(1, num_inference_steps=2, generator=generators(0), output_type="pt").images
+    assert (images - expected).abs().max() < 0.02 and pipe.vae.dtype == torch.bfloat16
+
+
+def test_the_vae_is_in_half_precision_again_after_an_error(make_pipeline):
+    pipe = make_pipeline(vae=True).to(torch.bfloat16)
+    pipe.vae.decoder.forward = None
+    with pytest.raises(TypeError):
+        pipe(1, num_inference_steps=1)
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.bfloat16}
+
+
+def test_images_are_not_decoded_under_autocast(decode):
+    with torch.autocast("cpu", torch.bfloat16):
+        images, expected, seen = decode(torch.float32)
+    assert not seen["autocast"] and images.dtype == torch.float32
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_latents_are_no_images(make_pipeline, output_type):
+    pipe = make_pipeline(in_channels=4)
+    assert pipe(1, num_inference_steps=1, output_type="latent").images.shape == (1, 4, 8, 8)
+    pipe.transformer.forward = None  # any work would fail
+    with pytest.raises(ValueError, match='`vae` is needed for images, .* 4 channels .* or use `output_type="latent"`'):
+        pipe(1, num_inference_steps=1, output_type=output_type)
+
+
 # --- generators -----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +323,31 @@ def test_classes_by_id_name_and_list(make_pipeline):
     for labels in (["three", 5], [np.int64(3), "digit 5"], torch.tensor([3, 5]), (3, 5), np.array([3, 5])):
         assert torch.equal(pipe(labels, generator=generators(0, 1), **arguments).images, expected)
     assert pipe("three", **arguments).images.shape[0] == pipe(3, **arguments).images.shape[0] == 1
+
+
+def test_what_could_be_a_name_or_an_id_is_the_name(make_pipeline):
+    """Folders are sorted as text: 1, 10, 2."""
+    pipe = make_pipeline(id2label=dict(enumerate(["1", "10", "2"])), num_classes=3, in_channels=3)
+    assert pipe.get_label_ids(["1", "10", "2", "0", 1, np.int64(2)]) == [0, 1, 2, 0, 1, 2]
+    found, expected, other = (
+        pipe(label, num_inference_steps=1, generator=generators(0), output_type="latent").images
+        for label in ("1", 0, 1)
+    )
+    assert torch.equal(found, expected) and not torch.equal(found, other)
+    with pytest.raises(ValueError, match=r"has to lie in 0\.\.2, but holds 3\. The names are \['1', '10', '2'\]"):
+        pipe("3")
+
+
+def test_names_with_commas(make_pipeline):
+    """Folders may have them, and `id2label` separates several names of a class by them."""
+    pipe = make_pipeline(id2label={0: "cat, grey", 1: "dog,", 2: "cat, red", 11: "none"})
+    assert pipe.get_label_ids(["cat, grey", "grey", "dog", "dog,", "cat, red"]) == [0, 0, 1, 1, 2]
+    assert pipe.labels == {"dog": 1, "grey": 0, "none": 11, "red": 2}
+    with pytest.raises(ValueError, match=r"'cat' is the name of several classes: 0 \(cat, grey\), 2 \(cat, red\)"):
+        pipe("cat")
+    for label, message in (("none", r"has to lie in 0\.\.9, but holds 11\.$"), ("", "there is no class ''")):
+        with pytest.raises(ValueError, match=message):
+            pipe(label)
 
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
@@ -407,7 +542,7 @@ def test_own_sigmas(make_pipeline):
 
 @pytest.mark.parametrize("vae", [False, True])
 def test_a_new_process_generates_the_same_images(make_pipeline, tmp_path, vae):
-    pipe = make_pipeline(vae=vae)
+    pipe = make_pipeline(vae=vae, in_channels=4 if vae else 3)
     pipe.save_pretrained(tmp_path / "pipeline")
     index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert index["_class_name"] == "LSEPPipeline" and index["path_type"] == "linear"
@@ -488,6 +623,9 @@ def test_model_offload_and_from_pipe(make_pipeline):
     ("arguments", "message"),
     [
         ({"class_labels": 10}, r"`class_labels` has to lie in 0\.\.9, but holds 10"),
+        ({"class_labels": "10"}, r"`class_labels` has to lie in 0\.\.9, but holds 10\. The names are \['digit 0'"),
+        ({"class_labels": "-1"}, r"`class_labels` has to lie in 0\.\.9, but holds -1"),
+        ({"class_labels": "\u00b2"}, "`class_labels`: there is no class '\u00b2'"),
         ({"class_labels": [3, -1]}, r"`class_labels` has to lie in 0\.\.9, but holds -1"),
         ({"class_labels": []}, "`class_labels` has to hold at least one class, but is empty"),
         ({"class_labels": [1.5]}, "`class_labels` has to be a class id, .* but holds 1.5 of type float"),
@@ -508,7 +646,7 @@ def test_model_offload_and_from_pipe(make_pipeline):
         ({"generator": generators(0, 1)}, "`generator` .* one for each of the 1 images, but is a list of 2"),
         ({"output_type": "jpg"}, "`output_type` has to be one of .*, but is 'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has to be a part of \['latents'\], but has \['noise'\]"),
-        ({"sigmas": [0.2, 0.9]}, "`sigmas` have to decrease"),
+        ({"sigmas": [0.2, 0.9], "output_type": "latent"}, "`sigmas` have to decrease"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, message):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from diffusers_lsep import (
@@ -18,7 +20,9 @@ from diffusers_lsep import (
     LSEPPipeline,
     SiTTransformer2DModel,
 )
-from diffusers_lsep.sampling import make_generator
+from diffusers_lsep.checkpointing import hash_weights
+from diffusers_lsep.labels import find_class_ids
+from diffusers_lsep.sampling import choose_class_ids, make_generator
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "sample.py"
@@ -34,11 +38,20 @@ def sample():
 
 
 @pytest.fixture
-def pipeline_dir(tiny_transformer, tmp_path):
-    names = {i: f"digit {i}" for i in range(10)}
-    transformer = tiny_transformer(in_channels=3, num_layers=1)
-    LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label=names).save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
+def save_pipeline(tiny_transformer, tmp_path):
+    def save(names=None, vae=None, name="pipeline", **config):
+        names = names or {i: f"digit {i}" for i in range(10)}
+        transformer = tiny_transformer(num_layers=1, **config)
+        pipe = LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=vae, id2label=names)
+        pipe.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def pipeline_dir(save_pipeline):
+    return save_pipeline(in_channels=3)
 
 
 @pytest.fixture
@@ -50,6 +63,26 @@ def run(sample, pipeline_dir, tmp_path):
         return output_dir
 
     return call
+
+
+@pytest.fixture
+def interrupt(run, sample, monkeypatch):
+    """Runs the script until it is killed after some batches of two images."""
+
+    def interrupt(name, *arguments, after=2):
+        write, count = sample.ImageStore.write, iter(range(100))
+
+        def write_or_die(store, batch, images):
+            if next(count) == after:
+                raise KeyboardInterrupt
+            write(store, batch, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sample.ImageStore, "write", write_or_die)
+            with pytest.raises(KeyboardInterrupt):
+                run(name, "--batch_size", 2, *arguments)
+
+    return interrupt
 
 
 def test_classes_become_pngs_and_a_grid(run):
@@ -64,9 +97,37 @@ def test_classes_become_pngs_and_a_grid(run):
     assert sorted(path.name for path in output_dir.iterdir()) == ["grid.png", "images", "samples.json"]
 
 
-def test_images_are_floored_samples_of_the_pipeline(run, pipeline_dir):
-    from diffusers import DiffusionPipeline
+def test_digits_are_names_first_and_what_is_drawn_is_printed(run, save_pipeline, capsys):
+    """Folders are sorted as text: 1, 10, 2."""
+    save_pipeline({0: "1", 1: "10", 2: "2, two"}, in_channels=3, num_classes=3)
+    capsys.readouterr()
+    output_dir = run("out", "--class_labels", 1, "two", 0, "--num_images_per_class", 2)
+    names = sorted(path.name for path in (output_dir / "images").iterdir())
+    assert [name.rpartition("-")[2] for name in names] == ["0.png", "0.png", "2.png", "2.png", "0.png", "0.png"]
+    printed = "images to draw: 6\n  class 0, '1': 4\n  class 2, '2, two': 2\n"
+    assert printed in capsys.readouterr().out
+    run("fid", "--num_images", 9, "--label_sampling", "balanced")
+    assert "  class 1, '10': 3\n" in capsys.readouterr().out
 
+
+def test_of_many_classes_a_summary_is_printed(run, save_pipeline, capsys):
+    save_pipeline({i: f"class {i}" for i in range(30)}, in_channels=3, num_classes=30)
+    capsys.readouterr()
+    run("out", "--num_images", 40, "--label_sampling", "balanced")
+    summary = "images to draw: 40, 1 to 2 of each of 30 classes, from class 0, 'class 0', to class 29, 'class 29'\n"
+    assert summary in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sample", "figures"])
+def test_the_examples_of_the_help_fit_the_digits(load_example, name):
+    text = load_example(name).__doc__
+    (labels,) = re.findall(r"--class_labels (.*?) --", text)
+    digits = [str(digit) for digit in range(10)]
+    ids = find_class_ids(labels.split(), dict(enumerate(digits)), 10)
+    assert [digits[class_id] for class_id in ids] == labels.split()
+
+
+def test_images_are_floored_samples_of_the_pipeline(run, pipeline_dir):
     output_dir = run("out", "--num_images", 5, "--batch_size", 3, "--guidance_scale", 1.5, "--save_images")
     archive = np.load(output_dir / "samples.npz")
     assert archive["arr_0"].shape == (5, 8, 8, 3) and archive["arr_0"].dtype == np.uint8
@@ -99,21 +160,12 @@ def test_seeds_differ_and_batch_size_hardly_matters(run):
     assert (arrays[0] != arrays[2]).mean() > 0.5
 
 
-def test_two_processes_and_an_interruption_change_nothing(run, sample, pipeline_dir, tmp_path, monkeypatch):
+def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeline_dir, tmp_path):
     arguments = ["--num_images", 11, "--batch_size", 2]
     expected = run("whole", *arguments)
 
     # Killed after two batches, and gone on with by two processes.
-    write, count = sample.ImageStore.write, iter(range(10))
-
-    def write_or_die(store, batch, images):
-        if next(count) == 2:
-            raise KeyboardInterrupt
-        write(store, batch, images)
-
-    monkeypatch.setattr(sample.ImageStore, "write", write_or_die)
-    with pytest.raises(KeyboardInterrupt):
-        run("interrupted", *arguments)
+    interrupt("interrupted", *arguments)
     assert (tmp_path / "interrupted" / ".unfinished" / "done").read_bytes() == b"\1\1\0\0\0\0"
     assert not (tmp_path / "interrupted" / "samples.npz").exists()
 
@@ -131,12 +183,8 @@ def test_two_processes_and_an_interruption_change_nothing(run, sample, pipeline_
     assert not (found / ".unfinished").exists()
 
 
-def test_an_unfinished_run_with_other_settings_is_not_mixed(run, sample, monkeypatch):
-    write = sample.ImageStore.write
-    monkeypatch.setattr(sample.ImageStore, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run("out", "--num_images", 4)
-    monkeypatch.setattr(sample.ImageStore, "write", write)
+def test_an_unfinished_run_with_other_settings_is_not_mixed(run, interrupt):
+    interrupt("out", "--num_images", 4, "--batch_size", 32, after=0)
     with pytest.raises(ValueError, match=r"other settings: guidance_scale \(1.0 before, 2.0 now\)"):
         run("out", "--num_images", 4, "--guidance_scale", 2.0)
     run("out", "--num_images", 4)
@@ -183,6 +231,102 @@ def test_schedulers_of_the_sde_keep_the_saved_one(run, pipeline_dir, name):
         output_dir = run("out", "--num_images", 2, "--scheduler", name, "--overwrite_output_dir")
         config = json.loads((output_dir / "samples.json").read_text())["sampler_config"]
         assert config["diffusion_form"] == form and config["last_step_size"] == (0.02 if form == "sigma" else 0.04)
+
+
+def images_of(folder):
+    return np.load(folder / "samples.npz")["arr_0"]
+
+
+def test_an_unfinished_run_goes_on_with_the_same_weights_from_anywhere(run, interrupt, pipeline_dir, tmp_path):
+    arguments = ["--num_images", 8, "--batch_size", 2]
+    expected = run("whole", *arguments)
+    interrupt("out", "--num_images", 8)
+    pipeline_dir.rename(tmp_path / "moved")
+    found = run("out", *arguments, "--pretrained_model_name_or_path", tmp_path / "moved")
+    np.testing.assert_array_equal(images_of(found), images_of(expected))
+    settings = [json.loads((folder / "samples.json").read_text()) for folder in (expected, found)]
+    assert settings[0].pop("pretrained_model_name_or_path") == str(pipeline_dir)
+    assert settings[1].pop("pretrained_model_name_or_path") == str(tmp_path / "moved")
+    assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize("model", ["transformer", "vae"])
+@pytest.mark.parametrize("kind", ["--num_images", "--class_labels"])
+def test_an_unfinished_run_does_not_go_on_with_other_weights(
+    run, interrupt, save_pipeline, tiny_vae_folder, tmp_path, model, kind
+):
+    """The path stays as it is, as that of a `checkpoint` folder that is written anew."""
+    vaes = [AutoencoderKL.from_pretrained(tiny_vae_folder) for _ in range(2)]
+    arguments = ("--num_images", 8) if kind == "--num_images" else ("--class_labels", "digit 1", "digit 2")
+    save_pipeline(vae=vaes[0])
+    interrupt("out", *arguments)
+    unfinished = (tmp_path / "out" / ".unfinished" / "images.npy").read_bytes()
+    if model == "vae":
+        with torch.no_grad():
+            vaes[1].decoder.conv_out.bias += 0.1
+    save_pipeline(vae=vaes[1], seed=1 if model == "transformer" else 0)
+    message = (
+        rf"unfinished run with other settings: weights\.{model} \(\w+ before, \w+ now\)\. .*`--overwrite_output_dir`"
+    )
+    with pytest.raises(ValueError, match=message):
+        run("out", *arguments, "--batch_size", 2)
+    assert (tmp_path / "out" / ".unfinished" / "images.npy").read_bytes() == unfinished
+
+    found = run("out", *arguments, "--batch_size", 2, "--overwrite_output_dir")
+    expected = run("fresh", *arguments, "--batch_size", 2)
+    for path in [path for path in expected.rglob("*") if path.is_file()]:
+        assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
+    if kind == "--num_images":
+        weights = json.loads((found / "samples.json").read_text())["weights"]
+        assert weights == {
+            "transformer": hash_weights(DiffusionPipeline.from_pretrained(tmp_path / "pipeline").transformer),
+            "vae": hash_weights(vaes[1]),
+        }
+
+
+def test_an_unfinished_run_is_discarded_with_its_settings(run, interrupt):
+    interrupt("out", "--num_images", 8)
+    found = run("out", "--num_images", 8, "--batch_size", 3, "--seed", 1, "--overwrite_output_dir")
+    expected = run("fresh", "--num_images", 8, "--batch_size", 3, "--seed", 1)
+    np.testing.assert_array_equal(images_of(found), images_of(expected))
+    assert not (found / ".unfinished").exists()
+
+
+def test_other_names_of_the_classes_are_other_settings(run, interrupt, save_pipeline, tmp_path):
+    interrupt("out", "--class_labels", "digit 1", after=1)
+    save_pipeline({0: "digit 1", 1: "digit 0"}, in_channels=3)
+    with pytest.raises(ValueError, match=r"class_ids \(\[1, 1, 1, 1\] before, \[0, 0, 0, 0\] now\)"):
+        run("out", "--class_labels", "digit 1", "--batch_size", 2)
+
+
+def test_images_of_a_discarded_run_are_gone(run):
+    run("out", "--class_labels", "digit 1", "digit 2")
+    output_dir = run("out", "--class_labels", "digit 1", "--num_images_per_class", 2, "--overwrite_output_dir")
+    assert len(list((output_dir / "images").iterdir())) == 2
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_half_precision_is_the_transformers_alone(run, save_pipeline, tiny_vae_folder, tmp_path, force_upcast):
+    """The papers decode in float32, with weights that were never rounded."""
+    vae = AutoencoderKL.from_pretrained(tiny_vae_folder, force_upcast=force_upcast)
+    folder = save_pipeline(vae=vae)
+    found = images_of(run("out", "--num_images", 6, "--batch_size", 6, "--dtype", "bfloat16")).astype(float)
+    dtype = {"transformer": torch.bfloat16, "default": torch.float32}
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    generators = [make_generator(0, i) for i in range(6)]
+    latents = pipe(choose_class_ids(6, 10), 2, generator=generators, output_type="latent").images
+    with torch.no_grad():
+        images = vae.decode(latents / vae.config.scaling_factor).sample
+    expected = np.floor(np.clip(255 * (images.permute(0, 2, 3, 1).numpy() + 1) / 2, 0, 255))
+    assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", [("--num_images", 2), ("--class_labels", "digit 1")])
+def test_latents_without_a_vae_are_refused(run, save_pipeline, tmp_path, kind):
+    save_pipeline(in_channels=4)
+    with pytest.raises(ValueError, match="`vae` is needed for images"):
+        run("out", *kind)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_not_overwritten_unasked(run):

@@ -204,6 +204,18 @@ def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
     assert pipeline.transformer.config.sample_size == 16 and pipeline.transformer.config.in_channels == 3
 
 
+def test_folders_named_by_numbers(train, own_images, tmp_path, capsys):
+    """They are sorted as text, 1, 10, 2: the class "1" is the one with the id 0, in training as in the pipeline."""
+    for i, name in enumerate(["1", "10", "2, two"]):
+        shutil.copytree(own_images / ("ant", "bee")[i % 2], tmp_path / "images" / name)
+    labels = ("--validation_labels", "1", "two", "2, two")
+    assert train("--train_data_dir", tmp_path / "images", "--resolution", 8, *labels) == 0
+    printed = "At every validation, images to draw: 3\n  class 0, '1': 1\n  class 2, '2, two': 2\n"
+    assert printed in capsys.readouterr().out
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.get_label_ids(["1", "10", "2, two", "2"]) == [0, 1, 2, 2]
+
+
 def test_streaming(train, own_images, tmp_path):
     # `datasets` takes seconds to drop a file that was not read to its end: few runs.
     flags = ("--streaming", "--max_train_steps", 3)
@@ -458,6 +470,24 @@ def test_through_a_vae(train, own_images, tiny_vae, tmp_path):
     assert pipeline("bee", num_inference_steps=2).images[0].size == (16, 16)
 
 
+def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monkeypatch):
+    """In training and in validation, whatever the rest does."""
+    for name in ("_encode", "_decode"):
+        compute = getattr(AutoencoderKL, name)
+
+        def check(self, x, *args, compute=compute, **kwargs):
+            computed.append(compute.__name__)
+            assert x.dtype == self.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            return compute(self, x, *args, **kwargs)
+
+        monkeypatch.setattr(AutoencoderKL, name, check)
+    computed = []
+    flags = ("--resolution", 16, "--mixed_precision", "bf16", "--validation_steps", 4, "--validation_split", 0.2)
+    flags += ("--pretrained_vae_model_name_or_path", tiny_vae)
+    assert train("--train_data_dir", own_images, *flags) == 0
+    assert {"_encode", "_decode"} == set(computed)
+
+
 def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae, tmp_path):
     """The same moments, from the VAE at every step or from files, are the same run."""
     from diffusers_lsep.data import load_image_dataset, open_images
@@ -528,7 +558,11 @@ def test_usage_errors(train, capsys, flags, message, tmp_path):
         (["--image_column", "png"], "`image_column` .* no 'png'"),
         (["--validation_split", "val"], "`validation_split` has no split 'val'"),
         (["--validation_split", 1.5], "`--validation_split` has to be a split or a fraction .* is 1.5"),
-        (["--validation_labels", 3, "ten"], "`--validation_labels` .* in 0..9, but 'ten' is neither"),
+        (
+            ["--validation_labels", 3, "ten"],
+            r"`--validation_labels`: there is no class 'ten'\. The names are \['0', '1",
+        ),
+        (["--validation_labels", 10], r"`--validation_labels` has to lie in 0\.\.9, but holds 10\. "),
         (["--report_to", "pencil"], "`--report_to` has to be none, all or one .* but is 'pencil'"),
         (["--num_probe_weights", 1], "`num_probe_weights=1` is a constant weight"),
         (["--attention_head_dim", 3], "divisible by 4"),
@@ -553,6 +587,10 @@ def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
     SiTTransformer2DModel(8, 4, 3, None, 1, 2, 8, num_classes=2).save_config(tmp_path / "model")
     with pytest.raises(ValueError, match="`in_channels` is 3, but the VAE needs 4"):
         train(*vae, "--resolution", 16, "--model_config_name_or_path", tmp_path / "model", tiny=TINY_RUN)
+    SiTTransformer2DModel(8, 2, 4, None, 1, 2, 8, num_classes=2).save_config(tmp_path / "latents")
+    with pytest.raises(ValueError, match="`--pretrained_vae_model_name_or_path` is needed: the model has 4 channels"):
+        train(*vae[:2], "--model_config_name_or_path", tmp_path / "latents", tiny=TINY_RUN)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_is_refused(train, tmp_path):

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
 import math
-import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .labels import find_class_ids, find_names, unique_names
 from .paths import get_path
 from .transformer_sit import SiTTransformer2DModel
 
@@ -85,12 +86,6 @@ class LSEPPipeline(DiffusionPipeline):
         # JSON has only strings as keys.
         id2label = {int(class_id): label for class_id, label in id2label.items()} if id2label is not None else None
         self.register_to_config(id2label=id2label, path_type=path_type)
-        self._ids_of_label: dict[str, list[int]] = {}
-        for class_id, label in (id2label or {}).items():
-            for name in label.split(","):
-                ids = self._ids_of_label.setdefault(name.strip(), [])
-                if class_id not in ids:
-                    ids.append(class_id)
 
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -98,7 +93,7 @@ class LSEPPipeline(DiffusionPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """The names of the classes, in alphabetical order, with their ids; without names that several classes have."""
-        return {name: ids[0] for name, ids in sorted(self._ids_of_label.items()) if len(ids) == 1}
+        return unique_names(find_names(self.config.id2label))
 
     @property
     def guidance_scale(self) -> float:
@@ -191,68 +186,24 @@ class LSEPPipeline(DiffusionPipeline):
             self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
         )
 
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
+    def get_label_ids(self, label: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """
-        Maps the names of classes to their ids.
+        Maps classes, by name or by id, to their ids. What could be both a name and an id is the name: `"1"` is the
+        class of that name, or where there is none the class with the id 1. An integer is an id.
 
         Args:
-            label (`str` or `list[str]`): Names of classes.
+            label (`int`, `str` or a list of these): Classes.
 
         Returns:
             `list[int]`: Class ids.
 
         Raises:
-            `ValueError`: if a name is not one of `labels`, or if several classes have it.
+            `ValueError`: if there is no such class, or if several classes have the name.
         """
-        ids = []
-        for name in [label] if isinstance(label, str) else label:
-            candidates = self._ids_of_label.get(name, [])
-            if len(candidates) > 1:
-                described = ", ".join(f"{i} ({self.config.id2label[i]})" for i in candidates)
-                raise ValueError(f"`class_labels`: {name!r} is the name of several classes: {described}. Pass the id.")
-            if not candidates:
-                raise ValueError(f"`class_labels`: there is no class {name!r}. {self._describe_labels(name)}")
-            ids.append(candidates[0])
-        return ids
-
-    def _describe_labels(self, name: str) -> str:
-        import difflib
-
-        if not self._ids_of_label:
-            return "The pipeline has no names of classes (`id2label`); pass ids."
-        close = difflib.get_close_matches(name, self._ids_of_label, n=5)
-        if close:
-            return f"Close names are {close}; `pipe.labels` has all of them."
-        names = list(self.labels)
-        return f"The names are {names}." if len(names) <= 20 else "`pipe.labels` has all names."
-
-    def _get_class_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.tolist()
-        if not isinstance(class_labels, (list, tuple, range, np.ndarray)):
-            class_labels = [class_labels]
-        if len(class_labels) == 0:
-            raise ValueError("`class_labels` has to hold at least one class, but is empty.")
-
-        num_classes = self.transformer.config.num_classes
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                ids += self.get_label_ids(label)
-                continue
-            try:
-                class_id = operator.index(label)  # integers of all kinds, numpy's too
-            except TypeError:
-                class_id = None
-            if class_id is None or isinstance(label, bool):
-                raise ValueError(
-                    f"`class_labels` has to be a class id, the name of a class, or a list of these, but holds"
-                    f" {label!r} of type {type(label).__name__}."
-                )
-            if not 0 <= class_id < num_classes:
-                raise ValueError(f"`class_labels` has to lie in 0..{num_classes - 1}, but holds {class_id}.")
-            ids.append(class_id)
-        return ids
+        if isinstance(label, torch.Tensor):
+            label = label.tolist()
+        labels = label if isinstance(label, (list, tuple, range, np.ndarray)) else [label]
+        return find_class_ids(labels, self.config.id2label, self.transformer.config.num_classes)
 
     def check_inputs(
         self,
@@ -266,6 +217,8 @@ class LSEPPipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ):
+        if batch_size == 0:
+            raise ValueError("`class_labels` has to hold at least one class, but is empty.")
         if sigmas is None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
         if not math.isfinite(guidance_scale):
@@ -291,6 +244,8 @@ class LSEPPipeline(DiffusionPipeline):
                 f" {unknown}."
             )
         self._check_scheduler(sigmas)
+        if output_type != "latent":
+            self.check_decodable()
 
     @property
     def _scheduler_has_path(self) -> bool:
@@ -373,14 +328,54 @@ class LSEPPipeline(DiffusionPipeline):
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
 
+    def check_decodable(self):
+        """Raises a `ValueError` if there are only latents to be had, for want of a VAE."""
+        channels = self.transformer.config.in_channels
+        if self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"`vae` is needed for images, but is None: the {channels} channels of the transformer are latents, not"
+                " grey or RGB. Load the pipeline with its VAE, `vae=AutoencoderKL.from_pretrained(...)`, or use"
+                ' `output_type="latent"`.'
+            )
+
+    @contextmanager
+    def vae_in_float32(self) -> Iterator[None]:
+        """
+        Has a VAE in half precision compute in float32 for a while. It keeps its dtype where something else casts or
+        moves the weights while they are used: layerwise casting, quantization, offload of groups.
+        """
+        vae, dtype = self.vae, self.vae.dtype if self.vae is not None else torch.float32
+        if (
+            dtype.itemsize >= 4
+            or any(parameter.dtype != dtype for parameter in vae.parameters())
+            or self._maybe_raise_error_if_group_offload_active(module=vae)
+        ):
+            yield
+            return
+        vae.float()
+        try:
+            yield
+        finally:
+            torch.nn.Module.to(vae, dtype)  # that of diffusers would log a warning, every time
+
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents `[B, C, S, S]` into images in [-1, 1], `[B, 3, H, W]`; without a VAE they are the images."""
+        """
+        Decodes latents `[B, C, S, S]` into images in [-1, 1], `[B, 3, H, W]`; without a VAE they are the images.
+
+        Both are float32, and never under autocast. A VAE in half precision decodes in float32 if its config has
+        `force_upcast`, as AutoencoderKL's has by default: in bfloat16 images come out off by 0.1 grey levels, which
+        the FID notices.
+        """
+        latents = latents.float()
         if self.vae is None:
             return latents
-        latents = latents / self.vae.config.scaling_factor
-        if self.vae.config.get("shift_factor") is not None:
-            latents = latents + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        config = self.vae.config
+        latents = latents / config.scaling_factor
+        if config.get("shift_factor") is not None:
+            latents = latents + config.shift_factor
+        upcast = self.vae_in_float32() if config.get("force_upcast") else nullcontext()
+        with torch.autocast(latents.device.type, enabled=False), upcast:
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -403,7 +398,7 @@ class LSEPPipeline(DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str` or a list of these):
-                Class ids in `0..num_classes - 1`, or names of classes (see `labels`).
+                Class ids in `0..num_classes - 1`, or names of classes (see `labels` and `get_label_ids`).
             num_inference_steps (`int`, defaults to `250`): Number of steps of the scheduler.
             guidance_scale (`float`, defaults to `1.0`):
                 Scale `s` of classifier-free guidance (arXiv 2207.12598), `v_null + s (v_class - v_null)`. Off if not
@@ -434,7 +429,7 @@ class LSEPPipeline(DiffusionPipeline):
             `ValueError`: if an argument is none of the above, before any work.
         """
         # 1. Check inputs
-        class_ids = self._get_class_ids(class_labels)
+        class_ids = self.get_label_ids(class_labels)
         batch_size = len(class_ids)
         self.check_inputs(
             batch_size,

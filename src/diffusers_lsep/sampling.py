@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
 
 SAMPLERS = ("sde", "sde2", "ode", "heun", "dpmpp", "unipc")
 LABEL_SAMPLINGS = ("random", "balanced")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
@@ -53,22 +55,37 @@ def describe_scheduler(scheduler: SchedulerMixin) -> dict[str, Any]:
     return {"sampler": type(scheduler).__name__, "sampler_config": config}
 
 
-def find_class_ids(pipe: LSEPPipeline, labels: list[str]) -> list[int]:
+def load_pipeline(
+    pretrained_model_name_or_path: str | os.PathLike,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    scheduler: str | None = None,
+    **arguments,
+) -> LSEPPipeline:
     """
-    Maps what stands in a command line, ids and names of classes, to ids.
+    Loads a pipeline to draw images for measuring.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `os.PathLike`):
+            Folder or Hub id.
+        device (`str` or `torch.device`):
+            Where it computes.
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            Of the transformer. The VAE is in float32 from the start: weights that were rounded once stay so.
+        scheduler (`str`, *optional*):
+            Of [`set_scheduler`].
+        arguments:
+            For `DiffusionPipeline.from_pretrained`, such as `revision`.
 
     Raises:
-        `ValueError`: if there is no such class.
+        `ValueError`: if it draws latents but no images, for want of a VAE.
     """
-    num_classes, ids = pipe.transformer.config.num_classes, []
-    for label in labels:
-        if not label.lstrip("-").isdigit():
-            ids += pipe.get_label_ids(label)
-        elif 0 <= int(label) < num_classes:
-            ids.append(int(label))
-        else:
-            raise ValueError(f"`--class_labels` has to lie in 0..{num_classes - 1}, but holds {label}.")
-    return ids
+    dtypes = {"default": dtype, "vae": torch.float32}
+    pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, dtype=dtypes, **arguments)
+    pipe.check_decodable()
+    pipe.set_progress_bar_config(disable=True)
+    set_scheduler(pipe, scheduler)
+    return pipe.to(device)
 
 
 def choose_class_ids(num_images: int, num_classes: int, label_sampling: str = "random", seed: int = 0) -> np.ndarray:
@@ -102,7 +119,8 @@ def draw_batch(
     pipe: LSEPPipeline, class_ids: np.ndarray, batch: int, batch_size: int = 32, seed: int = 0, **arguments
 ) -> np.ndarray:
     """
-    Draws one batch of a run: images `batch * batch_size` and the following ones.
+    Draws one batch of a run: images `batch * batch_size` and the following ones. They are decoded in float32, as the
+    papers do it, whatever the dtype of the VAE.
 
     Args:
         pipe ([`LSEPPipeline`]): Draws them.
@@ -116,15 +134,28 @@ def draw_batch(
         `np.ndarray`: uint8 `[batch_size, H, W, C]`, fewer in the last batch.
     """
     indices = np.arange(batch * batch_size, (batch + 1) * batch_size)
-    images = pipe(
-        class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
-        generator=[make_generator(seed, int(index)) for index in indices],
-        output_type="pt",
-        **arguments,
-    ).images
+    with pipe.vae_in_float32():
+        images = pipe(
+            class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
+            generator=[make_generator(seed, int(index)) for index in indices],
+            output_type="pt",
+            **arguments,
+        ).images
     # As the papers' protocol does it: floor, where diffusers' own PIL images are rounded.
-    images = (255 * images.float()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    images = (255 * images).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return images[: len(class_ids) - batch * batch_size]
+
+
+def describe_models(pipe: LSEPPipeline) -> dict[str, Any]:
+    """What decides a pipeline's images, beside the sampler: its path, and its models' configs and hashed weights."""
+    models = {"transformer": pipe.transformer}
+    if pipe.vae is not None:
+        models["vae"] = pipe.vae
+    return {
+        "path_type": pipe.config.path_type,
+        "configs": {name: {k: v for k, v in model.config.items() if k[0] != "_"} for name, model in models.items()},
+        "weights": {name: hash_weights(model) for name, model in models.items()},
+    }
 
 
 class DrawnSamples:
@@ -154,6 +185,9 @@ class DrawnSamples:
     Attributes:
         name, count, size, statistics, content_hash, settings, notes: as those of [`NpzImages`]; the hash is that of
             the weights and settings that decide the images.
+
+    Raises:
+        `ValueError`: if the pipeline draws latents but no images, for want of a VAE.
     """
 
     def __init__(
@@ -170,6 +204,7 @@ class DrawnSamples:
     ):
         from . import __version__
 
+        pipe.check_decodable()
         config = pipe.transformer.config
         self.name, self.count, self.statistics = name, num_images, {}
         self.size = (config.sample_size * pipe.vae_scale_factor,) * 2
@@ -193,14 +228,7 @@ class DrawnSamples:
         }
         self._pipe = pipe
         self._class_ids = choose_class_ids(num_images, config.num_classes, label_sampling, seed)
-        models = {key: model for key, model in (("transformer", pipe.transformer), ("vae", pipe.vae)) if model}
-        decides = {
-            **self.settings,
-            "num_images": num_images,
-            "path_type": pipe.config.path_type,
-            "configs": {key: {k: v for k, v in m.config.items() if k[0] != "_"} for key, m in models.items()},
-            "weights": {key: hash_weights(model) for key, model in models.items()},
-        }
+        decides = {**self.settings, "num_images": num_images, **describe_models(pipe)}
         self.content_hash = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:

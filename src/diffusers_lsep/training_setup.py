@@ -311,6 +311,11 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         args.image_channels = given(vars(args), "image_channels", vae.config.in_channels, "the VAE")
         config["in_channels"] = given(config, "in_channels", vae.config.latent_channels, "the VAE")
     else:
+        if config.get("in_channels", 3) not in (1, 3):
+            raise ValueError(
+                f"`--pretrained_vae_model_name_or_path` is needed: the model has {config['in_channels']} channels,"
+                " which are latents and neither grey nor RGB."
+            )
         args.image_channels = args.image_channels or config.get("in_channels", 3)
         config["in_channels"] = given(config, "in_channels", args.image_channels, "`--image_channels`")
 

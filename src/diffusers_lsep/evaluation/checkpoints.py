@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpointing import PIPELINE_FOLDER, list_checkpoints
 from ..figures import save_figure
-from ..sampling import DrawnSamples
+from ..sampling import DrawnSamples, load_pipeline
 from .features import process_state
 from .images import NpzImages
 
@@ -36,8 +36,6 @@ def milestone_samples(
     Raises:
         ValueError: before the first one, if there are no checkpoints or one has neither samples nor a pipeline.
     """
-    from diffusers import DiffusionPipeline
-
     checkpoints = list_checkpoints(Path(run))
     if not checkpoints:
         raise ValueError(f"`checkpoints` must be a folder with `checkpoint-N` folders, {str(run)!r} has none.")
@@ -48,8 +46,7 @@ def milestone_samples(
         if (folder / SAMPLES_FILE).is_file():
             yield step, NpzImages(folder / SAMPLES_FILE)
         else:
-            pipe = DiffusionPipeline.from_pretrained(folder / PIPELINE_FOLDER).to(process_state().device)
-            pipe.set_progress_bar_config(disable=True)
+            pipe = load_pipeline(folder / PIPELINE_FOLDER, process_state().device)
             yield step, DrawnSamples(pipe, str(folder / PIPELINE_FOLDER), num_images, num_inference_steps)
 
 

@@ -1,0 +1,102 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Classes by their names or ids: one rule for the pipeline, the scripts and training."""
+
+import difflib
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+
+NUM_LISTED = 20  # classes and names, until there are too many to read
+
+
+def find_names(id2label: dict[int, str] | None) -> dict[str, list[int]]:
+    """
+    The classes of every name. A label is a name as a whole (a folder's may hold commas), and so are its parts between
+    commas, as in `facebook/DiT-XL-2-256`.
+    """
+    ids_of_name: dict[str, list[int]] = {}
+    for class_id, label in (id2label or {}).items():
+        for name in dict.fromkeys(name.strip() for name in (*label.split(","), label)):
+            if name:
+                ids_of_name.setdefault(name, []).append(class_id)
+    return ids_of_name
+
+
+def unique_names(ids_of_name: dict[str, list[int]]) -> dict[str, int]:
+    """The names that one class has alone, in alphabetical order, with its id. Those with commas are parts already."""
+    return {name: ids[0] for name, ids in sorted(ids_of_name.items()) if len(ids) == 1 and "," not in name}
+
+
+def find_class_ids(
+    class_labels: Iterable[Any], id2label: dict[int, str] | None, num_classes: int, argument: str = "class_labels"
+) -> list[int]:
+    """
+    Maps classes to their ids. A text that could be both a name and an id, as in a command line, is the name: `"1"` is
+    the class of that name, or where there is none the class with the id 1. An integer is an id.
+
+    Args:
+        class_labels (iterable of `int` or `str`): Ids and names of classes.
+        id2label (`dict[int, str]`, *optional*): Names of the classes, see [`find_names`].
+        num_classes (`int`): How many classes there are.
+        argument (`str`, defaults to `"class_labels"`): What messages call `class_labels`.
+
+    Returns:
+        `list[int]`: An id in `0..num_classes - 1` for each of them.
+
+    Raises:
+        `ValueError`: if there is no such class, or if several classes have the name.
+    """
+    ids, ids_of_name = [], find_names(id2label)
+    for label in class_labels:
+        if isinstance(label, str):
+            candidates = ids_of_name.get(label, [])
+            if len(candidates) > 1:
+                described = ", ".join(f"{i} ({id2label[i]})" for i in candidates)
+                raise ValueError(f"`{argument}`: {label!r} is the name of several classes: {described}. Pass the id.")
+            if not candidates and not label.removeprefix("-").isdecimal():
+                raise ValueError(f"`{argument}`: there is no class {label!r}. {_describe_names(label, ids_of_name)}")
+            class_id = candidates[0] if candidates else int(label)
+        else:
+            try:
+                class_id = operator.index(label)  # integers of all kinds, numpy's too
+            except TypeError:
+                class_id = None
+            if class_id is None or isinstance(label, bool):
+                raise ValueError(
+                    f"`{argument}` has to be a class id, the name of a class, or a list of these, but holds"
+                    f" {label!r} of type {type(label).__name__}."
+                )
+        if not 0 <= class_id < num_classes:
+            is_digits = isinstance(label, str) and not candidates
+            hint = f" {_describe_names(label, ids_of_name)}" if is_digits and ids_of_name else ""
+            raise ValueError(f"`{argument}` has to lie in 0..{num_classes - 1}, but holds {class_id}.{hint}")
+        ids.append(class_id)
+    return ids
+
+
+def _describe_names(name: str, ids_of_name: dict[str, list[int]]) -> str:
+    if not ids_of_name:
+        return "The pipeline has no names of classes (`id2label`); pass ids."
+    close = difflib.get_close_matches(name, ids_of_name, n=5)
+    if close:
+        return f"Close names are {close}."
+    names = list(unique_names(ids_of_name))
+    more = f" and {len(names) - NUM_LISTED:,} more" if len(names) > NUM_LISTED else ""
+    return f"The names are {names[:NUM_LISTED]}{more}."
+
+
+def describe_classes(class_ids: Iterable[int], id2label: dict[int, str] | None) -> str:
+    """What is drawn, to be printed: each class by id and name, with the number of its images; of many, a summary."""
+    counts = Counter(map(int, class_ids))
+
+    def describe(class_id: int) -> str:
+        return f"class {class_id}, {id2label[class_id]!r}" if class_id in (id2label or {}) else f"class {class_id}"
+
+    total = f"images to draw: {counts.total():,}"
+    if len(counts) > NUM_LISTED:
+        first, last, each = describe(min(counts)), describe(max(counts)), sorted(counts.values())
+        return f"{total}, {each[0]:,} to {each[-1]:,} of each of {len(counts):,} classes, from {first}, to {last}"
+    return "\n".join([total, *(f"  {describe(class_id)}: {count:,}" for class_id, count in counts.items())])
