@@ -158,7 +158,8 @@ def test_the_default_command(tmp_path):
         "diffusers_lsep",
         "SiTTransformer2DModel",
     ]
-    assert LinearProbe.from_pretrained(run / "probe").config.num_classes == 10
+    probe = LinearProbe.from_pretrained(run / "probe").config
+    assert (probe.num_classes, probe.depth) == (10, settings_of(run)["probe_depth"])
     grid = PIL.Image.open(run / "samples" / "step-3.png")
     assert grid.width > 640 and grid.height > 256  # ten classes and four images of each, 64 pixels wide
     assert any((run / "logs").rglob("events.out.tfevents.*"))
