@@ -54,9 +54,10 @@ def main():
     source, _, _ = open_images(load_image_dataset(train_data_dir=str(DIGITS)), 8, 1, validation_split="test")
     transformer = DiffusionPipeline.from_pretrained(args.run).transformer
     probe = LinearProbe.from_pretrained(args.run / "probe")
-    objective = LSEPObjective(transformer, probe, probe_depth=3)
     results, reference = [], None
     for name, options in VARIANTS.items():
+        fraction = options.get("probe_fraction", 1.0)
+        objective = LSEPObjective(transformer, probe, probe_depth=3, probe_fraction=fraction)
         stream = SampleStream(source, (1, 8, 8), 0, args.batch_size, grid_size=4, crop_size_min=3, **options)
         total = squares = 0.0
         for step in range(args.batches):

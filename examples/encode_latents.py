@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -84,6 +86,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_revision", help="Branch, tag or commit of the VAE on the Hub.")
     parser.add_argument(
         "--resolution", type=int, default=256, help="Side of the centre crop in pixels (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--apply_exif",
+        action="store_true",
+        help="Turn images as their EXIF data say: for one's own photographs. Not done by default, as EDM2 and REPA do "
+        "not turn ImageNet's.",
     )
     parser.add_argument("--flip", action="store_true", help="Also store the moments of each image's mirror image.")
     parser.add_argument(
@@ -164,11 +172,14 @@ def open_input(args: argparse.Namespace) -> ImageFiles | DatasetImages:
 class ImageBatches(torch.utils.data.Dataset):
     """Batches of images by range of rows: uint8 pixels of constant shape, zeros where an image could not be read."""
 
-    def __init__(self, images: ImageFiles | DatasetImages, shape: tuple[int, int, int, int], keep_images: bool):
-        from datasets import Image
-
-        self.images, self.shape, self.keep_images = images, shape, keep_images
-        self.decode = Image().decode_example  # turns the image as EXIF says
+    def __init__(
+        self,
+        images: ImageFiles | DatasetImages,
+        shape: tuple[int, int, int, int],
+        keep_images: bool,
+        apply_exif: bool,
+    ):
+        self.images, self.shape, self.keep_images, self.apply_exif = images, shape, keep_images, apply_exif
 
     def __getitem__(self, rows: range) -> dict[str, Any]:
         pixels = np.zeros(self.shape, np.uint8)
@@ -176,7 +187,9 @@ class ImageBatches(torch.utils.data.Dataset):
         good, pngs, unreadable = [], [], []
         for position, row in enumerate(rows):
             try:
-                image = self.decode({"bytes": self.images.read(row), "path": None})
+                image = PIL.Image.open(io.BytesIO(self.images.read(row)))
+                if self.apply_exif:
+                    image = PIL.ImageOps.exif_transpose(image)
                 image = center_crop(convert_mode(image, num_channels), resolution)
             except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
                 unreadable.append({"id": self.images.names[row], "error": reason(error)})
@@ -191,9 +204,7 @@ class ImageBatches(torch.utils.data.Dataset):
 
 
 def reason(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):  # its message holds an address in memory, another one in each run
+    if isinstance(error, PIL.UnidentifiedImageError):  # whose message holds an address in memory
         return "not an image that Pillow can read"
     return f"{type(error).__name__}: {error}"
 
@@ -244,6 +255,7 @@ def resolve_settings(
         "shift_factor": vae.config.shift_factor,
         "resolution": args.resolution,
         "crop": "ADM centre crop",
+        "apply_exif": args.apply_exif,
         "moments_shape": [2 * vae.config.latent_channels, side, side],
         "dtype": {"fp16": "float16", "fp32": "float32"}[args.dtype],
         "flip": args.flip,
@@ -261,7 +273,8 @@ def check_output(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"`--output_dir` must be new, empty, or begun by this script, got {folder}.")
         return settings
-    before = json.loads(begun[0].read_text(encoding="utf-8"))
+    # A folder that does not say it is of a version that always turned the images.
+    before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}
     different = [name for name, value in settings.items() if name not in PLACES and before.get(name) != value]
     if different:
         changes = "; ".join(f"{name}: {shorten(before.get(name))} -> {shorten(settings[name])}" for name in different)
@@ -366,7 +379,10 @@ def encode_shards(
     }
     loader = torch.utils.data.DataLoader(
         ImageBatches(
-            images, (args.batch_size, args.resolution, args.resolution, vae.config.in_channels), args.keep_images
+            images,
+            (args.batch_size, args.resolution, args.resolution, vae.config.in_channels),
+            args.keep_images,
+            args.apply_exif,
         ),
         batch_size=None,
         collate_fn=keep_batch,

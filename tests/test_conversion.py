@@ -137,6 +137,18 @@ def test_lsep_and_repa_files_of_other_configurations(tiny_transformer, save, con
     assert torch.equal(converted.transformer.pos_embed.pos_embed, model.pos_embed.pos_embed)
 
 
+@pytest.mark.parametrize("depth, expected", [(2, 2), (4, 4), (5, None), (0, None), ("2", None), (True, None)])
+def test_the_probe_has_the_depth_of_the_training_arguments(save, lsep, depth, expected, tmp_path):
+    assert lsep["args"].encoder_depth == 2
+    lsep["args"].encoder_depth = depth
+    probe = convert_original_checkpoint(save(lsep), **HEADS).probe
+    assert probe.config.depth == expected
+    probe.save_pretrained(tmp_path / "probe")
+    assert LinearProbe.from_pretrained(tmp_path / "probe").config.depth == expected
+    bare = convert_original_checkpoint(save(lsep["ema"]), **HEADS).probe
+    assert bare.config.depth is None
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize(
     ("config", "path_type"),

@@ -317,26 +317,67 @@ def test_streams_are_separate_where_their_labels_differ():
 
 
 @pytest.mark.parametrize("samples_per_step", [32, 100, 256])
-def test_coupled_dropout_keeps_the_probabilities_and_agrees_most(samples_per_step):
+def test_coupled_dropout_is_even_over_a_step_and_agrees_most(samples_per_step):
     stream = make_stream(num_rows=999, samples_per_step=samples_per_step, coupled_dropout=True)
-    batch = stream.__getitems__(list(range(samples_per_step)))
-    main, probe = batch["class_dropout_mask"].numpy(), batch["probe_dropout_mask"].numpy()
-    assert abs(main.mean() - 0.1) <= 0.5 / samples_per_step + 1e-9
-    assert abs(probe.mean() - 0.9) <= 0.5 / samples_per_step + 1e-9
-    assert not (main & ~probe).any(), "what the main stream drops, the probe's drops too"
-    again = stream.__getitems__(list(range(samples_per_step, 2 * samples_per_step)))
-    assert len(again["separate_rows"]) == len(batch["separate_rows"]), "all steps cost the same"
-    half = stream.__getitems__(list(range(samples_per_step // 2)))
-    assert len(half["separate_rows"]) == pytest.approx(0.4 * samples_per_step, abs=3)
+    for step in range(20):
+        indices = list(range(step * samples_per_step, (step + 1) * samples_per_step))
+        batch = stream.__getitems__(indices)
+        main, probe = batch["class_dropout_mask"].numpy(), batch["probe_dropout_mask"].numpy()
+        assert abs(main.mean() - 0.1) < 1 / samples_per_step and abs(probe.mean() - 0.9) < 1 / samples_per_step
+        assert not (main & ~probe).any(), "what the main stream drops, the probe's drops too"
+        assert abs(len(batch["separate_rows"]) - 0.8 * samples_per_step) < 1, "all steps cost the same"
+        half = stream.__getitems__(indices[: samples_per_step // 2])
+        assert len(half["separate_rows"]) == pytest.approx(0.4 * samples_per_step, abs=3)
+
+
+@pytest.mark.parametrize("fraction", [0.125, 0.25, 0.3, 1.0])
+@pytest.mark.parametrize("samples_per_step", [1, 2, 3, 5, 8, 32, 128])
+def test_each_place_in_a_step_is_dropped_and_probed_with_its_probability(samples_per_step, fraction):
+    """Over the steps, for batches of any size: of the samples that the probe is trained on as well."""
+    options = {"samples_per_step": samples_per_step, "coupled_dropout": True, "probe_fraction": fraction}
+    stream = SampleStream(Numbers(997), (1, 1, 1), 3, **options)
+    num_steps = max(300, 3000 // samples_per_step)
+    batch = stream.__getitems__(list(range(num_steps * samples_per_step)))
+
+    def check(rate, probability, count, z=5):
+        np.testing.assert_array_less(abs(rate - probability), z * np.sqrt(probability * (1 - probability) / count))
+
+    shape = (num_steps, samples_per_step)
+    chosen = np.ones(shape, dtype=bool)
+    if fraction < 1:
+        chosen.fill(False)
+        chosen.flat[batch["probe_rows"].numpy()] = True
+        check(chosen.mean(axis=0), fraction, num_steps)
+        assert (abs(chosen.sum(axis=1) - fraction * samples_per_step) < 1).all(), "as many in every step"
+    drops = [batch[f"{name}_dropout_mask"].numpy().reshape(shape) for name in ("class", "probe")]
+    for drop, probability in zip(drops, (0.1, 0.9)):
+        check(drop.mean(axis=0), probability, num_steps)
+        check(drop.mean(), probability, num_steps)
+        check(np.ma.array(drop, mask=~chosen).mean(axis=0), probability, chosen.sum(axis=0))
+        check(drop[chosen].mean(), probability, num_steps * min(1, samples_per_step * fraction))
+    separate = np.zeros(shape, dtype=bool)
+    separate.flat[batch["separate_rows"].numpy()] = True
+    np.testing.assert_array_equal(separate, chosen & (drops[0] != drops[1]))
+    expected = 0.8 * chosen.sum(axis=1)
+    assert (abs(separate.sum(axis=1) - expected) < 1).all(), "all steps cost the same"
 
 
 def test_probe_on_a_part_of_the_samples():
-    stream = make_stream(num_rows=999, samples_per_step=32, probe_fraction=0.25, coupled_dropout=True)
-    batch = stream.__getitems__(list(range(64)))
-    assert batch["probe_rows"].tolist() == list(range(3, 64, 4))
-    assert set(batch["separate_rows"].tolist()) <= set(batch["probe_rows"].tolist())
-    labels = (batch["class_dropout_mask"] != batch["probe_dropout_mask"])[batch["probe_rows"]]
-    assert len(batch["separate_rows"]) == labels.sum()
+    stream = make_stream(num_rows=999, samples_per_step=32, probe_fraction=0.25)
+    whole = stream.__getitems__(list(range(64)))
+    differing = whole["class_dropout_mask"] != whole["probe_dropout_mask"]
+    rows = whole["probe_rows"]
+    assert len(rows) == 16 and (rows[:8] < 32).all() and (rows[8:] >= 32).all()
+    assert (rows[1:8] - rows[:7] == 4).all(), "spread out"
+    assert whole["separate_rows"].tolist() == [row for row in rows.tolist() if differing[row]]
+    # batches are parts of the step, and the other draws are the default's
+    for first in range(0, 64, 8):
+        part = stream.__getitems__(list(range(first, first + 8)))
+        assert (part["probe_rows"] + first).tolist() == [row for row in rows.tolist() if first <= row < first + 8]
+    plain = make_stream(num_rows=999, samples_per_step=32).__getitems__(list(range(64)))
+    for name in plain.keys() - {"separate_rows"}:
+        assert torch.equal(plain[name], whole[name]), name
+    assert stream.held_out_batch([1, 2]).keys() == make_stream().held_out_batch([1, 2]).keys()
 
 
 def test_crop_windows():

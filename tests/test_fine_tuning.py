@@ -101,6 +101,8 @@ def test_the_same_classes_keep_everything(train, pretrained, images, tmp_path, c
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     probes = [load_file(f / "probe/diffusion_pytorch_model.safetensors") for f in (pretrained, tmp_path / "run")]
     assert all(torch.equal(value, probes[1][name]) for name, value in probes[0].items())
+    depth = json.loads((tmp_path / "run" / "training_args.json").read_text())["probe_depth"]
+    assert LinearProbe.from_pretrained(tmp_path / "run" / "probe").config.depth == depth
 
 
 def test_as_many_classes_of_other_names(train, pretrained, tmp_path, capsys):

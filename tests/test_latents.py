@@ -59,7 +59,7 @@ def vae_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images_dir(tmp_path_factory):
-    """Three classes of seven images, of several sizes, modes and formats; one is turned by its EXIF data."""
+    """Three classes of seven images, of several sizes, modes and formats; by EXIF data one of each is to be turned."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
@@ -136,13 +136,14 @@ def file_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def expected(vae_dir, images_dir):
-    """By name of an image: its crop and the moments of the crop and of its mirror image, computed one by one."""
+def compute_one_by_one(vae_dir, images_dir, turn):
+    """By name of an image: its crop and the moments of the crop and of its mirror image."""
     vae = AutoencoderKL.from_pretrained(vae_dir)
     result = {}
     for name in names_in(images_dir):
-        image = datasets.Image().decode_example({"path": str(images_dir / name), "bytes": None})
+        image = PIL.Image.open(images_dir / name)
+        if turn and image.getexif().get(0x0112) == 6:
+            image = image.transpose(PIL.Image.Transpose.ROTATE_270)  # clockwise by a quarter
         crop = np.asarray(center_crop(convert_mode(image, 3), RESOLUTION))
         moments = []
         for pixels in (crop, crop[:, ::-1]):
@@ -152,6 +153,11 @@ def expected(vae_dir, images_dir):
             moments.append(torch.cat([posterior.mean, torch.exp(0.5 * posterior.logvar)], dim=1)[0])
         result[name] = crop, *moments
     return result
+
+
+@pytest.fixture(scope="module")
+def expected(vae_dir, images_dir):
+    return compute_one_by_one(vae_dir, images_dir, turn=False)
 
 
 class TestEncoding:
@@ -275,6 +281,41 @@ class TestEncoding:
         for row, name in enumerate(row_names):
             torch.testing.assert_close(moments[row], expected[name][1])
             assert dataset.labels[row] == CLASSES.index(name[:3])
+
+    @pytest.mark.parametrize("source", ["folder", "tar"])
+    def test_photographs_are_turned_on_request(
+        self, source, script, arguments, images_dir, vae_dir, expected, tmp_path
+    ):
+        path = images_dir
+        if source == "tar":
+            path = tmp_path / "images.tar"
+            with tarfile.open(path, "w") as archive:
+                archive.add(images_dir, arcname=".")
+        script.main(arguments(path, tmp_path / "out", "--apply_exif", "--keep_images"))
+        kept = datasets.load_from_disk(str(tmp_path / "out"))
+        moments = MomentsDataset(tmp_path / "out").load(range(21))
+        turned = compute_one_by_one(vae_dir, images_dir, turn=True)
+        assert list(turned) == kept["id"][:]
+        for row, (name, (crop, straight, _)) in enumerate(turned.items()):
+            np.testing.assert_array_equal(np.asarray(kept[row]["image"]), crop)
+            torch.testing.assert_close(moments[row], straight)
+            assert np.array_equal(crop, expected[name][0]) == (not name.endswith("_1.JPEG"))
+
+    def test_a_folder_says_whether_images_were_turned(self, script, arguments, images_dir, encoded, tmp_path, capsys):
+        assert MomentsDataset(encoded).metadata["apply_exif"] is False
+        flags = ("--flip", "--keep_images")
+        with pytest.raises(ValueError, match=r"begun with other settings \(apply_exif: False -> True\)"):
+            script.main(arguments(images_dir, encoded, *flags, "--apply_exif", dtype="fp16"))
+        # What does not say it is of a version that always turned them.
+        shutil.copytree(encoded, tmp_path / "old")
+        metadata = json.loads((tmp_path / "old" / "metadata.json").read_text())
+        del metadata["apply_exif"]
+        (tmp_path / "old" / "metadata.json").write_text(json.dumps(metadata))
+        with pytest.raises(ValueError, match=r"begun with other settings \(apply_exif: True -> False\)"):
+            script.main(arguments(images_dir, tmp_path / "old", *flags, dtype="fp16"))
+        capsys.readouterr()
+        script.main(arguments(images_dir, tmp_path / "old", *flags, "--apply_exif", dtype="fp16"))
+        assert "nothing is left to do" in capsys.readouterr().out
 
     def test_two_processes_killed_and_continued(self, arguments, script, images_dir, encoded, tmp_path):
         source = tmp_path / "many"
@@ -687,12 +728,31 @@ def test_training_and_probing_refuse_another_vae(
         train(*latents, "--pretrained_model_name_or_path", bad, tiny=shape)
     assert train(*latents, "--pretrained_model_name_or_path", good, tiny=shape) == 0
 
-    probe = ["--data", str(encoded), "--method", "ridge", "--timesteps", "0", "--output_dir", str(tmp_path / "out")]
+    probe = ["--data", str(encoded), "--unseen_data", "--method", "ridge", "--timesteps", "0"]
+    probe += ["--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=f"was encoded by the VAE .*, but that of `PIPELINE` {bad!r} is another one"):
         main(["probe", bad, *probe])
     capsys.readouterr()
     main(["probe", good, *probe])
     assert "good has no folder probe/: there is no probe of the training to measure" in capsys.readouterr().out
+
+
+def test_probing_measures_on_the_latents_that_the_run_held_out(train, encoded, tmp_path):
+    def probe(run, *options):
+        fixed = ["--data", str(encoded), "--method", "ridge", "--timesteps", "0", "--overwrite_output_dir"]
+        main(["probe", str(tmp_path / run), *fixed, "--output_dir", str(tmp_path / "out"), *options])
+        return json.loads((tmp_path / "out" / "probe_results.json").read_text())
+
+    latents = ("--latents_dir", encoded, "--seed", 3)
+    assert train(*latents, "--validation_split", 0.3, output_dir=tmp_path / "run") == 0
+    for run in ("run", "run/checkpoint-2/pipeline"):
+        results = probe(run)
+        assert (results["num_training_images"], results["num_held_out_images"]) == (15, 6)
+        assert results["held_out"] == "what the training run held out of the data"
+        assert results["training_probe"]["layer"] == 1
+    assert train(*latents, output_dir=tmp_path / "all") == 0
+    with pytest.raises(SystemExit, match="its training run held out no fraction of its data"):
+        probe("all")
 
 
 def test_source_of_the_training_stream(encoded):

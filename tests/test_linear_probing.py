@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from hub_server import HubServer
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
-from diffusers_lsep.data import keyed_generator
+from diffusers_lsep.data import hash_labels, keyed_generator
 from diffusers_lsep.evaluation.linear_probing import (
     NOISE_PURPOSES,
     HiddenStates,
@@ -193,12 +194,34 @@ class TestProbeLayers:
         table = np.array(results["accuracy"])
         assert table.shape == (3, 2)
         assert (table[:, 0] == 1.0).all() and (table[:, 1] < 0.6).all()
-        assert results["best"] == {"layer": 1, "timestep": 0.0, "accuracy": 1.0}
+        halves = {"num_images_chosen_on": 30, "num_images_measured_on": 30}
+        assert results["best"] == {"layer": 1, "timestep": 0.0, "accuracy": 1.0, **halves}
         assert results["chance"] == pytest.approx(1 / 3)
         assert results["training_probe"] is None
         assert (results["num_training_images"], results["num_held_out_images"]) == (90, 60)
         assert results["epochs"] == (20 if method == "mae" else None)
         json.dumps(results)
+
+    def test_the_best_is_not_the_largest_of_many_by_chance(self, pipe):
+        """No cell of the table is better than another: half of the images choose one, the other half measures it."""
+
+        class Noise(BrightSource):
+            def load(self, rows, flips):
+                return torch.randn(len(rows), *self.shape, generator=torch.Generator().manual_seed(self.offset))
+
+        times = np.linspace(0, 0.9, 10).tolist()
+        largest, best = [], []
+        for seed in range(12):
+            results = probe_layers(
+                pipe, Noise(30, offset=0), Noise(41, offset=1), 3, None, times, "ridge", batch_size=41, seed=seed
+            )
+            largest.append(np.max(results["accuracy"]))
+            best.append(results["best"]["accuracy"])
+            assert (best[-1] * 21) % 1 == pytest.approx(0, abs=1e-9)
+            halves = [results["best"][f"num_images_{what}_on"] for what in ("chosen", "measured")]
+            assert halves == [20, 21]
+        assert np.mean(largest) > 0.4 and min(largest) > 0.36
+        assert np.mean(best) == pytest.approx(1 / 3, abs=0.08)
 
     def test_training_probe_is_measured_on_its_own(self, pipe):
         torch.manual_seed(0)
@@ -242,8 +265,10 @@ class TestProbeLayers:
             probe_layers(pipe, BrightSource(9), BrightSource(9), 3, **options)
 
     def test_too_few_images(self, pipe):
-        with pytest.raises(ValueError, match="must hold 2 images to fit and 1 to measure, got 1 and 9"):
-            probe_layers(pipe, BrightSource(1), BrightSource(9), 3)
+        for train, held_out in ((1, 9), (9, 1)):
+            message = f"must hold 2 images to fit and 2 to measure, got {train} and {held_out}"
+            with pytest.raises(ValueError, match=message):
+                probe_layers(pipe, BrightSource(train), BrightSource(held_out), 3)
 
 
 def test_heat_map(tmp_path):
@@ -293,6 +318,20 @@ def arguments(pipe, images, tmp_path):
     return make
 
 
+def write_moments(folder, count):
+    """Latents of three classes in the layout of EDM2 and REPA, whose mean is their class."""
+    rng = np.random.default_rng(count)
+    (folder / "00000").mkdir(parents=True)
+    labels = []
+    for index in range(count):
+        name = f"00000/img-mean-std-{index:08d}.npy"
+        mean = np.full((2, 8, 8), index % 3 - 1.0)
+        np.save(folder / name, np.concatenate([mean, rng.random((2, 8, 8))]).astype(np.float32))
+        labels.append([name, index % 3])
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
 def read_results(tmp_path):
     return json.loads((tmp_path / "out" / "probe_results.json").read_text())
 
@@ -308,24 +347,24 @@ class TestCommand:
         assert results["training_probe"] is None
         with PIL.Image.open(tmp_path / "out" / "probe_heatmap.png") as image:
             assert min(image.size) > 100
-        assert "best: 1.0000 after 1 blocks at t = 0 (chance 0.3333, 12 held-out images)" in capsys.readouterr().out
+        assert results["held_out"] == "the split 'test'"
+        assert (
+            "best: 1.0000 after 1 blocks at t = 0 (chance 0.3333): chosen on 6 of the 12 held-out images, measured on"
+            " the other 6; held out: the split 'test'"
+        ) in capsys.readouterr().out
 
-    def test_mae_and_other_cuts(self, arguments, images, tmp_path):
+    def test_mae_and_fewer_images(self, arguments, tmp_path):
         options = ("--method", "mae", "--epochs", "3", "--layers", "2", "0", "--max_train_images", "10")
         main(arguments(*options))
         results = read_results(tmp_path)
         assert (results["layers"], results["epochs"], results["num_training_images"]) == ([0, 2], 3, 10)
-        main(arguments(*options, "--validation_split", "0.25", "--overwrite_output_dir"))
-        results = read_results(tmp_path)
-        assert (results["num_training_images"], results["num_held_out_images"]) == (10, 9)
-        # Images without a split of their own to hold out
-        main(arguments("--overwrite_output_dir", data=images / "train"))
-        assert read_results(tmp_path)["num_held_out_images"] == 4
 
-    @pytest.mark.parametrize("source", ["flag", "training run", "checkpoint"])
+    @pytest.mark.parametrize("source", ["flag", "probe", "training run", "checkpoint"])
     def test_training_probe(self, arguments, source, tmp_path, capsys):
-        LinearProbe(32, 3).save_pretrained(tmp_path / "pipeline" / "probe")
-        if source == "training run":
+        LinearProbe(32, 3, depth={"probe": 2, "flag": 3}.get(source)).save_pretrained(tmp_path / "pipeline" / "probe")
+        if source == "probe":  # it knows best
+            (tmp_path / "pipeline" / "training_args.json").write_text(json.dumps({"probe_depth": 1}))
+        elif source == "training run":
             (tmp_path / "pipeline" / "training_args.json").write_text(json.dumps({"probe_depth": 2}))
         elif source == "checkpoint":
             (tmp_path / "training_state.json").write_text(json.dumps({"settings": {"probe_depth": 2}}))
@@ -335,14 +374,14 @@ class TestCommand:
         assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
 
     def test_pipeline_on_the_hub(self, arguments, images, tmp_path):
-        """The probe is found beside the pipeline, its depth in the model card; a pipeline without one says so."""
+        """The probe is found beside the pipeline, with its depth; a pipeline without one says so."""
         torch.manual_seed(0)
         push_folder = """
 import sys
 from diffusers_lsep.hub import push_folder
 from diffusers_lsep.model_card import write_model_card
 
-write_model_card(sys.argv[1], training_args={"probe_depth": 2, "seed": 0})
+write_model_card(sys.argv[1])
 push_folder(sys.argv[1], sys.argv[2], license="mit")
 """
         folder, options = tmp_path / "pipeline", arguments("--layers", "1")[4:]
@@ -357,7 +396,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
 
             arguments()  # saves the pipeline
             run("-c", push_folder, folder, "me/plain")
-            LinearProbe(32, 3).save_pretrained(folder / "probe")
+            LinearProbe(32, 3, depth=2).save_pretrained(folder / "probe")
             run("-c", push_folder, folder, "me/lsep")
             command = ["-m", "diffusers_lsep.cli", "probe"]
             data = ["--data", images, *options, "--overwrite_output_dir"]
@@ -384,30 +423,130 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         assert read_results(tmp_path)["training_probe"] is None
 
     def test_latents_in_place_of_images(self, arguments, tiny_transformer, tiny_vae, tmp_path):
-        rng = np.random.default_rng(0)
-        folder = tmp_path / "vae-sd"
-        (folder / "00000").mkdir(parents=True)
-        labels = []
-        for index in range(40):
-            name = f"00000/img-mean-std-{index:08d}.npy"
-            mean = np.full((2, 8, 8), index % 3 - 1.0)
-            np.save(folder / name, np.concatenate([mean, rng.random((2, 8, 8))]).astype(np.float32))
-            labels.append([name, index % 3])
-        (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+        data, validation_data = (write_moments(tmp_path / name, count) for name, count in (("train", 40), ("val", 12)))
         with pytest.raises(SystemExit, match="`--data` .* holds latents, but `PIPELINE` .* has no VAE"):
-            main(arguments(data=folder))
+            main(arguments(data=data))
         transformer = tiny_transformer(in_channels=2, num_classes=3)
         LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae).save_pretrained(tmp_path / "pipeline")
-        main(arguments(data=folder))
+        with pytest.raises(SystemExit, match="no part that is known to be held out: `PIPELINE` .* has no record"):
+            main(arguments(data=data))
+        for option in ([], ["--validation_split", "0.1"]):
+            with pytest.raises(SystemExit, match="Give `--validation_data` .*`--validation_split` .*`--unseen_data`"):
+                main(arguments(*option, data=data))
+        assert not (tmp_path / "out").exists()
+        main(arguments("--validation_data", str(validation_data), data=data))
+        results = read_results(tmp_path)
+        assert (results["num_training_images"], results["num_held_out_images"]) == (40, 12)
+        assert results["accuracy"][0][0] == 1.0 and results["held_out"] == str(validation_data)
+        main(arguments("--unseen_data", "--overwrite_output_dir", data=data))
         results = read_results(tmp_path)
         assert (results["num_training_images"], results["num_held_out_images"]) == (36, 4)
         assert results["accuracy"][0][0] == 1.0
-        with pytest.raises(SystemExit, match="`--validation_split` of latents must be a fraction .* got 'test'"):
-            main(arguments("--validation_split", "test", "--overwrite_output_dir", data=folder))
+        assert results["held_out"] == "0.1 of the data, none of which the model saw"
+        with pytest.raises(SystemExit, match="`--validation_split` of latents has to be a fraction .* but is 'test'"):
+            main(arguments("--validation_split", "test", "--overwrite_output_dir", data=data))
         transformer = tiny_transformer(in_channels=2, sample_size=16)
         LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae).save_pretrained(tmp_path / "pipeline")
         with pytest.raises(SystemExit, match=r"holds moments \(4, 8, 8\), `PIPELINE` needs \(4, 16, 16\)"):
-            main(arguments("--overwrite_output_dir", data=folder))
+            main(arguments("--overwrite_output_dir", data=data))
+
+    def test_images_without_a_split_to_measure_on(self, arguments, images, tmp_path):
+        for option in ([], ["--validation_split", "0.25"]):
+            with pytest.raises(SystemExit, match=r"`--data` .* has no part that is known to be held out"):
+                main(arguments(*option, data=images / "train"))
+        assert not (tmp_path / "out").exists()
+        main(arguments("--unseen_data", "--validation_split", "0.25", data=images / "train"))
+        results = read_results(tmp_path)
+        assert (results["num_training_images"], results["num_held_out_images"]) == (27, 9)
+        # A fraction of data that has a split as well
+        with pytest.raises(SystemExit, match="no part that is known to be held out"):
+            main(arguments("--validation_split", "0.25", "--overwrite_output_dir"))
+
+    def test_other_data_to_measure_on(self, arguments, images, tmp_path, caplog):
+        held_out = ("--validation_data", str(images / "test"), "--overwrite_output_dir")
+        main(arguments(*held_out, data=images / "train"))
+        own_split = read_results(tmp_path)
+        assert (own_split["num_training_images"], own_split["num_held_out_images"]) == (36, 12)
+        main(arguments("--overwrite_output_dir"))
+        assert read_results(tmp_path)["accuracy"] == own_split["accuracy"]
+        # The one split of the data that is asked for, or that there is to measure on
+        for split in ([], ["--validation_split", "test"], ["--validation_split", "train"]):
+            main(arguments("--validation_data", str(images), *split, *held_out[2:], data=images / "train"))
+            assert read_results(tmp_path)["num_held_out_images"] == (36 if "train" in split else 12)
+        # Classes go by their names
+        few = tmp_path / "few"
+        for name in ("light", "grey"):
+            shutil.copytree(images / "test" / name, few / name)
+        main(arguments("--validation_data", str(few), *held_out[2:], data=images / "train"))
+        results = read_results(tmp_path)
+        assert results["accuracy"][0][0] == 1.0 and results["num_held_out_images"] == 8
+        # Latents of a run that was trained on as many
+        record = {"training_images": 8, "training_labels": hash_labels(np.repeat([1, 2], 4))}
+        (tmp_path / "pipeline" / "training_args.json").write_text(json.dumps(record))
+        assert "what the model was trained on" not in caplog.text
+        main(arguments("--validation_data", str(few), *held_out[2:], data=images / "train"))
+        assert "with the same labels in the same order, as what the model was trained on" in caplog.text
+
+        (few / "light").rename(few / "bright")
+        with pytest.raises(
+            SystemExit, match=r"has to have the classes of .*, dark, grey, light, but has bright, grey\."
+        ):
+            main(arguments("--validation_data", str(few), *held_out[2:], data=images / "train"))
+        with pytest.raises(SystemExit, match="`--validation_data` has to be other data than `--data`"):
+            main(arguments("--validation_data", f"{images}/./train", *held_out[2:], data=images / "train"))
+        with pytest.raises(SystemExit, match="has to be the name of a split of `--validation_data`, but is 0.1"):
+            main(arguments(*held_out, "--validation_split", "0.1", data=images / "train"))
+        with pytest.raises(SystemExit, match=r"has to name a split .*, one of \['train'\], but is 'val'"):
+            main(arguments(*held_out, "--validation_split", "val", data=images / "train"))
+
+    def test_noise_with_random_labels_is_not_recognised(self, train, tmp_path, caplog):
+        """The model remembers the labels of its training images. Those that the run held out show that it does."""
+        rng, folder, run = np.random.default_rng(0), tmp_path / "noise", tmp_path / "run"
+        for index, label in enumerate(rng.permutation(96) % 4):
+            path = folder / f"class-{label}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+        model = ("--patch_size", 4, "--num_layers", 2, "--num_attention_heads", 2, "--attention_head_dim", 32)
+        weights = ("--probe_weight_start", 1, "--probe_weight_end", 1, "--num_probe_weights", 1)
+        method = ("--probe_depth", 1, "--probe_dropout_prob", 1, "--crop_size_min", 2, "--no_ema", *weights)
+        length = ("--train_batch_size", 96, "--max_train_steps", 100, "--checkpointing_steps", 100)
+        length += ("--learning_rate", 3e-3, "--probe_learning_rate", 3e-3)
+        data = ("--train_data_dir", folder, "--resolution", 8, "--image_channels", 1, "--validation_split", 0.5)
+        assert train(*model, *method, *length, *data) == 0
+
+        def probe(*options, pipeline=run):
+            fixed = ("--method", "ridge", "--timesteps", "0", "0.2", "--overwrite_output_dir")
+            out = ("--output_dir", str(tmp_path / "out"))
+            main(["probe", str(pipeline), "--data", str(folder), *fixed, *out, *options])
+            results = read_results(tmp_path)
+            return max(map(max, results["accuracy"])), min(results["training_probe"]["accuracy"]), results
+
+        for pipeline in (run, run / "checkpoint-100" / "pipeline"):
+            for options in ([], ["--validation_split", "0.5"]):
+                of_fitted, of_training, results = probe(*options, "--seed", "1", pipeline=pipeline)
+                assert of_fitted < 0.45 and of_training < 0.4, "chance is 1 in 4"
+                assert (results["num_training_images"], results["num_held_out_images"]) == (48, 48)
+                assert results["held_out"] == "what the training run held out of the data"
+        # Another cut has images of the training among those to measure on: nobody gets it who does not lie.
+        assert probe("--unseen_data", "--validation_split", "0.5", "--seed", "1")[1] > 0.45
+        with pytest.raises(SystemExit, match="its training run held out 0.5 of its data, not 0.1"):
+            probe("--validation_split", "0.1")
+
+        settings = json.loads((run / "training_args.json").read_text())
+        for change, message in (
+            ({"validation_split": None}, r"held out no fraction of its data \(`validation_split` is None\)"),
+            ({"seed": 1}, "its training run was trained on other data"),
+            ({"training_images": 47}, "its training run was trained on other data"),
+            ({"training_labels": None}, "its training run was trained on other data"),
+        ):
+            (run / "training_args.json").write_text(json.dumps({**settings, **change}))
+            with pytest.raises(SystemExit, match=f"no part that is known to be held out: .*{message}"):
+                probe()
+        assert "the run started from" not in caplog.text
+        settings["pretrained_model_name_or_path"] = "another/model"
+        (run / "training_args.json").write_text(json.dumps(settings))
+        probe()
+        assert "the run started from 'another/model': whether that has seen these images is not known" in caplog.text
 
     def test_results_are_replaced_only_on_request(self, arguments, tmp_path):
         (tmp_path / "out").mkdir()
@@ -423,7 +562,8 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         [
             (["--seed", "-1"], "`--seed` must be at least 0, got -1"),
             (["--max_train_images", "1"], "`--max_train_images` must be at least 2, got 1"),
-            (["--validation_split", "2"], "`--validation_split` must be a split or a fraction .* got 2.0"),
+            (["--validation_split", "2"], "`--validation_split` has to be a split or a fraction .* but is 2.0"),
+            (["--validation_split", "train"], "`--validation_split` has to be another split than 'train'"),
             (["--validation_split", "other"], r"has no split 'other'; the splits are \['train', 'test'\]"),
             (["--label_column", "class"], "there is no 'class'"),
             (["--data", "absent/data"], "`dataset_name` 'absent/data' cannot be read"),

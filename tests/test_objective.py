@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
 
 import pytest
@@ -105,13 +106,50 @@ def test_shared_tokens_give_the_same_loss_and_gradients(make_objective):
 
 
 def test_probe_on_a_part_of_the_batch(make_objective):
-    objective, draws = make_objective(), batch()
+    objective, draws = make_objective(probe_fraction=0.25), batch()
     whole, rows = objective(**draws), torch.tensor([4, 1, 2])
     part = objective(**draws, probe_rows=rows, separate_rows=rows)
+    torch.testing.assert_close(whole.probe_loss, whole.probe_losses.mean())
     torch.testing.assert_close(part.denoising_loss, whole.denoising_loss)
     torch.testing.assert_close(part.probe_losses, whole.probe_losses[rows])
-    torch.testing.assert_close(part.probe_loss, whole.probe_losses[rows].mean())
+    torch.testing.assert_close(part.probe_loss, whole.probe_losses[rows].sum() / (0.25 * 6))
     torch.testing.assert_close(part.loss, part.denoising_loss + part.probe_loss)
+
+
+def gradients_of(objective, *batches):
+    """Mean over batches, as accumulation and data-parallel processes take it."""
+    objective.zero_grad()
+    for arguments in batches:
+        (objective(**arguments).loss / len(batches)).backward()
+    return {name: parameter.grad.clone() for name, parameter in objective.named_parameters()}
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [2, 5], [4], []])
+def test_each_sample_of_the_probe_weighs_the_same_in_batches_of_any_size(make_objective, rows):
+    objective, draws = make_objective(probe_fraction=0.5), batch()
+
+    def cut(first, last):
+        part = {name: value[first:last] for name, value in draws.items()}
+        own = torch.tensor([row - first for row in rows if first <= row < last], dtype=torch.int64)
+        return part | {"probe_rows": own, "separate_rows": own}
+
+    whole = gradients_of(objective, cut(0, 6))
+    for size in (1, 2, 3):
+        parts = gradients_of(objective, *(cut(first, first + size) for first in range(0, 6, size)))
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_a_sample_of_the_probe_is_plain_flow_matching(make_objective):
+    nothing, draws = torch.zeros(0, dtype=torch.int64), batch()
+    objective = make_objective(probe_fraction=0.1)
+    output = objective(**draws, probe_rows=nothing, separate_rows=nothing)
+    assert output.probe_loss == 0 and output.probe_accuracy == 0 and output.probe_losses.shape == (0,)
+    plain = make_objective(with_probe=False)
+    torch.testing.assert_close(output.loss, plain(**draws).loss)
+    gradients = gradients_of(objective, draws | {"probe_rows": nothing, "separate_rows": nothing})
+    for name, gradient in gradients_of(plain, draws).items():
+        torch.testing.assert_close(gradients[name], gradient, msg=name)
+    assert all(not gradients[f"probe.{name}"].any() for name, _ in objective.probe.named_parameters())
 
 
 def test_probe_weight_is_piecewise_constant_in_time(make_objective):
@@ -229,6 +267,15 @@ def test_probe_is_saved_and_loaded(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
+def test_the_depth_travels_with_the_probe(tmp_path):
+    LinearProbe(8, 3, depth=5).save_pretrained(tmp_path)
+    assert LinearProbe.from_pretrained(tmp_path).config.depth == 5
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["depth"]  # as older versions saved it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LinearProbe.from_pretrained(tmp_path).config.depth is None
+
+
 def test_modes_give_the_same_loss(make_objective):
     objective, draws = make_objective(), batch()
     torch.testing.assert_close(objective.train()(**draws).loss, objective.eval()(**draws).loss, rtol=0, atol=0)
@@ -295,6 +342,7 @@ def test_gradient_checkpointing_changes_nothing(make_objective):
         ({"probe_weight_end": math.inf}, "`probe_weight_end` has to be a number not below 0, but is inf"),
         ({"num_probe_weights": 0}, "`num_probe_weights` has to be at least 1, but is 0"),
         ({"num_probe_weights": 1}, "`num_probe_weights=1` is a constant weight .* 0.0225 and 0.03"),
+        ({"probe_fraction": 0.0}, r"`probe_fraction` has to lie in \(0, 1\], but is 0.0"),
         ({"timestep_sampling": "beta"}, "`timestep_sampling` has to be one of .*, but is 'beta'"),
         ({"path_type": "vp"}, "`path_type` has to be one of .*, but is 'vp'"),
     ],
@@ -311,3 +359,5 @@ def test_probe_and_transformer_have_to_fit(tiny_transformer):
         LSEPObjective(tiny_transformer(out_channels=8), LinearProbe(32, 10), probe_depth=1)
     with pytest.raises(ValueError, match="`num_classes` has to be at least 1, but is 0"):
         LinearProbe(8, 0)
+    with pytest.raises(ValueError, match="`depth` has to be at least 1, but is 0"):
+        LinearProbe(8, 3, depth=0)

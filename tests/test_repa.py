@@ -82,22 +82,48 @@ def test_tokens_follow_the_rows_of_the_image(dinov2):
     assert distance.argmax().item() == 1 * 4 + 3
 
 
+def resampled(table, grid_size):
+    """A position table on another grid as Pillow resamples each channel: bicubic with antialiasing."""
+    side, width = round((table.shape[1] - 1) ** 0.5), table.shape[2]
+    channels = table[0, 1:].T.reshape(width, side, side).numpy()
+    size, bicubic = (grid_size, grid_size), PIL.Image.Resampling.BICUBIC
+    grid = np.stack([np.asarray(PIL.Image.fromarray(channel).resize(size, bicubic)) for channel in channels])
+    return torch.cat([table[:, :1], torch.from_numpy(grid).reshape(width, -1).T[None]], dim=1)
+
+
+@pytest.mark.parametrize("grid_size", [3, 6])
 @pytest.mark.parametrize(
-    "config_class, model_class", [(Dinov2WithRegistersConfig, Dinov2WithRegistersModel), (ViTConfig, ViTModel)]
+    "config_class, model_class",
+    [(Dinov2Config, Dinov2Model), (Dinov2WithRegistersConfig, Dinov2WithRegistersModel), (ViTConfig, ViTModel)],
 )
-def test_other_vision_transformers(tmp_path, config_class, model_class):
-    """Registers are left out, and a position table for 4 x 4 patches is adapted to 6 x 6."""
+def test_position_tables_are_resampled_as_in_repa(tmp_path, config_class, model_class, grid_size):
+    """From 4 x 4 patches to fewer and more; class token and registers are left out of the result."""
     model = model_class(config_class(**SIZES)).eval()
+    torch.nn.init.normal_(model.embeddings.position_embeddings)
     model.save_pretrained(tmp_path)
-    encoder = REPAEncoder(tmp_path, grid_size=6)
-    assert (encoder.resolution, encoder.size) == (42, 16)
-    images = torch.rand(2, 3, 42, 42) * 2 - 1
+    encoder, side = REPAEncoder(tmp_path, grid_size=grid_size), 7 * grid_size
+    assert (encoder.resolution, encoder.size) == (side, 16)
+    images = torch.rand(2, 3, side, side) * 2 - 1
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     options = {"interpolate_pos_encoding": True} if model_class is ViTModel else {}
-    with torch.no_grad():
-        every = model(((images + 1) / 2 - mean) / std, **options).last_hidden_state
-    assert every.shape[1] == 36 + (1 if model_class is ViTModel else 5)
-    torch.testing.assert_close(encoder(images), every[:, -36:])
+
+    def every(model):
+        with torch.no_grad():
+            return model(((images + 1) / 2 - mean) / std, **options).last_hidden_state
+
+    own = every(model)  # by the filter of `transformers`
+    table = resampled(model.embeddings.position_embeddings.detach(), grid_size)
+    model.embeddings.position_embeddings = nn.Parameter(table)
+    expected = every(model)
+    assert expected.shape[1] - grid_size**2 == (5 if "Registers" in model_class.__name__ else 1)
+    torch.testing.assert_close(encoder(images), expected[:, -(grid_size**2) :], rtol=1e-4, atol=1e-4)
+    if model_class is Dinov2Model:
+        assert not torch.allclose(own, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_position_table_that_fits_is_left_as_it_is(dinov2):
+    table = load_file(dinov2 / "model.safetensors")["embeddings.position_embeddings"]
+    assert torch.equal(REPAEncoder(dinov2, grid_size=4).model.embeddings.position_embeddings, table)
 
 
 def test_encoder_is_frozen_and_in_evaluation_mode(dinov2):

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from hub_server import HubServer
@@ -27,7 +28,8 @@ from safetensors.torch import load_file
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
 from diffusers_lsep.checkpointing import find_damage, list_checkpoints
-from diffusers_lsep.training_log import MetricsFile, read_metrics
+from diffusers_lsep.objective import LSEPObjectiveOutput
+from diffusers_lsep.training_log import MetricsFile, StepMetrics, read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +158,8 @@ def test_the_default_command(tmp_path):
         "diffusers_lsep",
         "SiTTransformer2DModel",
     ]
-    assert LinearProbe.from_pretrained(run / "probe").config.num_classes == 10
+    probe = LinearProbe.from_pretrained(run / "probe").config
+    assert (probe.num_classes, probe.depth) == (10, settings_of(run)["probe_depth"])
     grid = PIL.Image.open(run / "samples" / "step-3.png")
     assert grid.width > 640 and grid.height > 256  # ten classes and four images of each, 64 pixels wide
     assert any((run / "logs").rglob("events.out.tfevents.*"))
@@ -355,20 +358,51 @@ def test_averages(train, script, tmp_path):
     assert all(torch.equal(raw[name], saved[name]) for name in saved)
 
 
-def test_accumulation_and_checkpointing_give_the_same_gradients(train, tmp_path):
+@pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", 0.25, "--seed", 5]])
+def test_accumulation_and_checkpointing_give_the_same_gradients(train, tmp_path, probe):
     variants = {
         "whole": ["--train_batch_size", 8],
         "accumulated": ["--train_batch_size", 2, "--gradient_accumulation_steps", 4],
         "checkpointed": ["--train_batch_size", 8, "--gradient_checkpointing"],
     }
-    moments = {}
+    moments, lines = {}, {}
     for name, flags in variants.items():
-        train(*flags, "--max_train_steps", 1, "--max_grad_norm", 1e9, output_dir=tmp_path / name)
+        train(*flags, *probe, "--max_train_steps", 1, "--max_grad_norm", 1e9, output_dir=tmp_path / name)
         moments[name] = load_file(tmp_path / name / "checkpoint-1" / "optimizer.safetensors")
+        lines[name] = read_metrics(tmp_path / name / "metrics.jsonl")[0]
     for name in ("accumulated", "checkpointed"):
+        for key in ("loss", "denoising_loss", "probe_loss", "probe_accuracy"):
+            assert lines[name][key] == pytest.approx(lines["whole"][key], rel=1e-4), key
+        of_bins = [[loss or 0.0 for loss in lines[run]["probe_loss_by_time"]] for run in (name, "whole")]
+        assert of_bins[0] == pytest.approx(of_bins[1], rel=1e-4)
         for key, value in moments["whole"].items():
             scale = value.abs().max().item()
             torch.testing.assert_close(moments[name][key], value, rtol=0, atol=1e-5 * scale, msg=key)
+
+
+def test_metrics_weigh_each_sample_of_the_probe_the_same(train):
+    """Two steps of two batches, of which the probe is trained on 3, 0, 1 and 2 samples."""
+    metrics = StepMetrics(Accelerator(cpu=True), gradient_accumulation_steps=2)
+    hits = [[1.0, 0.0, 0.0], [], [1.0], [1.0, 1.0]]
+    times = [[0.05, 0.05, 0.55], [], [0.05], [0.55, 0.95]]
+    for step in range(2):
+        for batch in (2 * step, 2 * step + 1):
+            losses, accuracy = torch.tensor(hits[batch]) + 1, torch.tensor(hits[batch]).mean().nan_to_num()
+            output = LSEPObjectiveOutput(
+                loss=losses.sum() / 2,
+                denoising_loss=torch.zeros(()),
+                probe_loss=losses.sum() / 2,  # 4 samples per batch, of which half are expected
+                probe_accuracy=accuracy,
+                denoising_losses=torch.zeros(4),
+                probe_losses=losses,
+            )
+            metrics.add_batch(output, torch.tensor(times[batch]), data_wait=0.0)
+        metrics.add_step(torch.ones(()))
+    found, losses, _ = metrics.collect()
+    assert losses == [4 / 4, 6 / 4] and found["loss"] == found["probe_loss"] == 10 / 8
+    assert found["probe_accuracy"] == pytest.approx(4 / 6)
+    expected = [5 / 3] + [None] * 4 + [3 / 2] + [None] * 3 + [2.0]
+    assert found["probe_loss_by_time"] == [value and pytest.approx(value) for value in expected]
 
 
 def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
@@ -536,7 +570,7 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
         (["--streaming", "--latents_dir", "a"], "--streaming is for images"),
         (["--streaming", "--train_data_dir", "a", "--validation_split", "b"], "--streaming has no held-out images"),
         (["--streaming", "--dataloader_num_workers", "2"], "--dataloader_num_workers has to be 0 .* is 2"),
-        (["--probe_fraction", "0.1"], "--probe_fraction has to leave the probe at least one of the 4 samples"),
+        (["--probe_fraction", "0"], "--probe_fraction: has to be above 0, but is 0.0"),
     ],
 )
 def test_usage_errors(train, capsys, flags, message, tmp_path):

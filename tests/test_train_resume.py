@@ -121,10 +121,11 @@ def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_
         assert [line.get(name) for line in one] == [line.get(name) for line in other]
 
 
-def test_two_processes_see_the_samples_of_one(images, tmp_path):
+@pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", "0.3"]])
+def test_two_processes_see_the_samples_of_one(images, tmp_path, probe):
     """A run continued on another number of processes, or with accumulation, has the same gradients."""
     start_run, step = tmp_path / "start", 4
-    flags = ["--max_train_steps", step, "--lr_scheduler", "constant", "--learning_rate", "1e-2"]
+    flags = [*probe, "--max_train_steps", step, "--lr_scheduler", "constant", "--learning_rate", "1e-2"]
     flags += ["--max_grad_norm", "1e9"]
     finish(start(1, images, start_run, *flags), start_run)
     checkpoint = start_run / f"checkpoint-{step}"

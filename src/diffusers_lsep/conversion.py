@@ -63,7 +63,9 @@ class ConvertedCheckpoint:
 
     Args:
         transformer ([`SiTTransformer2DModel`]): The network, in the dtype of the file and in eval mode.
-        probe ([`LinearProbe`], *optional*): LSEP's linear probe; `None` where the file has none.
+        probe ([`LinearProbe`], *optional*):
+            LSEP's linear probe, with the `depth` that the training arguments of the file say, if it has them; `None`
+            where the file has none.
         scheduler ([`FlowMatchSDEScheduler`]): The paper's sampler, on the path that the network was trained on.
         source (`str`): `"lsep"`, `"repa"` or `"sit"`.
     """
@@ -138,7 +140,8 @@ def convert_original_checkpoint(
             transformer = SiTTransformer2DModel(**config)
             probe = None
             if source == "lsep" and any(name.startswith("classifier.") for name in state_dict):
-                probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes)
+                depth = _find_depth(args, transformer.config.num_layers)
+                probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes, depth=depth)
 
         # 4. The file has to hold exactly their weights.
         targets = _find_targets(transformer, probe)
@@ -183,6 +186,12 @@ def _select_weights(checkpoint: Any, weights: str) -> tuple[dict[str, torch.Tens
         raise ValueError(f"the file holds no state dict (names and tensors) as its weights {weights!r}.")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return dict(state_dict), args if isinstance(args, dict) else {}
+
+
+def _find_depth(args: dict[str, Any], num_layers: int) -> int | None:
+    """After how many blocks the probe reads, if the training arguments say a depth that the model has."""
+    depth = args.get("encoder_depth")
+    return depth if type(depth) is int and 1 <= depth <= num_layers else None
 
 
 def _has_doubled_output(state_dict: dict[str, torch.Tensor]) -> bool:

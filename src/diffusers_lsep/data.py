@@ -9,6 +9,7 @@ is keyed by `(seed, g)`. So a run can be continued anywhere, on any number of pr
 
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # What a generator is for. It enters the key's counter, so that no two purposes ever share a number.
-_SAMPLE, _ORDER, _STEP, _SPLIT, _HELD_OUT = range(5)
+_SAMPLE, _ORDER, _STEP, _SPLIT, _HELD_OUT, _SHIFT = range(6)
 
 
 def keyed_generator(seed: int, index: int, purpose: int) -> np.random.Generator:
@@ -202,6 +203,11 @@ def read_labels(
             f" {labels[wrong[0]]} ({len(wrong)} such rows)."
         )
     return labels, names + [str(index) for index in range(len(names), num_classes)]
+
+
+def hash_labels(labels: np.ndarray) -> int:
+    """CRC-32 of class indices in their order: what a run records of its training data."""
+    return zlib.crc32(np.ascontiguousarray(labels, dtype=np.int64))
 
 
 class SampleSource(Protocol):
@@ -418,9 +424,11 @@ class SampleStream(torch.utils.data.Dataset):
         coupled_dropout (`bool`, defaults to `False`):
             Whether the labels of both streams are dropped by one number per sample in place of two. Either stream
             drops as often as before, so that the expected loss is the same, but they agree as often as they can. The
-            numbers are spread evenly over the samples of a step, so that all steps cost the same.
+            numbers are spread evenly over the samples of a step, so that all steps cost the same; over the steps each
+            of them is uniform.
         probe_fraction (`float`, defaults to `1.0`):
-            The part of the samples that the probe is trained on, evenly spread over the samples of a step.
+            The part of the samples that the probe is trained on, in (0, 1]: evenly spread over the samples of a step,
+            and over the steps each with this probability. A batch may have none.
     """
 
     def __init__(
@@ -475,30 +483,41 @@ class SampleStream(torch.utils.data.Dataset):
         start = (draws["crop"] * (self.grid_size - size[:, None] + 1)).astype(np.int64)
         batch = self._load(self.rows(indices), draws, flips=(draws["flip"] < 0.5) & self.random_flip)
         class_dropout, probe_dropout = draws["class_dropout"], draws["probe_dropout"]
-        if self.coupled_dropout:
-            class_dropout = probe_dropout = self._spread(indices)
+        chosen = np.ones(len(indices), dtype=bool)
+        if self.coupled_dropout or self.probe_fraction < 1:
+            chosen, spread = self._spread(indices)
+            if self.coupled_dropout:
+                class_dropout = probe_dropout = spread
         drops = (class_dropout < self.class_dropout_prob, probe_dropout < self.probe_dropout_prob)
         batch["class_dropout_mask"], batch["probe_dropout_mask"] = (torch.from_numpy(drop) for drop in drops)
         batch["crop_window"] = torch.from_numpy(np.concatenate([start, size[:, None]], axis=1))
 
         # Where both streams see the same label the probe reads the main stream's tokens: less work, the same loss.
-        separate = drops[0] != drops[1]
+        batch["separate_rows"] = torch.from_numpy(np.flatnonzero((drops[0] != drops[1]) & chosen))
         if self.probe_fraction < 1:
-            position = np.array(indices) % self.samples_per_step
-            chosen = np.floor((position + 1) * self.probe_fraction) > np.floor(position * self.probe_fraction)
             batch["probe_rows"] = torch.from_numpy(np.flatnonzero(chosen))
-            separate &= chosen
-        batch["separate_rows"] = torch.from_numpy(np.flatnonzero(separate))
         return batch
 
-    def _spread(self, indices: list[int]) -> np.ndarray:
-        """Numbers that are uniform in [0, 1) over the samples of a step, and nearly so over each part of it."""
-        # A step by the golden ratio visits an interval evenly; the data are in random order already.
-        stride = round(self.samples_per_step * (5**0.5 - 1) / 2)
-        while math.gcd(stride, self.samples_per_step) > 1:
-            stride += 1
-        position = np.array(indices) % self.samples_per_step
-        return (position * stride % self.samples_per_step + 0.5) / self.samples_per_step
+    def _spread(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Which samples the probe is trained on, and a number in [0, 1) for each sample: both spread evenly over a step,
+        and by the step's two random shifts with the right probability at each place in it (systematic sampling).
+        """
+        steps, position = np.divmod(np.array(indices), self.samples_per_step)
+        unique, inverse = np.unique(steps, return_inverse=True)
+        shifts = np.array([keyed_generator(self.seed, int(s), _SHIFT).random(2) for s in unique])
+        shift_of_choice, shift = shifts[inverse].T
+
+        def chosen_before(end: np.ndarray | int) -> np.ndarray:
+            return np.floor(end * self.probe_fraction + shift_of_choice).astype(np.int64)
+
+        # Chosen samples and others have lattices of their own, so that the work for the chosen ones is even as well.
+        before, count = chosen_before(position), chosen_before(self.samples_per_step)
+        chosen = chosen_before(position + 1) > before
+        rank = np.where(chosen, before, position - before)
+        count = np.where(chosen, count, self.samples_per_step - count)
+        stride = np.array([_coprime_stride(n) for n in count.tolist()])
+        return chosen, (rank * stride % count / count + shift) % 1
 
     def held_out_batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """
@@ -545,6 +564,14 @@ class SampleStream(torch.utils.data.Dataset):
         if self.posterior_noise:
             batch["posterior_noise"] = torch.from_numpy(draws["posterior_noise"])
         return batch
+
+
+def _coprime_stride(count: int) -> int:
+    """A stride with which `count` places are visited one by one, and every part of the way visits all regions."""
+    stride = round(count * (5**0.5 - 1) / 2)  # steps by the golden ratio
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 class StreamBatches:

@@ -25,6 +25,7 @@ class LinearProbe(ModelMixin, ConfigMixin):
     Args:
         hidden_size (`int`): Width `D` of the tokens.
         num_classes (`int`): Number of classes `K`, without the null class.
+        depth (`int`, *optional*): After how many blocks it was trained to read, for whoever loads it.
 
     Raises:
         `ValueError`: if an argument is below 1.
@@ -33,10 +34,10 @@ class LinearProbe(ModelMixin, ConfigMixin):
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
-    def __init__(self, hidden_size: int, num_classes: int):
+    def __init__(self, hidden_size: int, num_classes: int, depth: int | None = None):
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("num_classes", num_classes)):
-            if value < 1:
+        for name, value in (("hidden_size", hidden_size), ("num_classes", num_classes), ("depth", depth)):
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` has to be at least 1, but is {value}.")
         self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
         self.linear = nn.Linear(hidden_size, num_classes)
@@ -103,10 +104,12 @@ class LSEPObjectiveOutput(BaseOutput):
         loss (`torch.Tensor`): Scalar to minimise, `denoising_loss + probe_loss` and the regularizers' losses.
         denoising_loss (`torch.Tensor`): Scalar, the mean squared error of the velocity.
         probe_loss (`torch.Tensor`): Scalar, the weighted cross-entropy of the probe; 0 without a probe.
-        probe_accuracy (`torch.Tensor`, *optional*): Scalar in [0, 1]; None without a probe.
+        probe_accuracy (`torch.Tensor`, *optional*):
+            Scalar in [0, 1], of the samples that the probe is trained on; 0 if there are none, None without a probe.
         denoising_losses (`torch.Tensor` of shape `[B]`): The samples' own losses, without gradient.
-        probe_losses (`torch.Tensor` of shape `[B]`, *optional*):
-            The samples' weighted probe losses, without gradient; None without a probe.
+        probe_losses (`torch.Tensor` of shape `[P]`, *optional*):
+            The weighted probe losses of the samples that the probe is trained on, without gradient; None without a
+            probe.
         regularizer_losses (`dict[str, torch.Tensor]`, *optional*):
             Scalars, the weighted losses of the regularizers by name, without gradient; None without any.
     """
@@ -152,6 +155,9 @@ class LSEPObjective(nn.Module):
             Further losses on the main stream's tokens, by name, such as [`~repa.REPARegularizer`]. Each module has a
             `depth`, after how many blocks it reads (`1..num_layers`), and a `weight`, and is called with the tokens
             `[B, N, D]` and its entry of `targets`; it returns one loss per sample, `[B]`.
+        probe_fraction (`float`, defaults to `1.0`):
+            The part of the samples, in (0, 1], that the probe is trained on where `probe_rows` name them. Its loss is
+            divided by their expected number, so that each weighs the same however many of them a batch has.
 
     Raises:
         `ValueError`: if an argument is outside these ranges or does not fit the transformer.
@@ -171,6 +177,7 @@ class LSEPObjective(nn.Module):
         num_probe_weights: int = 10,
         timestep_sampling: str = "uniform",
         regularizers: dict[str, nn.Module] | None = None,
+        probe_fraction: float = 1.0,
     ):
         super().__init__()
         self.transformer = transformer
@@ -182,6 +189,7 @@ class LSEPObjective(nn.Module):
         self.class_dropout_prob = class_dropout_prob
         self.crop_size = crop_size
         self.timestep_sampling = timestep_sampling
+        self.probe_fraction = probe_fraction
         self._check(probe_weight_start, probe_weight_end, num_probe_weights)
 
         weights = torch.linspace(probe_weight_start, probe_weight_end, num_probe_weights)
@@ -204,6 +212,8 @@ class LSEPObjective(nn.Module):
         for name, value in (("probe_weight_start", probe_weight_start), ("probe_weight_end", probe_weight_end)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` has to be a number not below 0, but is {value}.")
+        if not 0 < self.probe_fraction <= 1:
+            raise ValueError(f"`probe_fraction` has to lie in (0, 1], but is {self.probe_fraction}.")
         if num_probe_weights < 1:
             raise ValueError(f"`num_probe_weights` has to be at least 1, but is {num_probe_weights}.")
         if num_probe_weights == 1 and probe_weight_start != probe_weight_end:
@@ -288,7 +298,8 @@ class LSEPObjective(nn.Module):
                 reads the main stream's tokens. The same loss for less work if both streams see the same label on the
                 others, as on 18 % of the samples with the paper's dropout. All if not given.
             probe_rows (`torch.Tensor` of shape `[P]`, int64, *optional*):
-                The samples of the batch that the probe is trained on: its loss is the mean over them. All if not
+                The samples of the batch, each once, that the probe is trained on, each with the probability
+                `probe_fraction`: its loss is their sum over `probe_fraction * B`. All, and the mean over them, if not
                 given.
 
         Returns:
@@ -347,6 +358,9 @@ class LSEPObjective(nn.Module):
             probe_losses = cross_entropy * weights * probe_weight_scale
             probe_loss = probe_losses.mean()
             probe_accuracy = (logits.detach().argmax(dim=1) == class_labels).float().mean()
+            if probe_rows is not None:  # of another number in every batch, which may be 0
+                probe_loss = probe_losses.sum() / (self.probe_fraction * batch_size)
+                probe_accuracy = probe_accuracy.nan_to_num()
             loss = loss + probe_loss
         regularizer_losses = {}
         for name, regularizer in self.regularizers.items():

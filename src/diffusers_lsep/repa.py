@@ -3,6 +3,7 @@
 """REPA (arXiv 2410.06940) as a regularizer of [`LSEPObjective`]: tokens that agree with a frozen encoder's."""
 
 import inspect
+import math
 
 import torch
 import torch.nn as nn
@@ -68,10 +69,37 @@ class REPARegularizer(nn.Module):
         return -F.cosine_similarity(self.projector(tokens).float(), target.float(), dim=-1).mean(dim=1)
 
 
+@torch.no_grad()
+def resample_positions(model: nn.Module, grid_size: int):
+    """
+    Makes the position table of a vision transformer fit another grid, for good: bicubic with antialiasing, in float32.
+    The first row, the class token's, stays. A model without a table `[1, 1 + n^2, E]` is left as it is.
+
+    Args:
+        model (`nn.Module`): A model of `transformers`; its table is `embeddings.position_embeddings`.
+        grid_size (`int`): Side of the new grid, in tokens.
+    """
+    embeddings = getattr(model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Parameter) or table.ndim != 3:
+        return
+    side = math.isqrt(table.shape[1] - 1)
+    if side == grid_size or side**2 != table.shape[1] - 1:
+        return
+    grid = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", antialias=True)
+    resampled = torch.cat([table[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
+    embeddings.position_embeddings = nn.Parameter(resampled.to(table.dtype), requires_grad=False)
+
+
 class REPAEncoder:
     """
     A frozen vision transformer such as DINOv2, through `transformers.AutoModel`, that gives one token per token of the
     transformer in training. It is no `nn.Module`: its weights are in no checkpoint and in no average.
+
+    A learned position table (DINOv2's, for one) is resampled to the grid once, with antialiasing, so that the targets
+    are those of REPA's own code. Left to itself, `transformers` does it for each batch, for DINOv2 without
+    antialiasing.
 
     Args:
         model_name_or_path (`str`): Id or folder of the encoder, for REPA `"facebook/dinov2-base"`.
@@ -112,6 +140,7 @@ class REPAEncoder:
             raise ValueError(f"{what} has to be a vision transformer, with pixels as input and a patch size.")
         self.grid_size = grid_size
         self.resolution = grid_size * patch_size
+        resample_positions(model, grid_size)
         try:
             tokens = self(torch.zeros(1, 3, self.resolution, self.resolution))
         except ValueError as error:

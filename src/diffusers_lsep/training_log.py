@@ -48,7 +48,9 @@ class StepMetrics:
         self._names: list[str] = []
         self._losses: list[torch.Tensor] = []  # by these names, one tensor per batch
         self._grad_norms: list[torch.Tensor] = []  # one per step
+        # Sums over the probe's samples, of which a batch may have more or fewer than another, and their numbers.
         self._bins = torch.zeros(2, NUM_TIME_BINS, device=self.accelerator.device)
+        self._correct = torch.zeros(1, device=self.accelerator.device)
         self._start = time.perf_counter()
         self._wait = 0.0
 
@@ -61,6 +63,7 @@ class StepMetrics:
             bins = (timesteps * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
             losses = output.probe_losses.float()
             self._bins.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+            self._correct += output.probe_accuracy * len(losses)
         self._wait += data_wait
 
     def add_step(self, grad_norm: torch.Tensor):
@@ -80,16 +83,19 @@ class StepMetrics:
         num_steps = len(self._grad_norms)
         losses = torch.stack(self._losses).unflatten(0, (num_steps, self.gradient_accumulation_steps)).mean(dim=1)
         grad_norms = torch.stack(self._grad_norms).to(losses.device)
-        values = torch.cat([losses.flatten(), grad_norms, self._bins.flatten()])
+        values = torch.cat([losses.flatten(), grad_norms, self._correct, self._bins.flatten()])
         values = self.accelerator.reduce(values, reduction="sum").cpu()
         seconds, wait = time.perf_counter() - self._start, self._wait
 
-        losses, grad_norms, bins = values.split([len(self._names) * num_steps, num_steps, 2 * NUM_TIME_BINS])
+        sizes = [len(self._names) * num_steps, num_steps, 1, 2 * NUM_TIME_BINS]
+        losses, grad_norms, correct, bins = values.split(sizes)
         losses = losses.view(num_steps, -1) / self.accelerator.num_processes
         grad_norms = grad_norms / self.accelerator.num_processes
         sums, counts = bins.view(2, NUM_TIME_BINS).tolist()
         metrics: dict[str, Any] = dict(zip(self._names, losses.mean(dim=0).tolist()))
+        metrics.pop("probe_accuracy", None)
         if any(counts):
+            metrics["probe_accuracy"] = (correct / sum(counts)).item()
             metrics["probe_loss_by_time"] = [s / c if c else None for s, c in zip(sums, counts)]
         metrics["grad_norm"] = grad_norms.mean().item()
         metrics["seconds_per_step"] = seconds / num_steps

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType
 
 from .checkpointing import choose_checkpoint, read_state
-from .data import SampleSource, SourceSubset, cut_off, load_image_dataset, open_images
+from .data import SampleSource, SourceSubset, cut_off, hash_labels, load_image_dataset, open_images
 from .fine_tuning import Start, add_lora, read_pretrained
 from .latents import MomentsDataset, OriginalMomentsDataset
 from .objective import TIMESTEP_SAMPLINGS, LinearProbe, LSEPObjective
@@ -127,7 +126,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="drop the labels of both streams together as often as their probabilities allow: faster",
     )
     group.add_argument(
-        "--probe_fraction", type=probability, default=1.0, help="train the probe on a part of every batch: faster"
+        "--probe_fraction", type=probability, default=1.0, help="train the probe on a part of the samples: faster"
     )
     group.add_argument("--crop_size_min", type=size, help="smallest window of the probe in tokens; 3/4 of the grid")
     group.add_argument("--probe_weight_start", type=positive, help="weight of the probe's loss at t = 0; the paper's")
@@ -216,11 +215,8 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
         )
     if args.push_to_hub and args.license is None:
         parser.error("--push_to_hub needs --license: nobody but you can say under which one the weights may be used")
-    if args.probe_fraction * args.train_batch_size < 1:
-        parser.error(
-            f"--probe_fraction has to leave the probe at least one of the {args.train_batch_size} samples of a batch"
-            f" (--train_batch_size), but is {args.probe_fraction}"
-        )
+    if args.probe_fraction == 0:
+        parser.error("argument --probe_fraction: has to be above 0, but is 0.0; --no_lsep trains without a probe")
     if args.pretrained_model_name_or_path and args.model_config_name_or_path:
         parser.error("--pretrained_model_name_or_path says what --model_config_name_or_path says: give one of them")
     for flag in ("new_classes", "lora_rank"):
@@ -398,7 +394,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "transformer": config,
         "samples_per_step": samples_per_step,
         "training_images": len(source.labels),
-        "training_labels": None if args.streaming else zlib.crc32(np.ascontiguousarray(source.labels)),
+        "training_labels": None if args.streaming else hash_labels(source.labels),
         "class_names": zlib.crc32("\n".join(names).encode()),
         "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
     }
@@ -439,6 +435,8 @@ def build_objective(args: argparse.Namespace, setup: Setup, load: bool) -> LSEPO
         probe = None
     elif probe is None:
         probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes)
+    if probe is not None:
+        probe.register_to_config(depth=args.probe_depth)
     regularizers = {}
     if setup.encoder is not None:
         size = setup.encoder.size
@@ -460,6 +458,7 @@ def build_objective(args: argparse.Namespace, setup: Setup, load: bool) -> LSEPO
         probe_weight_end=args.probe_weight_end,
         num_probe_weights=args.num_probe_weights,
         timestep_sampling=args.timestep_sampling,
+        probe_fraction=args.probe_fraction,
         regularizers=regularizers,
     ).train()
 

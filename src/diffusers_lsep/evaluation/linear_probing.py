@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,19 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..checkpointing import STATE_FILE, write_text
-from ..data import SampleSource, cut_off, keyed_generator, load_image_dataset, open_images, sample_posterior
+from ..data import (
+    ImageSource,
+    SampleSource,
+    cut_off,
+    hash_labels,
+    keyed_generator,
+    load_image_dataset,
+    open_images,
+    read_labels,
+    sample_posterior,
+)
 from ..figures import require_matplotlib, save_figure
 from ..latents import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
-from ..model_card import CARD_NAME
 from ..objective import LinearProbe
 from ..paths import get_path
 from ..pipeline_lsep import LSEPPipeline
@@ -51,6 +59,7 @@ LARS_TRUST_COEFFICIENT = 0.001
 
 # What noise is for, as a part of its key: training and held-out images share none.
 NOISE_PURPOSES = {"training": 100, "held-out": 101}
+HALVES_PURPOSE = 102
 
 
 def fit_mae(
@@ -146,10 +155,15 @@ def fit_ridge(
     return linear.requires_grad_(False)
 
 
+@torch.no_grad()
+def find_hits(probe: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Whether the largest score of each of the features `[N, D]` is that of its class; bool, `[N]`."""
+    return (probe(features).argmax(dim=1) == labels).cpu().numpy()
+
+
 def accuracy(probe: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of the features `[N, D]` whose largest score is that of their class."""
-    with torch.no_grad():
-        return (probe(features).argmax(dim=1) == labels).double().mean().item()
+    return find_hits(probe, features, labels).mean().item()
 
 
 class HiddenStates:
@@ -254,7 +268,7 @@ def probe_layers(
         train ([`SampleSource`]):
             What the classifiers are fitted to.
         held_out ([`SampleSource`]):
-            What accuracy is measured on.
+            What accuracy is measured on: images that neither `train` nor the training of the model has.
         num_classes (`int`):
             Number of classes of the data, which need not be the model's.
         layers (`Sequence[int]`, *optional*):
@@ -272,11 +286,13 @@ def probe_layers(
         batch_size (`int`, defaults to `64`):
             Images in one pass of the model.
         seed (`int`, defaults to `0`):
-            Of the noise and of MAE's training.
+            Of the noise, of MAE's training and of the two halves.
 
     Returns:
-        `dict[str, Any]`: `layers`, `timesteps`, `accuracy` (a row for each layer, a column for each time), `best` and
-        `training_probe` (its accuracy at each time), ready for JSON.
+        `dict[str, Any]`: `layers`, `timesteps`, `accuracy` (a row for each layer, a column for each time, on all
+        held-out images), `best` (the layer and time that are best on one half of the held-out images, and their
+        accuracy on the other half, which took no part in the choice) and `training_probe` (its accuracy at each time),
+        ready for JSON.
 
     Raises:
         ValueError: before any work, if an argument is out of range.
@@ -295,16 +311,16 @@ def probe_layers(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if training_probe is not None and (probe_depth is None or not 1 <= probe_depth <= depth):
         raise ValueError(f"`probe_depth` must lie in 1..{depth}, got {probe_depth}.")
-    if len(train.labels) < 2 or len(held_out.labels) < 1:
+    if len(train.labels) < 2 or len(held_out.labels) < 2:
         raise ValueError(
-            f"the data must hold 2 images to fit and 1 to measure, got {len(train.labels)} and {len(held_out.labels)}."
+            f"the data must hold 2 images to fit and 2 to measure, got {len(train.labels)} and {len(held_out.labels)}."
         )
 
     device = pipe.device
     all_layers = sorted({*layers, probe_depth}) if training_probe is not None else layers
     sources = {"training": train, "held-out": held_out}
     labels = {name: torch.from_numpy(source.labels).to(device) for name, source in sources.items()}
-    table = np.zeros((len(layers), len(timesteps)))
+    hits = np.zeros((len(layers), len(timesteps), len(held_out.labels)), dtype=bool)
     of_training_probe = []
     with tempfile.TemporaryDirectory() as folder:
         states = HiddenStates(pipe, all_layers, folder, batch_size, seed)
@@ -316,18 +332,27 @@ def probe_layers(
                 if layer in layers:
                     data = (x["training"], labels["training"], num_classes)
                     probe = fit_mae(*data, epochs=epochs, seed=seed) if method == "mae" else fit_ridge(*data)
-                    value = accuracy(probe, x["held-out"], labels["held-out"])
-                    table[layers.index(layer), column] = value
+                    hits[layers.index(layer), column] = find_hits(probe, x["held-out"], labels["held-out"])
                 if training_probe is not None and layer == probe_depth:
                     probe = training_probe.to(device)
                     means = x["held-out"][:, None]  # of the tokens, which is all that the probe looks at
                     of_training_probe.append(accuracy(probe, means, labels["held-out"]))
-    row, column = np.unravel_index(table.argmax(), table.shape)
+    # The largest of many accuracies is too high by chance, unless it is measured anew.
+    order = keyed_generator(seed, 0, HALVES_PURPOSE).permutation(len(held_out.labels))
+    choosing, measuring = np.split(order, [len(order) // 2])
+    chosen = hits[:, :, choosing].mean(axis=2)
+    row, column = np.unravel_index(chosen.argmax(), chosen.shape)
     return {
-        "accuracy": table.tolist(),
+        "accuracy": hits.mean(axis=2).tolist(),
         "layers": layers,
         "timesteps": timesteps,
-        "best": {"layer": layers[row], "timestep": timesteps[column], "accuracy": table[row, column].item()},
+        "best": {
+            "layer": layers[row],
+            "timestep": timesteps[column],
+            "accuracy": hits[row, column, measuring].mean().item(),
+            "num_images_chosen_on": len(choosing),
+            "num_images_measured_on": len(measuring),
+        },
         "training_probe": {"layer": probe_depth, "accuracy": of_training_probe} if of_training_probe else None,
         "chance": np.bincount(held_out.labels).max().item() / len(held_out.labels),
         "method": method,
@@ -377,21 +402,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `diffusers-lsep probe`."""
     parser.description = (
         "Linear probing of every layer at several times: no class label is given, tokens are averaged, and a linear "
-        "classifier is fitted to them. Accuracy is that on images that were held out."
+        "classifier is fitted to them. Accuracy is that on images that were held out from the model's training too: "
+        "a split of their own, other data, or what the training run itself held out."
     )
     parser.add_argument("pipeline", metavar="PIPELINE", help="Folder or Hub id of a saved LSEP pipeline.")
     parser.add_argument(
         "--data",
         required=True,
         metavar="DATA",
-        help="Labelled images: a folder with one subfolder per class, a folder of Parquet files, or the id of a data "
-        "set; or latents, the folder of encode_latents.py or a vae-sd folder of EDM2 and REPA.",
+        help="Labelled images to fit to: a folder with one subfolder per class, a folder of Parquet files, or the id "
+        "of a data set; or latents, the folder of encode_latents.py or a vae-sd folder of EDM2 and REPA.",
+    )
+    parser.add_argument(
+        "--validation_data",
+        metavar="DATA",
+        help="Images or latents of the same classes to measure on, which the model was not trained on.",
     )
     parser.add_argument(
         "--validation_split",
         metavar="SPLIT",
-        help=f"Held-out split: its name, or a fraction to cut off (default: one of {', '.join(VALIDATION_SPLITS)} if "
-        f"there is any, else {VALIDATION_FRACTION}).",
+        help="Name of the split to measure on, of --validation_data or else of --data (default: one of "
+        f"{', '.join(VALIDATION_SPLITS)} if there is any, else what the training run held out of --data by its own "
+        "--validation_split). With --unseen_data also a fraction to cut off --data.",
+    )
+    parser.add_argument(
+        "--unseen_data",
+        action="store_true",
+        help="The model was not trained on any of --data: without a split to measure on, cut a fraction off "
+        f"(--validation_split, default {VALIDATION_FRACTION}).",
     )
     parser.add_argument("--image_column", default="image", help="Column of images (default: %(default)s).")
     parser.add_argument("--label_column", default="label", help="Column of labels (default: %(default)s).")
@@ -422,10 +460,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe_depth",
         type=int,
-        help="Depth of the training's own probe (default: as the pipeline's training_args.json or model card says).",
+        help="Depth of the training's own probe (default: as the probe or the pipeline's training_args.json says).",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time (default: %(default)s).")
-    parser.add_argument("--seed", type=int, default=0, help="Of noise, order and cut (default: %(default)s).")
+    parser.add_argument("--seed", type=int, default=0, help="Of noise, order, cut and halves (default: %(default)s).")
     parser.add_argument(
         "--output_dir", default=".", help=f"Where {RESULTS_FILE} and {HEAT_MAP_FILE} go (default: %(default)s)."
     )
@@ -459,8 +497,9 @@ def run(args: argparse.Namespace) -> None:
     if not isinstance(pipe, LSEPPipeline):
         raise ValueError(f"`PIPELINE` must be an LSEPPipeline, got a {type(pipe).__name__}.")
     pipe.to(state.device)
-    train, held_out, names = _open_data(args, pipe)
-    training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, len(names))
+    record = _read_record(args.pipeline)
+    train, held_out, names, origin = _open_data(args, pipe, record)
+    training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, len(names), record)
     if args.max_train_images is not None and args.max_train_images < len(train.labels):
         _, train = cut_off(train, args.max_train_images / len(train.labels), args.seed)
 
@@ -480,13 +519,14 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
-    results = {"pipeline": args.pipeline, "data": args.data, **results}
+    results = {"pipeline": args.pipeline, "data": args.data, "held_out": origin, **results}
     write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     draw_heat_map(output_dir / HEAT_MAP_FILE, results, title=f"{Path(args.pipeline).name}: linear probing")
     best, of_training = results["best"], results["training_probe"]
     print(
-        f"best: {best['accuracy']:.4f} after {best['layer']} blocks at t = {best['timestep']:g} "
-        f"(chance {results['chance']:.4f}, {results['num_held_out_images']} held-out images)"
+        f"best: {best['accuracy']:.4f} after {best['layer']} blocks at t = {best['timestep']:g} (chance "
+        f"{results['chance']:.4f}): chosen on {best['num_images_chosen_on']} of the {results['num_held_out_images']} "
+        f"held-out images, measured on the other {best['num_images_measured_on']}; held out: {origin}"
     )
     if of_training is not None:
         values = ", ".join(f"{value:.4f} at {t:g}" for t, value in zip(results["timesteps"], of_training["accuracy"]))
@@ -494,44 +534,168 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {output_dir / RESULTS_FILE}, {output_dir / HEAT_MAP_FILE}")
 
 
-def _open_data(args: argparse.Namespace, pipe: LSEPPipeline) -> tuple[SampleSource, SampleSource, list[str]]:
-    """What to fit to, what to measure on, and the classes."""
-    try:
-        fraction, split = float(args.validation_split), None
-    except (TypeError, ValueError):
-        fraction, split = None, args.validation_split
-    if fraction is not None and not 0 < fraction < 1:
-        raise ValueError(f"`--validation_split` must be a split or a fraction between 0 and 1, got {fraction}.")
-
-    folder = Path(args.data)
-    config = pipe.transformer.config
-    if (folder / METADATA_FILE).is_file() or (folder / "dataset.json").is_file():
-        if split is not None:
-            raise ValueError(f"`--validation_split` of latents must be a fraction such as 0.1, got {split!r}.")
-        if pipe.vae is None:
-            raise ValueError(f"`--data` {args.data!r} holds latents, but `PIPELINE` {args.pipeline!r} has no VAE.")
-        is_original = (folder / "dataset.json").is_file()
-        source = OriginalMomentsDataset(folder) if is_original else MomentsDataset(folder)
-        expected = (2 * config.in_channels, config.sample_size, config.sample_size)
-        if source.moments_shape != expected:
+def _open_data(
+    args: argparse.Namespace, pipe: LSEPPipeline, record: dict[str, Any]
+) -> tuple[SampleSource, SampleSource, list[str], str]:
+    """What to fit to, what to measure on, the classes, and in words where the second comes from."""
+    fraction, split = _parse_split(args.validation_split)
+    if fraction is not None and args.validation_data is not None:
+        raise ValueError(
+            f"`--validation_split` has to be the name of a split of `--validation_data`, but is {fraction}."
+        )
+    own_split = split if args.validation_data is None else None
+    held_out = None
+    if _holds_latents(args.data):
+        if own_split is not None:
             raise ValueError(
-                f"`--data` {args.data!r} holds moments {source.moments_shape}, `PIPELINE` needs {expected}."
+                f"`--validation_split` of latents has to be a fraction such as 0.1, but is {split!r}; other latents"
+                " can be given as `--validation_data`."
             )
-        if not is_original:
-            source.check_vae(pipe.vae, f"that of `PIPELINE` {args.pipeline!r}")
-        names, held_out = [source.id2label[index] for index in range(len(source.id2label))], None
+        source, names = _open_latents("--data", args.data, args.pipeline, pipe)
     else:
-        location = {"train_data_dir": args.data} if folder.is_dir() else {"dataset_name": args.data}
-        splits = load_image_dataset(**location)
-        if args.validation_split is None:
-            split = next((name for name in VALIDATION_SPLITS if name in splits), None)
-        channels = config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+        splits = _load_splits(args.data)
+        if args.validation_split is None and args.validation_data is None:
+            own_split = next((name for name in VALIDATION_SPLITS if name in splits), None)
+        if own_split == "train":
+            raise ValueError("`--validation_split` has to be another split than 'train', which is fitted to.")
         columns = (args.image_column, args.label_column)
-        resolution = config.sample_size * pipe.vae_scale_factor
-        source, held_out, names = open_images(splits, resolution, channels, *columns, validation_split=split)
-    if held_out is None:
-        source, held_out = cut_off(source, fraction or VALIDATION_FRACTION, args.seed)
-    return source, held_out, names
+        source, held_out, names = open_images(splits, *_image_size(pipe), *columns, validation_split=own_split)
+
+    if args.validation_data is not None:
+        held_out = _open_validation_data(args, pipe, names)
+        _warn_if_trained_on("--validation_data", args.validation_data, held_out, record)
+        return source, held_out, names, args.validation_data
+    if held_out is not None:
+        return source, held_out, names, f"the split {own_split!r}"
+    if args.unseen_data:
+        _warn_if_trained_on("--data", args.data, source, record)
+        fraction = fraction or VALIDATION_FRACTION
+        return *cut_off(source, fraction, args.seed), names, f"{fraction:g} of the data, none of which the model saw"
+    return *_cut_as_the_run(args, source, fraction, record), names, "what the training run held out of the data"
+
+
+def _parse_split(value: str | float | None) -> tuple[float | None, str | None]:
+    """A fraction, or the name of a split."""
+    try:
+        fraction = float(value)
+    except (TypeError, ValueError):
+        return None, value
+    if not 0 < fraction < 1:
+        raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
+    return fraction, None
+
+
+def _holds_latents(data: str) -> bool:
+    return any((Path(data) / name).is_file() for name in (METADATA_FILE, "dataset.json"))
+
+
+def _open_latents(
+    flag: str, data: str, pipeline: str, pipe: LSEPPipeline
+) -> tuple[MomentsDataset | OriginalMomentsDataset, list[str]]:
+    """Latents that the pipeline understands, and the names of their classes."""
+    if pipe.vae is None:
+        raise ValueError(f"`{flag}` {data!r} holds latents, but `PIPELINE` {pipeline!r} has no VAE.")
+    source = OriginalMomentsDataset(data) if (Path(data) / "dataset.json").is_file() else MomentsDataset(data)
+    config = pipe.transformer.config
+    expected = (2 * config.in_channels, config.sample_size, config.sample_size)
+    if source.moments_shape != expected:
+        raise ValueError(f"`{flag}` {data!r} holds moments {source.moments_shape}, `PIPELINE` needs {expected}.")
+    if isinstance(source, MomentsDataset):
+        source.check_vae(pipe.vae, f"that of `PIPELINE` {pipeline!r}")
+    return source, [source.id2label[index] for index in range(len(source.id2label))]
+
+
+def _load_splits(data: str):
+    return load_image_dataset(**{"train_data_dir" if Path(data).is_dir() else "dataset_name": data})
+
+
+def _image_size(pipe: LSEPPipeline) -> tuple[int, int]:
+    """Side and channels of the images that the pipeline makes."""
+    config = pipe.transformer.config
+    channels = config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+    return config.sample_size * pipe.vae_scale_factor, channels
+
+
+def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: list[str]) -> SampleSource:
+    """What to measure on, with the numbers that its classes have in the data that is fitted to."""
+    data, split = args.validation_data, args.validation_split
+    if os.path.exists(data) and os.path.exists(args.data) and os.path.samefile(data, args.data):
+        raise ValueError(f"`--validation_data` has to be other data than `--data`, but both are {data!r}.")
+    if _holds_latents(data):
+        if split is not None:
+            raise ValueError(f"`--validation_split` is {split!r}, but `--validation_data` {data!r} has no splits.")
+        source, own_names = _open_latents("--validation_data", data, args.pipeline, pipe)
+    else:
+        splits = _load_splits(data)
+        candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
+        name = next((name for name in candidates if name in splits), None)
+        if name is None:
+            raise ValueError(
+                f"`--validation_split` has to name a split of `--validation_data`, one of {list(splits)}, but is"
+                f" {split!r}."
+            )
+        labels, own_names = read_labels(splits[name], args.label_column)
+        source = ImageSource(splits[name], labels, *_image_size(pipe), args.image_column)
+
+    if own_names != names:
+        index_of = dict(zip(names, range(len(names))))
+        without_names = [n for n in (own_names, names) if n == [str(index) for index in range(len(n))]]
+        if len(index_of) == len(names) and index_of.keys() >= set(own_names):
+            source.labels = np.array([index_of[name] for name in own_names])[source.labels]
+        elif not without_names or len(own_names) != len(names):
+            raise ValueError(
+                f"`--validation_data` {data!r} has to have the classes of `--data` {args.data!r}, {_some(names)}, but"
+                f" has {_some(own_names)}."
+            )
+    return source
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
+
+
+def _warn_if_trained_on(flag: str, data: str, source: SampleSource, record: dict[str, Any]):
+    if (len(source.labels), hash_labels(source.labels)) == _training_part(record):
+        logger.warning(
+            "`%s` %r has as many images, with the same labels in the same order, as what the model was trained on: if"
+            " it is the same data, the accuracy is not that of held-out images",
+            flag,
+            data,
+        )
+
+
+def _training_part(record: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Number of the images that a run was trained on, and the checksum of their labels."""
+    return record.get("training_images"), record.get("training_labels")
+
+
+def _cut_as_the_run(
+    args: argparse.Namespace, source: SampleSource, fraction: float | None, record: dict[str, Any]
+) -> tuple[SampleSource, SampleSource]:
+    """The training part and the held-out part of the run that made the pipeline, if this is its data."""
+    recorded = record.get("validation_split")
+    own_fraction = _parse_split(recorded)[0]
+    if not record:
+        reason = f"`PIPELINE` {args.pipeline!r} has no record of its training (training_args.json)"
+    elif own_fraction is None:
+        reason = f"its training run held out no fraction of its data (`validation_split` is {recorded!r})"
+    elif fraction not in (None, own_fraction):
+        reason = f"its training run held out {own_fraction:g} of its data, not {fraction:g}"
+    else:
+        train, held_out = cut_off(source, own_fraction, record.get("seed", 0))
+        if (len(train.labels), hash_labels(train.labels)) == _training_part(record):
+            start = record.get("pretrained_model_name_or_path")
+            if start is not None:
+                logger.warning("the run started from %r: whether that has seen these images is not known", start)
+            return train, held_out
+        reason = "its training run was trained on other data"
+    raise ValueError(
+        f"`--data` {args.data!r} has no part that is known to be held out: {reason}. On images that it was trained on"
+        " a model shows what it remembers. Give `--validation_data` (other images or latents, which the model was"
+        " not trained on); or `--validation_split` with the name of a split of the data set; or as `--data` those of a"
+        " run that had a `--validation_split` of its own; or `--unseen_data` if the model was not trained on any of"
+        " these images."
+    )
 
 
 def _find_file(pipeline: str, name: str) -> Path | None:
@@ -545,22 +709,19 @@ def _find_file(pipeline: str, name: str) -> Path | None:
         return None
 
 
-def _find_probe_depth(pipeline: str) -> int | None:
-    """At which depth the probe of a pipeline was trained, as far as its files say."""
+def _read_record(pipeline: str) -> dict[str, Any]:
+    """The settings of the run that made a pipeline, as far as there is a record of them."""
     arguments = _find_file(pipeline, "training_args.json")  # of a whole run
     if arguments is not None:
-        return json.loads(arguments.read_text(encoding="utf-8")).get("probe_depth")
+        return json.loads(arguments.read_text(encoding="utf-8"))
     state = Path(pipeline).parent / STATE_FILE  # of a checkpoint, whose pipeline it is
     if Path(pipeline).is_dir() and state.is_file():
-        return json.loads(state.read_text(encoding="utf-8"))["settings"].get("probe_depth")
-    card = _find_file(pipeline, CARD_NAME)  # all that goes to the Hub
-    text = card.read_text(encoding="utf-8") if card is not None else ""
-    row = re.search(r"^\| `probe_depth` \| `(\d+)` \|$", text, re.MULTILINE)
-    return int(row[1]) if row else None
+        return json.loads(state.read_text(encoding="utf-8"))["settings"]
+    return {}
 
 
 def _load_training_probe(
-    pipeline: str, probe_depth: int | None, num_classes: int
+    pipeline: str, probe_depth: int | None, num_classes: int, record: dict[str, Any]
 ) -> tuple[LinearProbe | None, int | None]:
     """The probe that a training left beside the pipeline, and its depth; none if it cannot be measured."""
     if _find_file(pipeline, "probe/config.json") is None:
@@ -570,7 +731,7 @@ def _load_training_probe(
         return None, None
     probe = LinearProbe.from_pretrained(pipeline, subfolder="probe").eval()
     if probe_depth is None:
-        probe_depth = _find_probe_depth(pipeline)
+        probe_depth = probe.config.depth or record.get("probe_depth")  # of older versions only the run says it
     if probe_depth is None:
         logger.warning("`--probe_depth` is not known, so the training's own probe is not measured")
         return None, None
