@@ -591,6 +591,12 @@ class TestMomentsDataset:
         assert torch.equal(labels[order], torch.from_numpy(dataset.labels))
         assert torch.equal(dataset[4]["moments"], moments[order[4]]) and dataset[4]["label"] == 0
 
+    def test_needs_no_preadv(self, encoded, monkeypatch):
+        """As some builds of Python for macOS have none."""
+        expected = MomentsDataset(encoded).load(range(21))
+        monkeypatch.delattr(os, "preadv", raising=False)
+        assert torch.equal(MomentsDataset(encoded).load(range(21)), expected)
+
     def test_nothing_stays_mapped(self, encoded):
         """Memory does not grow with what was read: no page of a shard belongs to the process."""
         if not Path("/proc/self/maps").exists():
