@@ -34,7 +34,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from diffusers_lsep.checkpointing import hash_weights
 from diffusers_lsep.data import center_crop, convert_mode, keep_batch, load_image_dataset, read_labels
 from diffusers_lsep.image_files import ImageFiles, open_image_files
 from diffusers_lsep.latents import (
@@ -42,9 +41,11 @@ from diffusers_lsep.latents import (
     SETTINGS_FILE,
     TEMPORARY_SUFFIX,
     MomentsShardWriter,
+    describe_vae,
     finish_moments,
     moments_features,
     shard_name,
+    shorten,
     unreadable_in,
     write_json,
     write_unreadable,
@@ -250,9 +251,7 @@ def resolve_settings(
         "vae": places["vae"],
         "vae_subfolder": args.vae_subfolder,
         "vae_revision": args.vae_revision,
-        "vae_sha256": hash_weights(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor,
+        **describe_vae(vae),
         "resolution": args.resolution,
         "crop": "ADM centre crop",
         "apply_exif": args.apply_exif,
@@ -275,6 +274,8 @@ def check_output(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     # A folder that does not say it is of a version that always turned the images.
     before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}
+    if before.get("vae_sha256") == settings["vae_sha256"]:  # an older version knew no more
+        before.setdefault("vae_encoder_sha256", settings["vae_encoder_sha256"])
     different = [name for name, value in settings.items() if name not in PLACES and before.get(name) != value]
     if different:
         changes = "; ".join(f"{name}: {shorten(before.get(name))} -> {shorten(settings[name])}" for name in different)
@@ -282,11 +283,6 @@ def check_output(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"`--output_dir` {folder} was begun with other settings ({changes}). Restore them or take a new folder."
         )
     return {name: before[name] for name in settings}
-
-
-def shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 @torch.inference_mode()
@@ -331,6 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     accelerator.wait_for_everyone()  # everybody has seen the same folder before somebody writes to it
     if complete:
+        metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        if accelerator.is_main_process and not settings.items() <= metadata.items():  # of an older version
+            write_json(folder / METADATA_FILE, {**metadata, **settings})
         return
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,8 @@ from diffusers_lsep.training_setup import (
 NOT_ON_CARD = (
     *("cache_dir", "dataloader_num_workers", "num_cpu_threads", "output_dir", "overwrite_output_dir", "dry_run"),
     *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps"),
-    *("logging_steps", "logging_dir", "report_to", "push_to_hub", "hub_model_id"),
+    *("logging_steps", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "license"),
+    "num_train_epochs",  # --max_train_steps tells the length
 )
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be continued
@@ -503,19 +504,15 @@ class Trainer:
             os.replace(path, target)
         source.rmdir()
 
-        flags = {
-            name: value
-            for name, value in vars(args).items()
-            if value is not None and name not in NOT_ON_CARD and not os.path.isdir(str(value))
-        }
         class_ids = self.validation_labels * args.num_validation_images
         write_model_card(
             self.output_dir,
             repo_id=args.hub_model_id,
             license=args.license,
-            source="sit" if args.no_lsep else "lsep",
-            dataset=flags.get("dataset_name"),
-            training_args=flags,
+            source="training",
+            dataset=args.dataset_name,
+            base_model=args.pretrained_model_name_or_path,
+            training_args={name: value for name, value in vars(args).items() if name not in NOT_ON_CARD},
             sampling={"guidance_scale": args.validation_guidance_scale},
             gallery=Gallery(
                 image=f"samples/step-{self.step}.png",

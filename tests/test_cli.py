@@ -194,7 +194,7 @@ def test_the_model_card_claims_a_licence_only_if_it_is_given(tmp_path):
     convert_tiny(tmp_path / "open", "--license", "mit")
     card = ModelCard.load(tmp_path / "open" / "README.md")
     assert card.data.license == "mit" and card.data.library_name == "diffusers"
-    assert f'from_pretrained("{tmp_path / "open"}"' in card.text
+    assert 'from_pretrained("open"' in card.text and str(tmp_path) not in card.content
 
 
 # convert refuses

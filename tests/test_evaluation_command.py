@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.checkpointing import hash_weights
 from diffusers_lsep.cli import main
 from diffusers_lsep.evaluation import evaluate as command
 from diffusers_lsep.evaluation.evaluate import compute_feature_metrics, evaluate_images, format_table
@@ -291,19 +292,45 @@ def save_pipeline(tiny_transformer):
     return save
 
 
-def test_update_card(arguments, save_pipeline, tmp_path):
+def test_update_card(arguments, save_pipeline, tmp_path, caplog):
     from huggingface_hub import ModelCard
 
     save_pipeline(tmp_path / "pipeline")
     (tmp_path / "pipeline" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWritten by hand.\n")
     main(arguments("--update_card", str(tmp_path / "pipeline")))
+    assert "do not say which weights drew them" in caplog.text
     results = read_results(tmp_path)
-    assert json.loads((tmp_path / "pipeline" / "eval_results.json").read_text()) == results
+    transformer = LSEPPipeline.from_pretrained(tmp_path / "pipeline").transformer
+    assert results["weights"] == {"transformer": hash_weights(transformer)}
+    copy = json.loads((tmp_path / "pipeline" / "eval_results.json").read_text())
+    assert copy == {**results, "samples": "samples.npz", "dataset": "reference.npz"}
     card = ModelCard.load(tmp_path / "pipeline" / "README.md")
     assert "Written by hand." in card.text and card.data.license == "mit"
     entries = {entry.metric_type: entry for entry in card.data.eval_results}
     assert entries["kid"].metric_value == results["metrics"]["kid"]
-    assert entries["kid"].dataset_name == results["dataset"]
+    assert entries["kid"].dataset_name == "reference.npz" and str(tmp_path) not in card.content
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_update_card_needs_the_samples_of_its_pipeline(arguments, save_pipeline, folder, tmp_path, caplog, dtype):
+    """Where `samples.json` has the hashes of the weights, in the dtype in which they were loaded."""
+    save_pipeline(tmp_path / "drew", seed=0)
+    save_pipeline(tmp_path / "other", seed=1)
+    transformer = LSEPPipeline.from_pretrained(tmp_path / "drew").transformer.to(getattr(torch, dtype))
+    settings = {"weights": {"transformer": hash_weights(transformer)}, "class_labels": "random over all classes"}
+    (folder / "samples.json").write_text(json.dumps(settings))
+    try:
+        with pytest.raises(
+            SystemExit, match=r"drew `SAMPLES`, but .* was drawn by other weights \(transformer\) than"
+        ):
+            main(arguments("--update_card", str(tmp_path / "other")))
+        assert not (tmp_path / "out").exists() and not (tmp_path / "other" / "README.md").exists()
+        main(arguments("--update_card", str(tmp_path / "drew")))
+    finally:
+        (folder / "samples.json").unlink()
+    assert "do not say which weights drew them" not in caplog.text
+    card = (tmp_path / "drew" / "README.md").read_text()
+    assert "| KID |" in card and "The classes of the samples were drawn at random" in card
 
 
 def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsys):

@@ -208,6 +208,10 @@ def test_training_lora(train, pretrained, images, tmp_path, capsys):
     # without peft's layers it loads anywhere
     pipeline = DiffusionPipeline.from_pretrained(run)
     assert pipeline("elk", num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+    card = (run / "README.md").read_text()
+    assert "Fine-tuned through LoRA layers of rank 2, which are merged into the weights, with LSEP" in card
+    assert f"Fine-tuned from `{pretrained.name}`, a pipeline in a local folder." in card
+    assert "base_model:" not in card and str(tmp_path) not in card
 
 
 def test_a_run_with_lora_continues_bit_for_bit(train, pretrained, images, tmp_path, capsys):

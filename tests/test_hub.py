@@ -13,7 +13,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
@@ -105,11 +107,14 @@ def folder(tmp_path_factory):
 
 PUSH = f"""
 import torch
+import shutil
+from pathlib import Path
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi, CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 import diffusers_lsep
 from diffusers_lsep.hub import push_folder
+from diffusers_lsep.model_card import SavedPipeline, update_evaluation
 
 folder, work = os.environ["FOLDER"], os.environ["WORK"]
 pipe = DiffusionPipeline.from_pretrained(folder)
@@ -149,6 +154,23 @@ HfApi(token="{OWNER}").create_commit(
     "lsep/shards", [CommitOperationAdd("README.md", card.encode())], commit_message="Edit"
 )
 pipe.push_to_hub("lsep/shards", license="cc-by-4.0", token="{OWNER}")
+
+# 4. Weights with a licence and results, a card that was edited on the Hub, and other weights in their place
+results = {{"metrics": {{"fid": 5.7}}, "weights": SavedPipeline(Path(folder)).hashes}}
+measured = shutil.copytree(folder, work + "/measured")
+Path(measured, "eval_results.json").write_text(json.dumps(results))
+update_evaluation(measured)
+push_folder(measured, "lsep/again", "cc-by-4.0", token="{OWNER}")
+REPORT["measured"] = HfApi().list_repo_files("lsep/again"), ModelCard.load("lsep/again").content
+card = REPORT["measured"][1].replace("\\nlibrary_name", "\\nlanguage: en\\nlibrary_name") + "Written by hand.\\n"
+HfApi(token="{OWNER}").create_commit(
+    "lsep/again", [CommitOperationAdd("README.md", card.encode())], commit_message="Edit"
+)
+pipe.push_to_hub("lsep/again", token="{OWNER}")
+
+# 5. Other weights in the folder itself
+pipe.save_pretrained(measured)
+push_folder(measured, "lsep/replaced", None, token="{OWNER}")
 np.savez(work + "/images.npz", **images)
 """
 
@@ -294,6 +316,22 @@ def test_push_keeps_what_was_written_on_the_hub(hub, pushed):
     assert "No licence has been declared" not in card.text
 
 
+def test_push_of_other_weights_forgets_what_was_said_of_the_old_ones(hub, pushed):
+    files, content = pushed[0]["measured"]
+    measured = ModelCard(content)
+    assert "eval_results.json" in files and measured.data.license == "cc-by-4.0"
+    assert measured.data.eval_results[0].metric_value == 5.7 and "Trained with LSEP" in measured.text
+    for repo in ("lsep/again", "lsep/replaced"):
+        assert "eval_results.json" not in hub.files(repo)
+        card = ModelCard(hub.files(repo)["README.md"].decode())
+        assert card.data.license is None and card.data.eval_results is None
+        for old in ("cc-by-4.0", "5.7", "Trained with LSEP", "samples.png"):
+            assert old not in card.content
+        assert card.text.count("## Usage") == 1 and "No licence has been declared" in card.text
+    card = ModelCard(hub.files("lsep/again")["README.md"].decode())
+    assert card.text.count("Written by hand.") == 1 and card.data.language == "en"
+
+
 @pytest.mark.parametrize("name", ["main", "v2", "fp16"])
 def test_loads_from_the_hub_bit_for_bit(pushed, loaded, name):
     assert np.array_equal(loaded[1][name], pushed[1][name])
@@ -361,6 +399,34 @@ np.savez("images.npz", **images)
     assert np.array_equal(images["main"], pushed[1]["main"])
     assert np.array_equal(images["v2"], pushed[1]["v2"])
     assert len(hub.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "is_connection"),
+    [
+        (httpx.ConnectError("refused"), None, True),
+        (httpx.ReadTimeout("too slow"), None, True),
+        (ConnectionError("Network error"), None, True),  # of hf_xet, which uploads large files to the Hub
+        (RuntimeError("Error while uploading 'x' to the Hub."), httpx.RemoteProtocolError("disconnected"), True),
+        (RuntimeError("Error while uploading 'x' to the Hub."), FileNotFoundError("x"), False),
+        (RuntimeError("Error while uploading 'x' to the Hub."), None, False),
+        (RuntimeError("out of memory"), None, False),
+        (httpx.UnsupportedProtocol("ftp"), None, False),
+        (OfflineModeIsEnabled("offline"), None, False),
+    ],
+)
+def test_only_failures_of_the_connection_ask_for_another_push(folder, monkeypatch, error, cause, is_connection):
+    def fail(*arguments, **options):
+        raise error from cause
+
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    with pytest.raises(Exception) as raised:
+        push_folder(folder, REPO, "mit")
+    if is_connection:
+        assert type(raised.value) is ConnectionError and "Push again" in str(raised.value)
+        assert str(error) in str(raised.value) and str(cause or "") in str(raised.value)
+    else:
+        assert raised.value is error
 
 
 def test_push_folder_checks_before_it_sends(tmp_path):

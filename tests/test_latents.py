@@ -632,6 +632,12 @@ class TestMomentsDataset:
         assert torch.equal(labels[order], torch.from_numpy(dataset.labels))
         assert torch.equal(dataset[4]["moments"], moments[order[4]]) and dataset[4]["label"] == 0
 
+    def test_needs_no_preadv(self, encoded, monkeypatch):
+        """As some builds of Python for macOS have none."""
+        expected = MomentsDataset(encoded).load(range(21))
+        monkeypatch.delattr(os, "preadv", raising=False)
+        assert torch.equal(MomentsDataset(encoded).load(range(21)), expected)
+
     def test_nothing_stays_mapped(self, encoded):
         """Memory does not grow with what was read: no page of a shard belongs to the process."""
         if not Path("/proc/self/maps").exists():
@@ -692,18 +698,37 @@ class TestMomentsDataset:
 
 
 @pytest.fixture(scope="module")
-def other_vae_dir(vae_dir, tmp_path_factory):
-    """The VAE of these tests but for one weight."""
-    vae = AutoencoderKL.from_pretrained(vae_dir)
-    with torch.no_grad():
-        vae.encoder.conv_in.bias[0] += 1e-3
-    folder = tmp_path_factory.mktemp("other-vae")
-    vae.save_pretrained(folder)
-    return folder
+def save_vae(vae_dir, tmp_path_factory):
+    """Saves the VAE of these tests after a change."""
+
+    def save(change=None, **config):
+        vae = AutoencoderKL.from_pretrained(vae_dir)
+        vae.register_to_config(**config)
+        if change is not None:
+            with torch.no_grad():
+                change(vae)
+        folder = tmp_path_factory.mktemp("other-vae")
+        vae.save_pretrained(folder)
+        return folder
+
+    return save
 
 
-def test_training_and_probing_refuse_another_vae(
-    train, encoded, vae_dir, other_vae_dir, tiny_transformer, tmp_path, capsys
+@pytest.fixture(scope="module")
+def another_encoder(save_vae):
+    return save_vae(lambda vae: vae.encoder.conv_in.bias[0].add_(1e-3))
+
+
+@pytest.fixture(scope="module")
+def another_decoder(save_vae):
+    """What sd-vae-ft-ema is to sd-vae-ft-mse."""
+    return save_vae(
+        lambda vae: [weight.mul_(0.5) for m in (vae.decoder, vae.post_quant_conv) for weight in m.parameters()]
+    )
+
+
+def test_training_and_probing_refuse_another_encoder(
+    train, encoded, vae_dir, save_vae, another_encoder, another_decoder, tiny_transformer, tmp_path, capsys
 ):
     def save_pipeline(vae, folder):
         transformer = tiny_transformer(in_channels=2, num_classes=3, sample_size=RESOLUTION // 2)
@@ -711,16 +736,28 @@ def test_training_and_probing_refuse_another_vae(
         pipe.save_pretrained(tmp_path / folder)
         return str(tmp_path / folder)
 
-    good, bad = save_pipeline(vae_dir, "good"), save_pipeline(other_vae_dir, "bad")
+    good, bad = save_pipeline(another_decoder, "good"), save_pipeline(another_encoder, "bad")
     latents = ("--latents_dir", encoded, "--dry_run")
-    digest = MomentsDataset(encoded).metadata["vae_sha256"][:12]
+    digest = MomentsDataset(encoded).metadata["vae_encoder_sha256"][:12]
     message = f"was encoded by the VAE {str(vae_dir)!r} .*{digest}.*, but `--pretrained_vae_model_name_or_path` "
-    with pytest.raises(ValueError, match=f"{message}{str(other_vae_dir)!r} is another one"):
-        train(*latents, "--pretrained_vae_model_name_or_path", other_vae_dir)
-    # It is the weights that count, not where they are.
+    with pytest.raises(ValueError, match=f"{message}{str(another_encoder)!r} is another one"):
+        train(*latents, "--pretrained_vae_model_name_or_path", another_encoder)
+    # It is the weights that count, not where they are, and of these only what encodes.
     shutil.copytree(vae_dir, tmp_path / "moved")
-    assert train(*latents, "--pretrained_vae_model_name_or_path", tmp_path / "moved") == 0
+    for vae in (tmp_path / "moved", another_decoder):
+        assert train(*latents, "--pretrained_vae_model_name_or_path", vae) == 0
     assert train(*latents) == 0
+    # What is not in the weights
+    for config, problem in (
+        ({"scaling_factor": 0.3}, r"\(scaling factor 0.5\), but .* is another one \(0.3\)"),
+        ({"shift_factor": None}, r"\(shift factor 0.25\), but .* is another one \(None\)"),
+        ({"norm_num_groups": 1}, r"\(SHA-256 of the encoder .*\), but .* is another one"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            train(*latents, "--pretrained_vae_model_name_or_path", save_vae(**config))
+    with pytest.raises(ValueError, match="is another one"):
+        quant_conv = save_vae(lambda vae: vae.quant_conv.weight.mul_(2))
+        train(*latents, "--pretrained_vae_model_name_or_path", quant_conv)
 
     # The VAE of a pipeline to start from
     shape = [flag for name in ("patch_size", "num_layers") for flag in (f"--{name}", "2")] + ["--probe_depth", "1"]
@@ -753,6 +790,39 @@ def test_probing_measures_on_the_latents_that_the_run_held_out(train, encoded, t
     assert train(*latents, output_dir=tmp_path / "all") == 0
     with pytest.raises(SystemExit, match="its training run held out no fraction of its data"):
         probe("all")
+
+
+def test_folder_of_an_older_version(script, arguments, images_dir, train, another_decoder, tmp_path, capsys):
+    """Its metadata has the hash of the whole VAE alone: it opens, says what it does not know, and can be completed."""
+    folder = tmp_path / "moments"
+    script.main(arguments(images_dir, folder))
+    complete = json.loads((folder / "metadata.json").read_text())
+    older = {name: value for name, value in complete.items() if name != "vae_encoder_sha256"}
+    (folder / "metadata.json").write_text(json.dumps(older))
+    latents = ("--latents_dir", folder, "--dry_run")
+    assert train(*latents) == 0
+    with pytest.raises(
+        ValueError, match="Whether the two have one encoder is not known.*run .*encode_latents.py again"
+    ):
+        train(*latents, "--pretrained_vae_model_name_or_path", another_decoder)
+
+    capsys.readouterr()
+    shards = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.arrow")}
+    script.main(arguments(images_dir, folder))
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert shards == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.arrow")}
+    assert json.loads((folder / "metadata.json").read_text()) == complete
+    assert train(*latents, "--pretrained_vae_model_name_or_path", another_decoder) == 0
+
+    # One that was begun by it
+    (folder / "metadata.json").unlink()
+    result = ("format", "format_version", "moments", "num_rows", "num_unreadable", "rows_per_shard")
+    (folder / "encoding.json").write_text(json.dumps({k: v for k, v in older.items() if k not in result}))
+    next(folder.glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="was begun with other settings .*vae_sha256"):
+        script.main([*arguments(images_dir, folder), "--pretrained_vae_model_name_or_path", str(another_decoder)])
+    script.main(arguments(images_dir, folder))
+    assert json.loads((folder / "metadata.json").read_text()) == complete
 
 
 def test_source_of_the_training_stream(encoded):

@@ -2,15 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import re
+import shutil
 
 import pytest
+import torch
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.checkpointing import hash_weights
 from diffusers_lsep.evaluation.evaluate import METRICS
-from diffusers_lsep.model_card import METRIC_NAMES, Gallery, merge_model_cards, update_evaluation, write_model_card
+from diffusers_lsep.model_card import (
+    METRIC_NAMES,
+    Gallery,
+    SavedPipeline,
+    merge_model_cards,
+    update_evaluation,
+    write_model_card,
+)
 
 
 RESULTS = {"metrics": {"fid": 5.7, "inception_score": 120.0}, "dataset": "ImageNet", "num_images": 50000}
@@ -20,12 +31,26 @@ RESULTS = {"metrics": {"fid": 5.7, "inception_score": 120.0}, "dataset": "ImageN
 def save(tiny_transformer, tmp_path):
     """Saves a tiny pipeline."""
 
-    def save(variant=None, id2label=None, **config):
+    def save(variant=None, id2label=None, max_shard_size="10GB", **config):
         pipe = LSEPPipeline(tiny_transformer(**config), FlowMatchSDEScheduler(), id2label=id2label)
-        pipe.save_pretrained(tmp_path / "sit-tiny", variant=variant)
+        pipe.save_pretrained(tmp_path / "sit-tiny", variant=variant, max_shard_size=max_shard_size)
         return tmp_path / "sit-tiny"
 
     return save
+
+
+def write_results(folder, weights=None, **results):
+    """Results of the weights in the folder, as `evaluate --update_card` writes them."""
+    weights = SavedPipeline(folder).hashes if weights is None else weights
+    (folder / "eval_results.json").write_text(json.dumps({**RESULTS, "weights": weights, **results}))
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What the library of diffusers logs."""
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
 
 
 def read(folder):
@@ -89,7 +114,7 @@ def test_gallery_names_its_seeds(save):
 
 def test_metrics_become_a_model_index(save):
     folder = save()
-    (folder / "eval_results.json").write_text(json.dumps(RESULTS))
+    write_results(folder)
     card = ModelCard.load(write_model_card(folder, repo_id="lsep/tiny"))
     assert card.data.model_name == "tiny"
     assert {(r.metric_type, r.metric_name, r.metric_value, r.dataset_name) for r in card.data.eval_results} == {
@@ -105,11 +130,11 @@ def test_update_evaluation_touches_nothing_else(save):
     write_model_card(folder, license="mit", sampling={"guidance_scale": 1.8}, training_args={"seed": 3})
     before = read(folder)
     for fid in (9.9, 5.7):
-        (folder / "eval_results.json").write_text(json.dumps({**RESULTS, "metrics": {"fid": fid}}))
+        write_results(folder, metrics={"fid": fid})
         update_evaluation(folder)
     after = read(folder)
     assert [result.metric_value for result in after.data.eval_results] == [5.7]
-    assert after.text.startswith(before.text.rstrip())
+    assert after.text.startswith(before.text.partition("<!-- diffusers_lsep facts")[0].rstrip())
     assert after.text.count("## Evaluation") == 1
     assert after.data.license == "mit"
 
@@ -136,7 +161,7 @@ def test_writing_again_keeps_what_was_written_by_hand(save):
     card = read(folder)
     assert "My own words." in card.text
     assert "guidance_scale=2.5" in card.text
-    assert "| `seed` | `3` |" in card.text  # known from before
+    assert "`seed`" not in card.text  # not known now
     assert "No licence has been declared" not in card.text
     assert card.text.count("## Usage") == 1
     assert card.data.language == "en"
@@ -147,7 +172,7 @@ def test_leaves_the_text_of_a_card_that_is_not_ours(save):
     folder = save()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWords.\n")
     write_model_card(folder)
-    assert read(folder).text == "# Mine\n\nWords.\n"
+    assert re.fullmatch(r"# Mine\n\nWords\.\n\n<!-- diffusers_lsep facts: .* -->\n", read(folder).text)
     assert read(folder).data.license == "mit"
     assert read(folder).data.library_name == "diffusers"
 
@@ -192,7 +217,8 @@ def test_refuses_what_is_no_pipeline_of_this_package(save):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "dit"}, r"`source` has to be one of \['lsep', 'repa', 'sit'\], but is 'dit'"),
+        ({"source": "dit"}, r"`source` has to be one of \['lsep', 'repa', 'sit', 'training'\], but is 'dit'"),
+        ({"source": "training"}, "`source` is 'training', so `training_args` has to be given, but is None"),
         ({"gallery": Gallery("none.png", [1], [1])}, "`gallery` names 'none.png', but there is no such file"),
         ({"gallery": Gallery("model_index.json", [1], [])}, "one seed per image, but has 0 seeds for 1 images"),
     ],
@@ -219,7 +245,7 @@ def test_sampler_is_described_by_its_own_settings(save):
 def test_every_metric_of_the_evaluation_has_its_name(save):
     folder = save()
     values = {name: 1.0 + i for i, name in enumerate([*METRICS, "kid_std"])}
-    (folder / "eval_results.json").write_text(json.dumps({"metrics": values, "dataset": "ImageNet"}))
+    write_results(folder, metrics=values)
     card = ModelCard.load(update_evaluation(folder))
     names = {result.metric_type: result.metric_name for result in card.data.eval_results}
     assert names == {**METRICS, "kid_std": "KID, standard deviation over its subsets"} == METRIC_NAMES
@@ -229,11 +255,246 @@ def test_every_metric_of_the_evaluation_has_its_name(save):
 
 def test_settings_and_notes_of_an_evaluation_are_readable(save):
     folder = save()
-    results = {**RESULTS, "sampling": {"seed": 0, "variant": None}, "notes": ["`samples` holds 5 images", "grey"]}
-    (folder / "eval_results.json").write_text(json.dumps(results))
+    sampling = {"seed": 0, "variant": None, "weights": {"transformer": "0123"}}
+    write_results(folder, sampling=sampling, notes=["`samples` holds 5 images", "grey"])
     text = ModelCard.load(update_evaluation(folder)).text
     assert "| `sampling.seed` | `0` |" in text and "variant" not in text and "| `num_images` | `50000` |" in text
-    assert "\n\n- `samples` holds 5 images\n- grey\n" in text and "`notes`" not in text
+    assert "\n\n- `samples` holds 5 images\n- grey\n" in text
+    evaluation = text.partition("## Evaluation")[2]
+    assert "`notes`" not in evaluation and "weights`" not in evaluation and "0123" not in evaluation
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sentence"),
+    [
+        ({"class_labels": "random over all classes"}, "The classes of the samples were drawn at random"),
+        ({"label_sampling": "random"}, "The classes of the samples were drawn at random"),
+        (
+            {"class_labels": "balanced over all classes"},
+            "every class was drawn equally often, which gives a lower FID",
+        ),
+        ({"label_sampling": "balanced"}, "every class was drawn equally often, which gives a lower FID"),
+        ({"class_labels": ["3", "7"]}, "How the classes of the samples were chosen is not recorded"),
+        (None, "How the classes of the samples were chosen is not recorded"),
+    ],
+)
+def test_evaluation_says_how_classes_were_drawn(save, sampling, sentence):
+    folder = save()
+    write_results(folder, sampling=sampling)
+    assert sentence in ModelCard.load(update_evaluation(folder)).text
+
+
+# --- What is about other weights
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
+def test_weights_are_hashed_from_their_files(save, max_shard_size):
+    folder = save(max_shard_size=max_shard_size)
+    assert (len(list((folder / "transformer").glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
+    transformer = LSEPPipeline.from_pretrained(folder).transformer
+    saved = SavedPipeline(folder)
+    assert saved.hashes == {"transformer": hash_weights(transformer)}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert saved.find_differences({"transformer": hash_weights(transformer.to(dtype)), "vae": None}) == []
+    assert saved.find_differences({"transformer": "0123", "vae": "4567"}) == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize("weights", [{"transformer": "0123"}, {}])
+def test_metrics_of_other_weights_are_left_out(save, warnings, weights):
+    """Those without a hash, of an older version, as well."""
+    folder = save()
+    write_results(folder, weights)
+    if not weights:
+        (folder / "eval_results.json").write_text(json.dumps(RESULTS))
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.eval_results is None and "## Evaluation" not in card.text
+    assert "is of other weights than those" if weights else "does not say that it is of the weights" in warnings.text
+
+    # A card that has them already
+    write_results(folder)
+    update_evaluation(folder)
+    assert read(folder).data.eval_results and "## Evaluation" in read(folder).text
+    write_results(folder, {"transformer": "0123"})
+    card = ModelCard.load(update_evaluation(folder))
+    assert card.data.eval_results is None and "## Evaluation" not in card.text and "## Usage" in card.text
+
+
+def test_a_new_card_says_nothing_of_the_old_weights(save):
+    folder = save()
+    write_results(folder)
+    Image.new("RGB", (8, 4)).save(folder / "grid.png")
+    facts = {"license": "mit", "dataset": "ylecun/mnist", "base_model": "lsep/base", "training_args": {"seed": 3}}
+    path = write_model_card(folder, source="lsep", gallery=Gallery("grid.png", [7], [1]), **facts)
+    text = path.read_text().replace("tags:", "language: en\ntags:\n- mine").replace("## Usage", "## Usage\n\nWords")
+    path.write_text(text + "\nMy own words.\n")
+
+    write_results(folder, {"transformer": "0123"})
+    write_model_card(folder, source="sit")
+    card = read(folder)
+    assert card.data.to_dict() == {
+        "language": "en",
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["mine", "class-conditional", "sit", "arxiv:2401.08740"],
+    }
+    for old in ("5.7", "mnist", "lsep/base", "grid.png", "`seed`", "mit", "Trained with LSEP", "yun2025lsep"):
+        assert old not in card.text
+    assert "My own words." in card.text and "No licence has been declared" in card.text
+    assert card.text.index("# sit-tiny") < card.text.index("## Usage") < card.text.index("My own words.")
+
+
+def test_metadata_that_somebody_changed_stays(save):
+    folder = save()
+    path = write_model_card(folder, dataset="ylecun/mnist")
+    text = path.read_text().replace("- ylecun/mnist", "- my/digits")
+    path.write_text(text.replace("\nlibrary_name", "\nlicense: mit\nlibrary_name"))
+    write_model_card(folder)
+    assert read(folder).data.license == "mit" and read(folder).data.datasets == ["my/digits"]
+    assert "No licence has been declared" not in read(folder).text
+
+
+def test_metrics_in_a_card_of_somebody_else_go_with_the_weights(save):
+    """They are the one thing that is generated in it."""
+    folder = save()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nWords.\n")
+    write_results(folder)
+    update_evaluation(folder)
+    assert [result.metric_type for result in read(folder).data.eval_results] == ["fid", "inception_score"]
+    write_results(folder, {"transformer": "0123"})
+    write_model_card(folder)
+    card = read(folder)
+    assert card.data.eval_results is None and card.data.license == "mit" and "Words." in card.text
+
+
+def test_update_evaluation_replaces_a_card_of_other_weights(save):
+    folder = save()
+    path = write_model_card(folder, license="mit", training_args={"seed": 3})
+    path.write_text(path.read_text() + "\nMy own words.\n")
+    save(num_classes=5)
+    write_results(folder)
+    card = ModelCard.load(update_evaluation(folder))
+    assert card.data.license is None and "`seed`" not in card.text and "My own words." in card.text
+    assert "| Classes | 5 |" in card.text and "| FID | 5.7 |" in card.text
+
+
+def test_merging_forgets_what_was_about_other_weights(save):
+    def card(**config):
+        folder = save(**config)
+        write_results(folder)
+        path = write_model_card(folder, license="mit", training_args={"seed": 3})
+        on_hub = ModelCard(path.read_text() + "\nWritten on the Hub.\n")
+        shutil.rmtree(folder)
+        return on_hub
+
+    old, same = card(), card()
+    new = ModelCard.load(write_model_card(save(num_classes=5)))
+    merged = merge_model_cards(old, new)
+    assert merged.data.license is None and merged.data.eval_results is None
+    assert "`seed`" not in merged.text and "5.7" not in merged.text and "Written on the Hub." in merged.text
+    shutil.rmtree(save())
+    merged = merge_model_cards(same, ModelCard.load(write_model_card(save())))
+    assert merged.data.license == "mit" and len(merged.data.eval_results) == 2
+    assert "| `seed` | `3` |" in merged.text and "| FID | 5.7 |" in merged.text
+
+
+def test_card_of_an_older_version(save):
+    """It has no facts: all that such a version generated counts as generated."""
+    folder = save()
+    path = write_model_card(folder, license="mit", dataset="ylecun/mnist", training_args={"seed": 3})
+    path.write_text(re.sub("<!-- diffusers_lsep facts.*", "My own words.", path.read_text()))
+    before = path.read_text()
+    write_results(folder)
+    card = ModelCard.load(update_evaluation(folder))
+    assert card.data.license == "mit" and "| `seed` | `3` |" in card.text and "| FID | 5.7 |" in card.text
+    path.write_text(before)
+    write_model_card(folder)
+    card = read(folder)
+    assert card.data.license is None and card.data.datasets is None and "`seed`" not in card.text
+    assert "My own words." in card.text
+
+
+# --- What the flags of a training come to
+
+
+@pytest.mark.parametrize(
+    ("flags", "base_model", "said", "tags"),
+    [
+        ({}, None, ["Trained with LSEP", "no external encoder takes part."], ["lsep", "arxiv:2509.21565"]),
+        (
+            {"repa_encoder": "facebook/dinov2-base"},
+            None,
+            ["Trained with LSEP", "beside it, REPA", "of an external encoder, `facebook/dinov2-base`."],
+            ["lsep", "arxiv:2509.21565", "arxiv:2410.06940"],
+        ),
+        (
+            {"repa_encoder": "facebook/dinov2-base", "no_lsep": True},
+            None,
+            ["Trained with REPA", "without LSEP's probe", "of an external encoder, `facebook/dinov2-base`."],
+            ["arxiv:2410.06940"],
+        ),
+        (
+            {"no_lsep": True},
+            None,
+            ["Trained as a plain SiT", "neither LSEP's probe nor an external encoder takes part."],
+            ["arxiv:2401.08740"],
+        ),
+        (
+            {},
+            "lsep/base",
+            ["Fine-tuned with LSEP", "takes part in the fine-tuning.", "Fine-tuned from [lsep/base](https://hug"],
+            ["lsep", "arxiv:2509.21565"],
+        ),
+        (
+            {"lora_rank": 8, "no_lsep": True},
+            "FOLDER/start",
+            ["Fine-tuned through LoRA layers of rank 8, which are merged into the weights, as a plain SiT", "`start`"],
+            ["arxiv:2401.08740"],
+        ),
+    ],
+)
+def test_sentences_derive_from_the_flags(save, tmp_path, flags, base_model, said, tags):
+    folder = save()
+    (tmp_path / "start").mkdir()
+    base_model = base_model and base_model.replace("FOLDER", str(tmp_path))
+    flags = {"no_lsep": False, "repa_encoder": None, "lora_rank": None, **flags}
+    flags |= {"probe_depth": 1, "crop_size_min": 2, "repa_weight": 0.5}
+    card = ModelCard.load(write_model_card(folder, source="training", base_model=base_model, training_args=flags))
+    for sentence in said:
+        assert sentence in card.text
+    assert card.data.tags == ["class-conditional", "sit", *tags]
+    assert card.data.base_model == ("lsep/base" if base_model == "lsep/base" else None)
+    assert "checkpoint" not in card.text and str(tmp_path) not in card.content
+    assert ("no external encoder" in card.text or "nor an external encoder" in card.text) == (
+        not flags["repa_encoder"]
+    )
+    assert ("`repa_weight`" in card.text) == bool(flags["repa_encoder"])
+    for text in ("`probe_depth`", "`crop_size_min`"):
+        assert (text in card.text) == (not flags["no_lsep"])
+    assert ("yun2025lsep" in card.text) == (not flags["no_lsep"])
+
+
+def test_paths_lose_their_folders(save, tmp_path, monkeypatch):
+    folder = save()
+    for name in ("my-images", "dino"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write_results(
+        folder,
+        dataset="/home/me/reference.npz",
+        samples="data/my-images (train)",
+        notes=["FD-DINOv2 is published with facebook/dinov2-large, not /home/me/models/dino"],
+    )
+    flags = {"no_lsep": False, "train_data_dir": str(tmp_path / "data" / "my-images"), "preset": "SiT-XL/2"}
+    flags |= {"repa_encoder": "data/dino"}
+    card = ModelCard.load(write_model_card(folder, source="training", dataset="data/my-images", training_args=flags))
+    assert str(tmp_path) not in card.content and "/home/me" not in card.content and "data/" not in card.content
+    assert card.data.datasets is None and {result.dataset_name for result in card.data.eval_results} == {
+        "reference.npz"
+    }
+    for row in ("| `train_data_dir` | `my-images` |", "`preset` | `SiT-XL/2`", "`samples` | `my-images (train)`"):
+        assert row in card.text
+    assert "of an external encoder, `dino`" in card.text and "facebook/dinov2-large, not dino" in card.text
+    assert 'from_pretrained("sit-tiny")' in card.text
 
 
 def test_merging_prefers_the_text_that_was_written_by_hand(save):

@@ -83,6 +83,13 @@ def test_metadata():
     }
 
 
+def test_classifiers_name_the_systems_that_it_runs_on():
+    command = [sys.executable, "setup.py", "--classifiers"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    systems = [line for line in output.splitlines() if line.startswith("Operating System ::")]
+    assert systems == ["Operating System :: POSIX :: Linux", "Operating System :: MacOS"]
+
+
 def test_command_line_entry_point():
     (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name="diffusers-lsep")
     assert callable(entry_point.load())

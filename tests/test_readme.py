@@ -4,21 +4,18 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from code_blocks import ROOT, read_blocks, run_blocks, tiny_vae
 from hub_server import HubServer
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 
-
-ROOT = Path(__file__).parents[1]
 
 # What is replaced in the README's blocks before they run: things that are not here, and sizes. All else runs as it is.
 SUBSTITUTIONS = {
@@ -47,26 +44,8 @@ SUBSTITUTIONS = {
         "fid/samples.npz --metrics fid --inception_weights inception.pth --cache_dir features"
     ),
     "--method ridge": "--method ridge --layers 3 --timesteps 0.2 --max_train_images 400",
+    'pip install -c constraints.txt -e ".[test]" && pytest\n': "",  # .ci/run does
 }
-
-# The one block that this file does not run: `.ci/run` does.
-TEST_COMMAND = 'pip install -c constraints.txt -e ".[test]" && pytest\n'
-
-
-def read_blocks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(r"^```(bash|python)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def tiny_vae():
-    return AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=1,
-    )
 
 
 @pytest.fixture
@@ -91,16 +70,15 @@ def folder(tmp_path, tiny_transformer):
 @pytest.mark.timeout(900)
 def test_readme_runs(folder, inception_weights):
     (folder / "inception.pth").symlink_to(inception_weights)
-    blocks = read_blocks()
+    blocks = read_blocks("README.md")
     assert sum(language == "bash" for language, _ in blocks) >= 4
     assert sum(language == "python" for language, _ in blocks) >= 3
     search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     with HubServer(folder / "hub", tokens={"hf_owner": "your-name"}) as hub:
         environment = hub.environment(folder / "hf-home", PATH=search_path, HF_TOKEN="hf_owner")
-        used = run_blocks(blocks, folder, environment)
+        run_blocks(blocks, folder, environment, SUBSTITUTIONS)
         assert "model_index.json" in hub.files("your-name/lsep-digits")
-    assert used == {*SUBSTITUTIONS, TEST_COMMAND}, "a substitution that nothing needs"
     assert Image.open(folder / "seven.png").size == (128, 128)
     for name in ("lsep-digits", "my-model", "sit-xl-256"):
         assert (folder / name / "model_index.json").is_file()
@@ -108,31 +86,6 @@ def test_readme_runs(folder, inception_weights):
     assert (folder / "probing" / "probe_heatmap.png").is_file()
     for name in ("guidance-sweep", "denoising-strip"):
         assert Image.open(folder / "figures" / f"{name}.png").width > 400
-
-
-def run_blocks(blocks, folder, environment):
-    """Runs the blocks one after the other, and returns which substitutions were made."""
-    used = set()
-    for language, block in blocks:
-        if block == TEST_COMMAND:
-            used.add(TEST_COMMAND)
-            continue
-        for old, new in SUBSTITUTIONS.items():
-            if old in block:
-                used.add(old)
-                block = block.replace(old, new)
-        command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euc", block]
-        result = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            timeout=300,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
-    return used
 
 
 def test_figures_of_the_readme_are_true():

@@ -383,6 +383,9 @@ def test_training_with_repa(train, dinov2, tmp_path):
         *("class_embedding", "norm_out", "pos_embed", "proj_out", "time_embedding", "transformer_blocks"),
     }
     assert {path.name for path in run.iterdir() if path.is_dir()} >= {"transformer", "scheduler", "probe"}
+    card = (run / "README.md").read_text()
+    assert "Trained with LSEP" in card and f"with those of an external encoder, `{dinov2.name}`" in card
+    assert "no external encoder" not in card and str(dinov2) not in card
 
 
 def test_a_run_with_repa_continues_bit_for_bit(train, dinov2, tmp_path):
@@ -405,6 +408,9 @@ def test_repa_alone(train, dinov2, tmp_path):
     line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert line["loss"] == pytest.approx(line["denoising_loss"] + line["repa_loss"], rel=1e-5)
     assert "probe_loss" not in line
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Trained with REPA" in card and f"with those of an external encoder, `{dinov2.name}`" in card
+    assert "checkpoint" not in card.partition("## Usage")[0] and "Trained with LSEP" not in card
 
 
 def test_every_source_of_pixels_gives_the_same_loss(train, dinov2, own_images, latents, original_layout, tmp_path):

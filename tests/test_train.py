@@ -24,12 +24,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from hub_server import HubServer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
 from diffusers_lsep.checkpointing import find_damage, list_checkpoints
+from diffusers_lsep.model_card import SavedPipeline, update_evaluation
 from diffusers_lsep.objective import LSEPObjectiveOutput
-from diffusers_lsep.training_log import MetricsFile, StepMetrics, read_metrics
+from diffusers_lsep.training_log import MetricsFile, StepMetrics, peak_memory, read_metrics
+from diffusers_lsep.training_processes import usable_cores
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +152,7 @@ def test_the_default_command(tmp_path):
     settings = settings_of(run)
     assert json.dumps(settings, indent=2) in result.stdout
     assert settings["train_batch_size"] == 128 and settings["validation_split"] == "test"
-    assert settings["threads"] == len(os.sched_getaffinity(0))
+    assert settings["threads"] == usable_cores()
     assert "probe=" in result.stderr and "accuracy=" in result.stderr
 
     pipeline = DiffusionPipeline.from_pretrained(run)
@@ -478,6 +481,36 @@ def test_push_to_hub(tmp_path):
     assert str(ROOT) not in card and str(tmp_path) not in card
 
 
+def test_the_card_of_a_new_run_says_nothing_of_the_old_one(tmp_path):
+    """After `--overwrite_output_dir`; the second run starts from the first one's pipeline on the Hub."""
+    run = tmp_path / "run"
+
+    def train(*flags):
+        command = [sys.executable, SCRIPT, *TINY_MODEL, *TINY_RUN, "--output_dir", run, *flags]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return ModelCard.load(run / "README.md")
+
+    with HubServer(tmp_path / "hub", {"hf_owner": "lsep"}) as hub:
+        environment = hub.environment(tmp_path / "home", HF_TOKEN="hf_owner")
+        old = train("--push_to_hub", "--hub_model_id", "lsep/digits", "--license", "cc-by-4.0")
+        results = {"metrics": {"fid": 5.7}, "weights": SavedPipeline(run).hashes}
+        (run / "eval_results.json").write_text(json.dumps(results))
+        update_evaluation(run)
+        card = ModelCard.load(run / "README.md")
+        assert card.data.eval_results[0].metric_value == 5.7 and old.data.license == "cc-by-4.0"
+        text = card.content.replace("\nlibrary_name", "\nlanguage: en\nlibrary_name")
+        (run / "README.md").write_text(text + "\nWritten by hand.\n")
+        new = train("--overwrite_output_dir", "--no_lsep", "--pretrained_model_name_or_path", "lsep/digits")
+    for text in ("cc-by-4.0", "5.7", "Trained with LSEP", "yun2025lsep"):
+        assert text not in new.content
+    assert new.data.eval_results is None and new.data.license is None and new.data.base_model == "lsep/digits"
+    assert new.data.tags == ["class-conditional", "sit", "arxiv:2401.08740"] and new.data.language == "en"
+    assert "Written by hand." in new.text and "Fine-tuned as a plain SiT" in new.text
+    assert "Fine-tuned from [lsep/digits](https://huggingface.co/lsep/digits)." in new.text
+    assert str(tmp_path) not in new.content
+
+
 # --- Through a VAE
 
 
@@ -736,6 +769,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
 def test_a_loss_that_is_not_finite_before_any_checkpoint(train):
     with pytest.raises(FloatingPointError, match="the last good checkpoint does not exist"):
         train("--learning_rate", 1e25, "--lr_scheduler", "constant", "--checkpointing_steps", 100)
+
+
+def test_memory_and_cores_on_macos(monkeypatch):
+    """Linux counts memory in kilobytes, macOS in bytes, and macOS knows no affinity."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    for platform, unit in (("linux", 1024), ("darwin", 1)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_memory(torch.device("cpu")) == usage.ru_maxrss * unit
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert 1 <= usable_cores() <= os.cpu_count()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -16,13 +16,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -295,10 +296,35 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_weights(model: torch.nn.Module) -> str:
-    """SHA-256 of the names and values of a model's state dict, which says whether two models are the same."""
+def hash_weights(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+    """
+    SHA-256 of the names and values of a model's state dict, which says whether two models are the same.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        prefixes (`tuple[str, ...]`, defaults to all): How the names begin that count.
+    """
+    return _hash_tensors((k, v) for k, v in sorted(model.state_dict().items()) if k.startswith(prefixes))
+
+
+def hash_saved_weights(files: Iterable[Path], dtype: torch.dtype | None = None) -> str:
+    """
+    [`hash_weights`] of the model in these safetensors files, whatever its shards, without building it.
+
+    Args:
+        files (`Iterable[Path]`): The files.
+        dtype (`torch.dtype`, *optional*): That of the model, in place of the one that it is saved in.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118, it is not a dictionary
+        tensors = ((name, file_of[name].get_tensor(name)) for name in sorted(file_of))
+        return _hash_tensors((k, v.to(dtype or v.dtype) if v.is_floating_point() else v) for k, v in tensors)
+
+
+def _hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

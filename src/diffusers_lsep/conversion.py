@@ -560,7 +560,7 @@ def run(args: argparse.Namespace):
             probe.save_pretrained(folder / "probe")
         if args.with_code:
             add_code(folder)
-        name = args.push_to_hub or Path(args.output_dir).as_posix()
+        name = args.push_to_hub or output_dir.name
         write_model_card(folder, repo_id=name, license=args.license, source=converted.source)
         if output_dir.exists():
             output_dir.rename(Path(temporary) / "replaced")

@@ -19,6 +19,8 @@ from .model_card import (
     CARD_NAME,
     EVAL_RESULTS_NAME,
     SavedPipeline,
+    declare_license,
+    is_about_other_weights,
     merge_model_cards,
     point_usage_at,
     write_model_card,
@@ -30,6 +32,12 @@ logger = logging.get_logger(__name__)
 PROBE_FOLDER = "probe"
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
+
+# Of the client, which itself tries again after the first three, and of its library for large files.
+CONNECTION_FAILURES = (
+    *(httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError),
+    *(ConnectionError, TimeoutError),
+)
 
 # The component classes that a repository with code brings along: component and module.
 REMOTE_COMPONENTS = {
@@ -59,7 +67,7 @@ def push_folder(
     the evaluation's results. Whatever else is in the folder stays here: checkpoints, optimiser states, logs. A folder
     without a model card gets one. Weights of an earlier push that have another name now (other shards) are removed.
 
-    Sections of the model card that somebody wrote on the Hub are kept.
+    What somebody wrote into the model card on the Hub is kept; what was generated there about other weights is not.
 
     Args:
         folder (`str` or `os.PathLike`): A folder that `LSEPPipeline.save_pretrained` wrote.
@@ -84,7 +92,11 @@ def push_folder(
     validate_repo_id(repo_id)
     folder = Path(folder)
     pipeline = SavedPipeline(folder)
-    if not (folder / CARD_NAME).is_file():
+    has_card = (folder / CARD_NAME).is_file()
+    if has_card and is_about_other_weights(ModelCard.load(folder / CARD_NAME), pipeline.hashes):
+        logger.warning(f"{folder / CARD_NAME} is about other weights than those beside it: it is written anew.")
+        has_card = False
+    if not has_card:
         write_model_card(folder, repo_id=repo_id, license=license)
     card = ModelCard.load(folder / CARD_NAME)
     files = _files_to_push(pipeline, card)
@@ -99,15 +111,18 @@ def push_folder(
 
         point_usage_at(card, repo_id)
         if license is not None:
-            card.data.license = license
-        card = merge_model_cards(_card_on_hub(api, repo_id, revision) or card, card)
+            declare_license(card, license)
+        card_on_hub = _card_on_hub(api, repo_id, revision) or card
+        outdated = {EVAL_RESULTS_NAME} - {*files} if is_about_other_weights(card_on_hub, pipeline.hashes) else set()
+        card = merge_model_cards(card_on_hub, card, pipeline.hashes)
 
         operations = [
             CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=str(card).encode()),
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in files),
         ]
         on_hub = api.list_repo_files(repo_id, revision=revision)
-        operations += [CommitOperationDelete(path_in_repo=path) for path in _outdated_weights(on_hub, files)]
+        outdated = [*_outdated_weights(on_hub, files), *outdated.intersection(on_hub)]
+        operations += [CommitOperationDelete(path_in_repo=path) for path in outdated]
         return api.create_commit(
             repo_id,
             operations,
@@ -115,11 +130,12 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
         )
-    except OfflineModeIsEnabled:
-        raise
-    except (httpx.TransportError, ConnectionError, RuntimeError) as error:
-        # The client raises a RuntimeError that names the file, with the reason as its cause.
-        reason = f"{error} {error.__cause__}" if error.__cause__ is not None else str(error)
+    except (*CONNECTION_FAILURES, RuntimeError) as error:
+        # What ends the upload of a file is the cause of a RuntimeError of the client, which names the file.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, CONNECTION_FAILURES) or isinstance(cause, OfflineModeIsEnabled):
+            raise
+        reason = str(error) if cause is error else f"{error} {cause}"
         raise ConnectionError(
             f"Pushing {folder} to {repo_id} did not end: {reason} Nothing of it is visible on the Hub. Push again:"
             " files that arrived are not sent twice."
@@ -147,7 +163,8 @@ def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:
     folder = pipeline.folder
     images = [name for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.text) if "://" not in name]
     code = [REMOTE_PIPELINE_FILE] if pipeline.has_code else []
-    files = [name for name in ["model_index.json", EVAL_RESULTS_NAME, *code, *images] if (folder / name).is_file()]
+    results = [EVAL_RESULTS_NAME] if pipeline.read_evaluation() is not None else []
+    files = [name for name in ["model_index.json", *results, *code, *images] if (folder / name).is_file()]
 
     components = [
         name

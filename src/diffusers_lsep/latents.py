@@ -7,6 +7,7 @@ unscaled, as the original projects store them. Training draws a new latent from 
 ([`~data.sample_posterior`]). The two classes are sources of a [`~data.SampleStream`].
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,16 @@ TEMPORARY_SUFFIX = ".tmp"
 UNREADABLE_KEY = b"unreadable"
 # Opening a set looks at the head of every record batch: few and large ones make that quick.
 ROWS_PER_RECORD_BATCH = 1024
+
+
+# What of a VAE decides the latents, by the key in the metadata.
+DECIDES_LATENTS = {
+    "vae_encoder_sha256": "SHA-256 of the encoder",
+    "scaling_factor": "scaling factor",
+    "shift_factor": "shift factor",
+}
+# Of the encoder's config what its weights do not show: neither their names nor their shapes.
+ENCODER_OPTIONS = ("act_fn", "down_block_types", "norm_num_groups")
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -150,29 +161,39 @@ class MomentsDataset(torch.utils.data.Dataset):
         target = memoryview(moments.reshape(-1)).cast("B")
         start = 0
         for shard, offset in zip(self._batch_shards[batches].tolist(), offsets.tolist()):
-            end = start + self._row_bytes
-            if os.preadv(self._files[shard].fileno(), [target[start:end]], offset) != self._row_bytes:
+            row = os.pread(self._files[shard].fileno(), self._row_bytes, offset)  # not every macOS has `preadv`
+            if len(row) != self._row_bytes:
                 raise OSError(f"{self._paths[shard]} ends early: it was cut after this data set was opened.")
-            start = end
+            target[start : start + len(row)] = row
+            start += len(row)
         return torch.from_numpy(moments)
 
     def check_vae(self, vae: torch.nn.Module, name: str) -> None:
         """
-        Refuses a VAE that is not the one that encoded the rows: its latents mean something else.
+        Refuses a VAE whose encoder is not the one that encoded the rows: its latents mean something else. The decoder
+        may be another one, as that of sd-vae-ft-ema is for sd-vae-ft-mse.
 
         Args:
             vae (`AutoencoderKL`): The VAE.
             name (`str`): What the message calls it.
 
         Raises:
-            ValueError: If its weights are others.
+            ValueError: If its encoder or its scale is another one, or if the folder does not say enough to know.
         """
-        expected, found = self.metadata.get("vae_sha256"), hash_weights(vae)
-        if expected not in (None, found):
+        expected, found = self.metadata, describe_vae(vae)
+        encoded = f"{self.folder} was encoded by the VAE {expected['vae']!r}"
+        if "vae_encoder_sha256" not in expected and expected.get("vae_sha256") not in (None, found["vae_sha256"]):
             raise ValueError(
-                f"{self.folder} was encoded by the VAE {self.metadata['vae']!r} (SHA-256 of the weights "
-                f"{expected[:12]}...), but {name} is another one ({found[:12]}...)."
+                f"{encoded} (SHA-256 of all weights {expected['vae_sha256'][:12]}...), and {name} is another one "
+                f"({found['vae_sha256'][:12]}...). Whether the two have one encoder is not known, as the folder is of "
+                "an older version: run examples/encode_latents.py again with the same arguments, which completes "
+                f"{METADATA_FILE} without encoding anything again."
             )
+        for key, what in DECIDES_LATENTS.items():
+            if key in expected and expected[key] != found[key]:
+                raise ValueError(
+                    f"{encoded} ({what} {shorten(expected[key])}), but {name} is another one ({shorten(found[key])})."
+                )
 
     def open_images(self, resolution: int) -> ImageSource:
         """
@@ -196,6 +217,24 @@ class MomentsDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.__getitems__([row])[0]
+
+
+def describe_vae(vae: torch.nn.Module) -> dict[str, Any]:
+    """What the metadata of a folder says of the VAE (`AutoencoderKL`) that encoded it."""
+    encoder = {name: vae.config[name] for name in ENCODER_OPTIONS}
+    encoder["weights"] = hash_weights(vae, ("encoder.", "quant_conv."))
+    return {
+        "vae_sha256": hash_weights(vae),
+        "vae_encoder_sha256": hashlib.sha256(json.dumps(encoder).encode()).hexdigest(),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+    }
+
+
+def shorten(value: Any) -> str:
+    """A value of the metadata, for a message."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 class OriginalMomentsDataset:
@@ -446,8 +485,6 @@ def finish_moments(folder: str | os.PathLike, settings: dict[str, Any], features
     Complete a folder whose shards are all written: the list of unreadable images, the files by which
     `datasets.load_from_disk` opens it and, last, `metadata.json`. Returns the metadata.
     """
-    import hashlib
-
     from datasets import DatasetInfo
 
     folder = Path(folder)

@@ -18,6 +18,7 @@ import torch
 
 from ..checkpointing import write_text
 from ..figures import require_matplotlib
+from ..model_card import SavedPipeline, update_evaluation, without_folders
 from ..sampling import DrawnSamples
 from .checkpoints import milestone_samples, plot_metrics
 from .dinov2 import DINOv2Features
@@ -403,7 +404,8 @@ def run(args: argparse.Namespace) -> None:
         rows = {f"step {entry['step']}": entry["metrics"] for entry in results["checkpoints"]}
     else:
         samples = open_images(args.samples, "samples", None, args.samples_split, args.image_column)
-        results = evaluate_images(samples, reference, **options)
+        weights = _weights_of(args.update_card, samples) if args.update_card is not None else {}
+        results = {**evaluate_images(samples, reference, **options), **weights}
         rows = {results["samples"]: results["metrics"]}
     if not is_main:
         return
@@ -419,12 +421,28 @@ def run(args: argparse.Namespace) -> None:
             output_dir / CURVES_FILE, steps, values, {name: _title(name) for name in METRICS if name in values[0]}
         )
     if args.update_card is not None:
-        from ..model_card import update_evaluation
-
-        write_text(Path(args.update_card) / RESULTS_FILE, text)
+        # This one goes to the Hub.
+        write_text(Path(args.update_card) / RESULTS_FILE, json.dumps(without_folders(results), indent=2) + "\n")
         update_evaluation(args.update_card)
     print(format_table(rows))
     print(f"\nwritten: {', '.join(str(path) for path in output_files)}")
+
+
+def _weights_of(pipeline: str, samples: ImageSet) -> dict[str, Any]:
+    """Hashes of the weights of a saved pipeline, for the results; refuses samples that others drew."""
+    saved = SavedPipeline(Path(pipeline))
+    drawn_by = samples.settings.get("weights")
+    if not isinstance(drawn_by, dict):
+        if process_state().is_main_process:
+            logger.warning(f"`samples` {samples.name!r} do not say which weights drew them, {pipeline!r} is believed")
+        return {"weights": saved.hashes}
+    others = saved.find_differences(drawn_by)
+    if others:
+        raise ValueError(
+            f"`--update_card` must be the pipeline that drew `SAMPLES`, but {samples.name!r} was drawn by other "
+            f"weights ({', '.join(others)}) than those in {pipeline!r}."
+        )
+    return {"weights": saved.hashes}
 
 
 def _title(name: str) -> str:

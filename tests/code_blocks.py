@@ -1,0 +1,63 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the code of a document as a reader would: block after block, in one folder."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_blocks(name: str) -> list[tuple[str, str]]:
+    """Language and code of the blocks in a document of the repository, bash and Python."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(r"^```(bash|python)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(
+    blocks: list[tuple[str, str]], folder: Path, environment: dict[str, str], substitutions: dict[str, str]
+) -> None:
+    """
+    Runs the blocks one after the other.
+
+    Args:
+        blocks (`list[tuple[str, str]]`): Of [`read_blocks`].
+        folder (`Path`): Where they run.
+        environment (`dict[str, str]`): Their environment variables.
+        substitutions (`dict[str, str]`): What is replaced in them before: things that are not here, and sizes.
+    """
+    used = set()
+    for language, block in blocks:
+        for old, new in substitutions.items():
+            if old in block:
+                used.add(old)
+                block = block.replace(old, new)
+        command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euc", block]
+        result = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            timeout=300,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
+    assert used == substitutions.keys(), "a substitution that nothing needs"
+
+
+def tiny_vae() -> AutoencoderKL:
+    """With the shape of Stable Diffusion's: four channels, and an eighth of the side."""
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+    )
