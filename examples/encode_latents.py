@@ -33,7 +33,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from diffusers_lsep.checkpointing import hash_weights
-from diffusers_lsep.data import center_crop, convert_mode, keep_batch, load_image_dataset, read_labels
+from diffusers_lsep.data import center_crop, convert_mode, damage, keep_batch, load_image_dataset, read_labels
 from diffusers_lsep.image_files import ImageFiles, open_image_files
 from diffusers_lsep.latents import (
     METADATA_FILE,
@@ -179,7 +179,7 @@ class ImageBatches(torch.utils.data.Dataset):
                 image = self.decode({"bytes": self.images.read(row), "path": None})
                 image = center_crop(convert_mode(image, num_channels), resolution)
             except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
-                unreadable.append({"id": self.images.names[row], "error": reason(error)})
+                unreadable.append({"id": self.images.names[row], "error": damage(error)})
                 continue
             pixels[position] = np.asarray(image).reshape(pixels.shape[1:])
             good.append(position)
@@ -188,14 +188,6 @@ class ImageBatches(torch.utils.data.Dataset):
                 image.save(png, "PNG")
                 pngs.append(png.getvalue())
         return {"pixels": torch.from_numpy(pixels), "good": good, "pngs": pngs, "unreadable": unreadable}
-
-
-def reason(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):  # its message holds an address in memory, another one in each run
-        return "not an image that Pillow can read"
-    return f"{type(error).__name__}: {error}"
 
 
 # 3. Encoding.
