@@ -34,7 +34,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from diffusers_lsep.data import center_crop, convert_mode, keep_batch, load_image_dataset, read_labels
+from diffusers_lsep.data import center_crop, convert_mode, damage, keep_batch, load_image_dataset, read_labels
 from diffusers_lsep.image_files import ImageFiles, open_image_files
 from diffusers_lsep.latents import (
     METADATA_FILE,
@@ -193,7 +193,7 @@ class ImageBatches(torch.utils.data.Dataset):
                     image = PIL.ImageOps.exif_transpose(image)
                 image = center_crop(convert_mode(image, num_channels), resolution)
             except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
-                unreadable.append({"id": self.images.names[row], "error": reason(error)})
+                unreadable.append({"id": self.images.names[row], "error": damage(error)})
                 continue
             pixels[position] = np.asarray(image).reshape(pixels.shape[1:])
             good.append(position)
@@ -202,12 +202,6 @@ class ImageBatches(torch.utils.data.Dataset):
                 image.save(png, "PNG")
                 pngs.append(png.getvalue())
         return {"pixels": torch.from_numpy(pixels), "good": good, "pngs": pngs, "unreadable": unreadable}
-
-
-def reason(error: Exception) -> str:
-    if isinstance(error, PIL.UnidentifiedImageError):  # whose message holds an address in memory
-        return "not an image that Pillow can read"
-    return f"{type(error).__name__}: {error}"
 
 
 # 3. Encoding.

@@ -5,8 +5,9 @@
     accelerate launch examples/train_lsep.py                            # the bundled digits, some minutes on two cores
     accelerate launch examples/train_lsep.py --train_data_dir images/   # your own: one subfolder per class
 
-Without a data flag, flags that are not given come from `examples/configs/digits`; with one, from the paper. Argument
-lists are read as `@file`: flags as on the command line, on any number of lines, `#` starts a comment.
+Flags that are not given come from an argument list: `examples/configs/digits` where there is no data flag; with images
+and no model (`--preset`, `--num_layers`, ...) the one of `own-images-*` beside it that suits this machine. Else they
+have the paper's values. Argument lists are read as `@file`: flags as on the command line, `#` starts a comment.
 
 SIGTERM and SIGUSR1 make the script save a checkpoint and exit with code 75; run it again with the same flags and
 `--resume_from_checkpoint latest`. `accelerate launch` itself then exits with 1, as for every script that fails.
@@ -33,7 +34,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -56,16 +64,21 @@ from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.fine_tuning import merge_lora
 from diffusers_lsep.hub import push_folder
 from diffusers_lsep.labels import describe_classes, find_class_ids
+from diffusers_lsep.latents import UNREADABLE_FILE, write_unreadable
 from diffusers_lsep.model_card import Gallery, write_model_card
 from diffusers_lsep.streaming import StreamedSamples
 from diffusers_lsep.training_log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
-from diffusers_lsep.training_processes import StopSignal, usable_cores
+from diffusers_lsep.training_processes import StopSignal, memory_limit, usable_cores
 from diffusers_lsep.training_setup import (
     Setup,
     build_objective,
     compare_settings,
     describe,
+    describe_initial_weights,
+    describe_shortage,
     find_run_to_continue,
+    keep_settings,
+    memory_needed,
     parse_args,
     prepare,
     remove_outputs,
@@ -78,6 +91,7 @@ NOT_ON_CARD = (
     *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps"),
     *("logging_steps", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "license"),
     "num_train_epochs",  # --max_train_steps tells the length
+    *("recipe", "max_errors"),
 )
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be continued
@@ -112,12 +126,16 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.device.type == "cpu":
         # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
         if args.num_cpu_threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-            args.num_cpu_threads = max(1, usable_cores() // processes_here)
+            args.num_cpu_threads = max(1, usable_cores() // processes_here(accelerator))
         if args.num_cpu_threads is not None:
             torch.set_num_threads(args.num_cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def processes_here(accelerator: Accelerator) -> int:
+    """How many processes there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
 def check_tracker(args: argparse.Namespace) -> str | None:
@@ -172,6 +190,7 @@ class Trainer:
             "timestep_sampling": args.timestep_sampling,
             "random_flip": args.random_flip,
             "posterior_noise": setup.vae is not None,
+            "replace_unreadable": args.max_errors > 0,
         }
         make_stream = StreamedSamples if args.streaming else SampleStream
         self.stream = make_stream(setup.source, **stream_options, image_source=setup.images)
@@ -179,6 +198,8 @@ class Trainer:
         if setup.held_out is not None:
             self.held_out = SampleStream(setup.held_out, **stream_options, image_source=setup.held_out_images)
         self.stream.__getitems__([0])  # to find now what would go wrong later
+        self.unreadable: dict[str, dict[str, str]] = {}  # in all processes
+        self.newly_unreadable: dict[str, dict[str, str]] = {}  # in this one
 
     def get_validation_labels(self) -> list[int]:
         """The classes of which samples are drawn; if none are asked for, up to ten, evenly spaced."""
@@ -224,6 +245,8 @@ class Trainer:
         )
         # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
+        if (self.output_dir / UNREADABLE_FILE).exists():
+            self.unreadable = {entry["id"]: entry for entry in read_metrics(self.output_dir / UNREADABLE_FILE)}
         self.ema = None
         if args.use_ema:
             min_decay = 0.0 if args.ema_warmup else args.ema_decay
@@ -256,6 +279,7 @@ class Trainer:
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
+        self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
         images, moments = batch.pop("images", None), batch.pop("moments", None)
         noise = batch.pop("posterior_noise", None)
         if self.compiled:
@@ -292,9 +316,10 @@ class Trainer:
         batches = iter(self.loader)
         self.collected_at = self.step
         while self.step < args.max_train_steps:
-            # 1. The probe's weight: constant, and late in training an exponential decay (fractions of epochs count)
-            late = self.step / setup.steps_per_epoch - args.probe_decay_start_epoch
-            self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
+            # 1. The probe's weight: constant, or late in training an exponential decay (fractions of epochs count)
+            if args.probe_decay_start_epoch is not None:
+                late = self.step / setup.steps_per_epoch - args.probe_decay_start_epoch
+                self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
 
             # 2. Gradients
             for _ in range(args.gradient_accumulation_steps):
@@ -345,6 +370,7 @@ class Trainer:
     def log(self):
         """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
         accelerator = self.accelerator
+        self.count_unreadable()
         metrics, losses, grad_norms = self.metrics.collect()
         scaled = accelerator.scaler is not None  # The scaler skips steps whose gradient overflows.
         for offset, (loss, grad_norm) in enumerate(zip(losses, grad_norms), start=1):
@@ -362,6 +388,28 @@ class Trainer:
         self.report(metrics)
         shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
         self.progress.set_postfix({label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics})
+
+    def count_unreadable(self):
+        """Lists what any process could not read, and stops all of them if it is too much."""
+        limit, before, path = self.args.max_errors, len(self.unreadable), self.output_dir / UNREADABLE_FILE
+        if limit == 0:  # The first one has stopped the run.
+            return
+        for entries in gather_object([self.newly_unreadable]):
+            self.unreadable |= entries
+        self.newly_unreadable = {}
+        if len(self.unreadable) == before:
+            return
+        if self.accelerator.is_main_process:
+            write_unreadable(self.output_dir, self.unreadable.values())
+        last = list(self.unreadable.values())[-1]
+        found = f"{len(self.unreadable)} unreadable images, listed in {path} (last: {last['id']}: {last['error']})"
+        if len(self.unreadable) > limit:
+            good = f"from {self.last_checkpoint}" if self.last_checkpoint is not None else "from the beginning"
+            raise RuntimeError(
+                f"{found} are more than `--max_errors {limit}`. Repair or remove them and start anew, or go on {good}"
+                " with a higher `--max_errors`."
+            )
+        self.accelerator.print(f"{found} are replaced by others.")
 
     def report(self, metrics: dict[str, Any]):
         if self.accelerator.is_main_process:
@@ -399,6 +447,7 @@ class Trainer:
         with self.averaged_objective() as objective, torch.no_grad():
             if self.held_out is not None:
                 self.report(self.measure(objective))
+                self.count_unreadable()
             if accelerator.is_main_process:
                 self.draw_samples(self.make_pipeline(objective.transformer))
         if accelerator.is_main_process:
@@ -417,7 +466,7 @@ class Trainer:
         sums = torch.zeros(len(names), device=accelerator.device)
         for first in range(0, len(rows), args.train_batch_size):
             batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            batch = send_to_device(batch, accelerator.device)
             output = objective(**self.inputs(batch))
             means = batch_means(output)
             sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
@@ -537,6 +586,8 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Everything that can be wrong is found before anything is written
     before = [find_run_to_continue(args, accelerator.print) if accelerator.is_main_process else None]
     checkpoint, old_settings = broadcast_object_list(before)[0]
+    if old_settings is not None:
+        keep_settings(args, old_settings)
     with accelerator.local_main_process_first():
         setup = prepare(args, accelerator.num_processes)
     settings = {
@@ -552,12 +603,25 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     if setup.start is not None and checkpoint is None:
         accelerator.print(setup.start.describe())
+    with torch.device("meta"):
+        objective = build_objective(args, setup, load=False)
+    needed = memory_needed(args, setup, objective, accelerator.num_processes if accelerator.is_fsdp2 else 1)
+    accelerator.print(describe(args, setup, objective, needed))
+    shortage = describe_shortage(
+        args,
+        needed,
+        memory_limit(accelerator.device),
+        1 if accelerator.device.type == "cuda" else processes_here(accelerator),
+    )
+    if shortage is not None and not args.dry_run:
+        raise ValueError(shortage)
     with torch.device("meta" if args.dry_run else "cpu"):
         trainer = Trainer(args, accelerator, setup, settings, load=checkpoint is None and not args.dry_run)
     class_ids = trainer.validation_labels * args.num_validation_images
     accelerator.print(f"At every validation, {describe_classes(class_ids, dict(enumerate(setup.names)))}")
     if args.dry_run:
-        accelerator.print(describe(args, setup, trainer.objective))
+        if shortage is not None:
+            accelerator.print(f"A run would be refused: {shortage}")
         return 0
     accelerator.wait_for_everyone()
 
@@ -579,6 +643,8 @@ def main(argv: list[str] | None = None) -> int:
         trainer.save_result()
     if finished and accelerator.is_main_process:
         print(f"Saved the pipeline in {output_dir}, samples in {output_dir / 'samples'}.")
+        if describe_initial_weights(args) is not None:
+            print(describe_initial_weights(args))
         if args.push_to_hub:
             repo_id = args.hub_model_id or output_dir.resolve().name
             print(f"Pushed it: {push_folder(output_dir, repo_id, args.license).repo_url}")

@@ -131,6 +131,23 @@ def test_image_folder_with_a_subfolder_per_class(tmp_path):
     assert held_out is None and source.labels.tolist() == [0, 0, 1] and names == ["ant", "zebra"]
 
 
+def test_image_folder_with_one_class(tmp_path):
+    """`datasets` gives no labels where there is only one."""
+    for folder in (tmp_path / "flat", tmp_path / "splits" / "train", tmp_path / "splits" / "test"):
+        for i in range(2):
+            write_image(folder / "bee" / f"{i}.png")
+    for name in ("flat", "splits"):
+        source, _, names = open_images(load_image_dataset(train_data_dir=tmp_path / name), 8, 3)
+        assert names == ["bee"] and source.labels.tolist() == [0, 0]
+    # images in no subfolder have no class
+    write_image(tmp_path / "loose" / "1.png")
+    write_image(tmp_path / "mixed" / "1.png")
+    write_image(tmp_path / "mixed" / "bee" / "1.png")
+    for name in ("loose", "mixed"):
+        with pytest.raises(ValueError, match="if all its images lie in subfolders, one per class"):
+            open_images(load_image_dataset(train_data_dir=tmp_path / name), 8, 3)
+
+
 def test_image_folder_with_splits(tmp_path):
     for split in ("train", "test"):
         for name in ("ant", "bee"):
@@ -231,6 +248,50 @@ def test_unreadable_images_are_named(tmp_path, damage):
     source.load(np.array([0, 2]), np.zeros(2, dtype=bool))
     with pytest.raises(ValueError, match=r"the image of row 1 \(.*1\.png\) cannot be read"):
         source.load(np.array([0, 1, 2]), np.zeros(3, dtype=bool))
+
+
+def test_unreadable_images_are_replaced_by_others_of_their_class(tmp_path):
+    """By the same ones, whatever the batch and whoever asks, and never by a row that is held out."""
+    for i in range(12):
+        write_image(tmp_path / "ab"[i % 2] / f"{i:02d}.png", 20 * i, size=(8, 8))
+    broken = {2, 3, 4, 11}
+    for i in broken:
+        (tmp_path / "ab"[i % 2] / f"{i:02d}.png").write_bytes(b"no image")
+    source, _, _ = open_images(load_image_dataset(train_data_dir=tmp_path), 8, 3)
+    numbers = [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]  # of the images, by row
+
+    def stream(source):
+        return SampleStream(source, (3, 8, 8), seed=0, replace_unreadable=True)
+
+    def shown(batch):  # the numbers of the images
+        return ((batch["images"][:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist()
+
+    whole = stream(source)
+    batch = whole.__getitems__(list(range(36)))
+    wanted = [numbers[row] for row in whole.rows(list(range(36)))]
+    instead = {2: 6, 4: 6, 3: 5, 11: 1}
+    assert shown(batch) == [instead.get(number, number) for number in wanted]
+    assert batch["class_labels"].tolist() == [number % 2 for number in wanted]
+    assert {Path(entry["id"]).name for entry in batch["unreadable"]} == {f"{i:02d}.png" for i in broken}
+    for g in range(36):
+        alone = stream(source).__getitems__([g])
+        assert torch.equal(alone["images"][0], batch["images"][g])
+        assert ("unreadable" in alone) == (wanted[g] in broken)
+
+    kept, held_out = cut_off(source, 0.5, seed=0)
+    for part in (kept, held_out):
+        allowed = {numbers[row] for row in part.source_rows}
+        batch = stream(part).held_out_batch(list(range(6)))
+        assert set(shown(batch)) == allowed - broken and len(batch["images"]) == 6
+    with pytest.raises(ValueError, match=r"the image of row \d+ .* cannot be read"):
+        SampleStream(source, (3, 8, 8), seed=0).__getitems__(list(range(12)))
+    for i in (0, 6, 8, 10):  # the rest of a class: then another one has to do
+        (tmp_path / "a" / f"{i:02d}.png").write_bytes(b"no image")
+    assert set(shown(stream(source).__getitems__(list(range(12))))) == {1, 5, 7, 9}
+    for i in (1, 5, 7, 9):
+        (tmp_path / "b" / f"{i:02d}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the images can be read"):
+        stream(source).__getitems__([0])
 
 
 def test_flips_mirror_left_and_right():

@@ -157,6 +157,22 @@ def test_the_vae_of_the_pipeline(train, tiny_transformer, tiny_vae_folder, image
         assert torch.equal(value, after.vae.state_dict()[name])
 
 
+def test_what_is_done_to_the_images_is_said(train, tiny_transformer, pretrained, tmp_path, capsys):
+    """Images that are shrunk because the model is small; colours are not dropped without being asked for."""
+    images = make_images(tmp_path / "large", NAMES, size=20)
+    fine_tune(train, pretrained, images, "--dry_run")
+    wanted = "pixels: 20 x 20 pixels in colour (6 images looked at); used is the central square, scaled down to 8 x 8,"
+    assert f"{wanted} in colour, as `--pretrained_model_name_or_path` says" in capsys.readouterr().out
+
+    transformer = tiny_transformer(in_channels=1, num_classes=3)
+    LSEPPipeline(transformer, FlowMatchSDEScheduler()).save_pretrained(tmp_path / "grey")
+    with pytest.raises(ValueError, match="`--image_channels` has to be 1 to train on grey copies .* images of 8 x 8"):
+        fine_tune(train, tmp_path / "grey", images)
+    assert not (tmp_path / "run").exists()
+    fine_tune(train, tmp_path / "grey", images, "--image_channels", 1, "--dry_run")
+    assert f"{wanted} in grey, as `--pretrained_model_name_or_path` says" in capsys.readouterr().out
+
+
 # --- LoRA
 
 

@@ -61,6 +61,33 @@ def test_samples_do_not_depend_on_what_was_read_before(digits):
         assert torch.equal(batch["images"], everything["images"][start : start + 10])
 
 
+def test_unreadable_images_are_replaced_by_the_next_ones(digits):
+    """The same samples in any batches; the rows that were read ahead are not read again."""
+
+    def stream(broken):
+        def spoil(row, index):
+            return {"image": {"bytes": b"no image", "path": f"{index}.png"}} if index % 50 in broken else {}
+
+        spoilt = digits.cast_column("image", datasets.Image(decode=False)).map(spoil, with_indices=True)
+        source = StreamedImages(spoilt.cast(digits.features), 0, NUM_IMAGES, 8, num_channels=1, buffer_size=50)
+        return StreamedSamples(source, (1, 8, 8), 0, replace_unreadable=True)
+
+    whole = stream((7, 8)).__getitems__(list(range(400)))
+    good = stream(()).__getitems__(list(range(402)))
+    same = [torch.equal(image, other) for image, other in zip(whole["images"], good["images"])]
+    assert 16 <= same.count(False) <= len(whole["unreadable"])  # 8 pairs in an epoch
+    for g in np.flatnonzero(~np.array(same)).tolist():
+        ahead = next(h for h in range(g + 1, 402) if h >= 400 or same[h])
+        assert torch.equal(whole["images"][g], good["images"][ahead])
+        assert whole["class_labels"][g] == good["class_labels"][ahead]
+    parts, by_threes = [], stream((7, 8))
+    by_threes.source.dataset.skip = None  # which is how to begin anew in the middle
+    for first in range(0, 399, 3):
+        parts.append(by_threes.__getitems__(list(range(first, first + 3))))
+    for name in ("images", "class_labels"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name][:399])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

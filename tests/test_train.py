@@ -111,6 +111,10 @@ def own_images(tmp_path_factory):
     return folder
 
 
+# The digits as one's own images: without the flags of their recipe.
+OWN_DIGITS = ["--train_data_dir", str(ROOT / "examples" / "digits"), "--resolution", "8", "--image_channels", "1"]
+
+
 def settings_of(run: Path) -> dict:
     return json.loads((run / "training_args.json").read_text())
 
@@ -202,8 +206,9 @@ def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
 def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
     assert train("--train_data_dir", own_images, "--resolution", 16, "--validation_split", 0.2) == 0
     settings = settings_of(tmp_path / "run")
-    # With a data flag, what is not given comes from the paper.
-    assert settings["learning_rate"] == 1e-4 and settings["ema_decay"] == 0.9999 and not settings["ema_warmup"]
+    # With images and a model, what is not given comes from the paper; the average follows from the length.
+    assert settings["learning_rate"] == 1e-4 and settings["probe_decay_start_epoch"] is None
+    assert settings["ema_decay"] == pytest.approx(5 / 14) and settings["ema_warmup"] and settings["recipe"] is None
     assert (settings["training_images"], settings["crop_size_min"], settings["image_channels"]) == (5, 6, 3)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.labels == {"ant": 0, "bee": 1}
@@ -256,7 +261,112 @@ def test_dry_run_shows_the_papers_settings_and_writes_nothing(train, own_images,
     assert settings["resolution"] == 256 and settings["max_train_steps"] == 800 * 3
     for text in ("parameters", "tokens: ", "images: 6 to train on", "3.0 per epoch", "GB of state"):
         assert text in output
+    # 16,384 tokens, for want of a VAE
+    assert ("A run would be refused: training does not fit" in output) == (preset in ("SiT-XL/2", "SiT-L/4"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_any_work(train, script, own_images, tmp_path, monkeypatch):
+    flags = ("--train_data_dir", own_images, "--preset", "SiT-XL/2")
+    with pytest.raises(ValueError, match=r"at least 13.47 GB of state and 11828.34 GB of activations, of .* a VAE"):
+        train(*flags, tiny=())
+    monkeypatch.setattr(script, "memory_limit", lambda device: 100_000)
+    with pytest.raises(ValueError, match=r"does not fit .* of 0.00 GB in all. What helps: a `--train_"):
+        train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_may_name_a_folder_that_holds_a_run(train, tmp_path, capsys):
+    train("--max_train_steps", 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert train("--dry_run") == 0
+    output = capsys.readouterr().out
+    assert "A run would be refused: `--output_dir`" in output and "tokens: 16 per image" in output
+    assert train("--dry_run", "--overwrite_output_dir") == 0
+    assert "would be refused" not in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# --- Own images, and no model given
+
+
+@pytest.fixture(scope="module")
+def coloured_images(tmp_path_factory):
+    """Photographs of three colours, in JPEG."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir()
+        for i in range(20):
+            pixels = np.array(colour) + rng.normal(0, 12, 3) + rng.normal(0, 12, (48, 64, 3))
+            PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.jpg")
+    return folder
+
+
+COLOURS = {"grass": (60, 170, 50), "sky": (80, 140, 230), "tomato": (220, 60, 40)}
+
+
+def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_images, tmp_path, capsys):
+    """The command of the README, with fewer steps: the samples have the colours of their classes."""
+    shorter = ["--max_train_steps", 60, "--train_batch_size", 16, "--lr_warmup_steps", 5, "--validation_steps", 100]
+    data = ["--train_data_dir", coloured_images, "--num_cpu_threads", 1, "--report_to", "none"]
+    assert train(*data, *shorter, "--validation_inference_steps", 20, tiny=()) == 0
+    output = capsys.readouterr().out
+    assert "recipe: examples/configs/own-images-32, since no model is given, and no GPU was found" in output
+    assert "pixels: 64 x 48 pixels in colour (16 images looked at); used is the central square, scaled down" in output
+
+    with PIL.Image.open(tmp_path / "run" / "samples" / "step-60.png") as grid:
+        pixels = np.asarray(grid.convert("RGB")).astype(float)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.transformer.config.sample_size == 32 and pipeline.labels == {"grass": 0, "sky": 1, "tomato": 2}
+    for column, colour in enumerate(COLOURS.values()):
+        drawn = pixels[:64, 66 * column + 1 : 66 * column + 63].mean(axis=(0, 1))
+        assert np.abs(drawn - colour).max() < 40, (column, drawn, colour)
+
+
+@pytest.mark.parametrize(
+    "flags, gpu, recipe, model",
+    [
+        ([], False, "own-images-32", (32, 4, 3)),
+        ([], True, "own-images-64", (64, 4, 3)),
+        (["--pretrained_vae_model_name_or_path", "tiny-vae"], True, "own-images-256-vae", (128, 2, 4)),
+        (["--resolution", "16", "--train_batch_size", "3", "--qk_norm"], False, "own-images-32", (16, 4, 3)),
+        (["--preset", "SiT-S/8", "--resolution", "16"], True, None, (16, 8, 3)),
+        (["--num_layers", "2", "--resolution", "16"], False, None, (16, 2, 3)),
+    ],
+)
+def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys, flags, gpu, recipe, model):
+    monkeypatch.setattr("diffusers_lsep.training_setup.has_gpu", lambda: gpu)
+    flags = [tiny_vae if flag == "tiny-vae" else flag for flag in flags]
+    assert train("--train_data_dir", own_images, *flags, "--dry_run", "--mixed_precision", "no", tiny=()) == 0
+    output = capsys.readouterr().out
+    settings = json.JSONDecoder().raw_decode(output)[0]
+    assert settings["recipe"] == recipe and (f"recipe: examples/configs/{recipe}, since" in output) == bool(recipe)
+    config = settings["transformer"]
+    assert (config["sample_size"], config["patch_size"], config["in_channels"]) == model
+    assert recipe is None or settings["max_train_steps"] >= settings["validation_steps"] >= settings["logging_steps"]
+    assert recipe is None or settings["max_train_steps"] >= settings["checkpointing_steps"]
+    if "--train_batch_size" in flags:
+        assert settings["train_batch_size"] == 3 and config["qk_norm"]
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp_path, monkeypatch, capsys):
+    """Also on another machine, and a run of a version without recipes with the paper's values."""
+    shorter = ["--train_data_dir", own_images, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 1]
+    shorter += ["--validation_inference_steps", 1, "--num_validation_images", 1, "--report_to", "none"]
+    assert train(*shorter, tiny=()) == 0
+    monkeypatch.setattr("diffusers_lsep.training_setup.has_gpu", lambda: True)
+    resume = ("--resume_from_checkpoint", "latest", "--dry_run")
+    capsys.readouterr()
+    assert train(*shorter, *resume, tiny=()) == 0
+    assert json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]["recipe"] == "own-images-32"
+
+    settings_file = tmp_path / "run" / "training_args.json"
+    settings = json.loads(settings_file.read_text())
+    settings_file.write_text(json.dumps({name: value for name, value in settings.items() if name != "recipe"}))
+    with pytest.raises(ValueError, match="another method or other data.*'num_layers': 6.* -> .*'num_layers': 28"):
+        train(*shorter, *resume, tiny=())
 
 
 def test_config_files_are_argument_lists(train, tmp_path):
@@ -332,22 +442,14 @@ def test_averages(train, script, tmp_path):
     cases = {
         "constant": (["--ema_decay", 0.9], [0.9] * 4),
         "warm-up": (["--ema_decay", 0.2, "--ema_warmup"], [0.0, 2 / 11, 0.2, 0.2]),
+        "by the length": ([], [0.0, 2 / 11, 3 / 12, 4 / 13]),
     }
     script.EMAModel.step = record
     try:
         for name, (flags, decays) in cases.items():
             recorded.clear()
             run = tmp_path / name
-            train(
-                "--train_data_dir",
-                ROOT / "examples/digits",
-                "--resolution",
-                8,
-                "--image_channels",
-                1,
-                *flags,
-                output_dir=run,
-            )
+            train(*OWN_DIGITS, *flags, output_dir=run)
             model = SiTTransformer2DModel.from_pretrained(run / "transformer")
             for saved, expected in zip(model.parameters(), average(decays)):
                 torch.testing.assert_close(saved, expected, rtol=1e-5, atol=1e-7)
@@ -359,6 +461,27 @@ def test_averages(train, script, tmp_path):
     raw = load_file(tmp_path / "none" / "checkpoint-4" / "model.safetensors")
     saved = final_weights(tmp_path / "none")
     assert all(torch.equal(raw[name], saved[name]) for name in saved)
+
+
+def test_an_average_that_holds_the_start_is_said(train, capsys, tmp_path):
+    sentence = "After 4 steps with `--ema_decay 0.9` the average of the weights still holds 65.6% of the initial"
+    train("--ema_decay", 0.9, tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN])
+    assert capsys.readouterr().out.count(sentence) == 2, "before training, and at the end"
+    for flags in (["--ema_decay", 0.9, "--ema_warmup"], ["--ema_decay", 0.9, "--no_ema"], ["--ema_decay", 0.2], []):
+        train(*flags, "--dry_run", tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN], output_dir=tmp_path / "dry")
+        assert "initial weights" not in capsys.readouterr().out
+
+
+def test_the_average_follows_from_the_length(train, capsys):
+    def average(*flags):
+        train("--dry_run", *flags, tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN])
+        settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+        return settings["ema_decay"], settings["ema_warmup"]
+
+    assert average("--max_train_steps", 300) == (301 / 310, True)  # looks back over 34 steps
+    assert average("--max_train_steps", 400_000) == (0.9999, True)
+    assert average("--ema_decay", 0.99) == (0.99, False)
+    assert average("--ema_decay", 0.99, "--ema_warmup") == (0.99, True)
 
 
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", 0.25, "--seed", 5]])
@@ -449,7 +572,7 @@ def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     flags = ["--probe_decay_start_epoch", 0, "--probe_decay_epochs", 4 / 1437, "--learning_rate", 0]
     flags += ["--probe_learning_rate", 0, "--crop_size_min", 4]
     train(*flags, output_dir=tmp_path / "decay")
-    train(*flags[4:], output_dir=tmp_path / "constant")
+    train(*flags[2:], output_dir=tmp_path / "constant")  # as the paper: no decay unless it is asked for
     losses = {
         name: [line["probe_loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
         for name in ("decay", "constant")
@@ -735,6 +858,39 @@ def test_a_run_is_not_continued_with_another_method(train, tmp_path, capsys, fla
         train("--resume_from_checkpoint", "latest", *flags)
 
 
+def test_a_run_without_a_given_average_can_be_made_longer(train, tmp_path, capsys):
+    """The average follows from the length, but is that of a run that was planned so long."""
+    flags = [*OWN_DIGITS, *TINY_MODEL, *TINY_RUN]
+    train("--max_train_steps", 3, tiny=flags, output_dir=tmp_path / "parts")
+    train("--resume_from_checkpoint", "latest", tiny=flags, output_dir=tmp_path / "parts")
+    assert "Changed since the checkpoint: ema_decay: 0.307" in capsys.readouterr().out
+    train(tiny=flags, output_dir=tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    with pytest.raises(ValueError, match="another method.*ema_decay: 0.3.* -> 0.5"):
+        train("--resume_from_checkpoint", "latest", "--ema_decay", 0.5, tiny=flags, output_dir=tmp_path / "parts")
+
+
+def test_a_run_of_an_older_version_goes_on_as_it_began(train, tmp_path, capsys):
+    """One whose average and probe's weight had other defaults, and which did not know some flags."""
+    flags = [*OWN_DIGITS, *TINY_MODEL, *TINY_RUN]
+    before = ("--ema_decay", 0.9999, "--probe_decay_start_epoch", 100)
+    for run in ("parts", "whole"):
+        train(*before, "--max_train_steps", 2, tiny=flags, output_dir=tmp_path / run)
+    checkpoint = tmp_path / "parts" / "checkpoint-2"
+    state = json.loads((checkpoint / "training_state.json").read_text())
+    assert (state["settings"]["ema_warmup"], state["settings"]["probe_decay_start_epoch"]) == (False, 100.0)
+    for name in ("recipe", "max_errors"):
+        del state["settings"][name]
+    (checkpoint / "training_state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").write_text("{}")
+
+    train("--resume_from_checkpoint", "latest", tiny=flags, output_dir=tmp_path / "parts")
+    settings = settings_of(tmp_path / "parts")
+    assert (settings["ema_decay"], settings["ema_warmup"], settings["probe_decay_start_epoch"]) == (0.9999, False, 100)
+    train(*before, "--resume_from_checkpoint", "latest", tiny=flags, output_dir=tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_resuming_before_the_first_checkpoint_starts_anew(train, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--resume_from_checkpoint", "latest") == 0
@@ -832,6 +988,48 @@ def test_an_unreadable_image_stops_the_run_with_its_name(train, own_images, tmp_
     (tmp_path / "images" / "bee" / "3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"the image of row \d \(.*bee/3.png\) cannot be read"):
         train("--train_data_dir", tmp_path / "images", "--resolution", 16)
+
+
+def cut(path: Path):
+    """What a download that broke off leaves."""
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_unreadable_images_are_replaced_and_listed(train, coloured_images, tmp_path, capsys):
+    images, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(coloured_images, images)
+    shutil.rmtree(images / "tomato")
+    for i in range(10, 20):  # 6 of 30 are held out, and more than one pass is made over the others
+        (images / "sky" / f"{i}.jpg").unlink()
+    for i in range(3):
+        cut(images / "sky" / f"{i}.jpg")
+    flags = ["--train_data_dir", images, "--resolution", 8, "--train_batch_size", 11, "--validation_split", 0.2]
+    with pytest.raises(ValueError, match=r"the image of row \d+ \(.*sky/.*.jpg\) cannot be read"):
+        train(*flags)
+    with pytest.raises(RuntimeError, match=r"[23] unreadable images, listed in .* are more than `--max_errors 1`"):
+        train(*flags, "--max_errors", 1, "--overwrite_output_dir")
+    assert [step for step, _ in list_checkpoints(run)] == []
+
+    train(*flags, "--max_errors", 3, "--overwrite_output_dir")
+    assert "3 unreadable images, listed in" in capsys.readouterr().out
+    listed = [json.loads(line) for line in (run / "unreadable.jsonl").read_text().splitlines()]
+    assert {Path(entry["id"]).name for entry in listed} == {"0.jpg", "1.jpg", "2.jpg"}
+    assert all("sky" in entry["id"] and "truncated" in entry["error"] for entry in listed)
+
+    # the same weights after an interruption
+    parts = tmp_path / "parts"
+    train(*flags, "--max_errors", 3, "--max_train_steps", 2, output_dir=parts)
+    train(*flags, "--max_errors", 3, "--resume_from_checkpoint", "latest", output_dir=parts)
+    assert_same_weights(run, parts)
+    assert len((parts / "unreadable.jsonl").read_text().splitlines()) == 3
+    train(*flags, "--max_errors", 4, "--max_train_steps", 1, "--overwrite_output_dir")
+
+
+def test_one_subfolder_is_one_class(train, own_images, tmp_path):
+    shutil.copytree(own_images / "bee", tmp_path / "images" / "bee")
+    assert train("--train_data_dir", tmp_path / "images", "--resolution", 16) == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.labels == {"bee": 0} and pipeline("bee", num_inference_steps=1).images[0].size == (16, 16)
 
 
 def test_curves_need_matplotlib(train, tmp_path, capsys, monkeypatch):

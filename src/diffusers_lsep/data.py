@@ -10,7 +10,7 @@ is keyed by `(seed, g)`. So a run can be continued anywhere, on any number of pr
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -127,11 +127,28 @@ def load_image_dataset(
         if not (folder / "train").is_dir() and not any(folder.rglob("*.parquet")):
             # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
             path, options = "imagefolder", {"data_files": {"train": str(folder / "**")}}
+        if has_one_class(folder):
+            options["drop_labels"] = False  # which `datasets` does with a single label
     try:
         return datasets.load_dataset(path, cache_dir=cache_dir, streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         value = dataset_name or str(train_data_dir)
         raise ValueError(f"`{name}` {value!r} cannot be read as a data set of images: {error}") from error
+
+
+def has_one_class(folder: Path) -> bool:
+    """Whether all images of a folder, or of its splits, lie in subfolders of one name."""
+    import PIL.Image
+
+    extensions, names = PIL.Image.registered_extensions(), set()
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in extensions:
+            if path.parent == folder or path.parent == folder / "train":
+                return False
+            names.add(path.parent.name)
+            if len(names) > 1:
+                return False
+    return len(names) == 1
 
 
 def read_labels(
@@ -163,8 +180,8 @@ def read_labels(
     if label_column not in dataset.column_names:
         raise ValueError(
             f"`label_column` has to be a column of the data set, but there is no {label_column!r}; the columns are"
-            f" {dataset.column_names}. (An image folder has labels if its images lie in one subfolder per class, with"
-            " none inside these, or if its `metadata.jsonl` gives them.)"
+            f" {dataset.column_names}. (An image folder has labels if all its images lie in subfolders, one per class,"
+            " with none inside these, or if its `metadata.jsonl` gives them.)"
         )
     if len(dataset) == 0:
         raise ValueError("the data set has no rows.")
@@ -237,6 +254,37 @@ def check_image_column(dataset: "datasets.Dataset | datasets.IterableDataset", i
         raise ValueError(f"`image_column` has to hold images, but {image_column!r} holds {feature}.")
 
 
+class UnreadableImageError(ValueError):
+    """
+    Raised if images cannot be read.
+
+    Args:
+        message (`str`): Names the first of them.
+        images (`torch.Tensor`, *optional*): All images of the batch; unreadable ones are zero.
+        errors (`dict[int, dict]`, *optional*): For those, by their place in the batch, what `unreadable.jsonl` says.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        images: torch.Tensor | None = None,
+        errors: dict[int, dict[str, str]] | None = None,
+    ):
+        super().__init__(message)
+        self.images, self.errors = images, errors
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with an image that cannot be read, for `unreadable.jsonl`."""
+    import PIL
+
+    if isinstance(
+        error, PIL.UnidentifiedImageError
+    ):  # its message holds an address in memory, another one in each run
+        return "not an image that Pillow can read"
+    return f"{type(error).__name__}: {error}"
+
+
 def decode_images(
     rows: np.ndarray, values: list[dict], flips: np.ndarray, resolution: int, num_channels: int
 ) -> torch.Tensor:
@@ -251,23 +299,27 @@ def decode_images(
         num_channels (`int`): 1 for grey, 3 for RGB; images are converted.
 
     Raises:
-        `ValueError`: if an image cannot be read. Names its row and its file.
+        [`UnreadableImageError`]: if an image cannot be read. Names its row and its file.
     """
     import datasets
 
     decode = datasets.Image().decode_example  # turns the image as EXIF says
-    images = np.empty((len(rows), resolution, resolution, num_channels), dtype=np.uint8)
+    images = np.zeros((len(rows), resolution, resolution, num_channels), dtype=np.uint8)
+    errors, message = {}, ""
     for index, (row, value) in enumerate(zip(rows, values)):
         try:
             image = center_crop(convert_mode(decode(value), num_channels), resolution)
         except Exception as error:  # Whatever a decoder raises on a broken file
             path = (value or {}).get("path")
-            raise ValueError(
-                f"the image of row {row}{f' ({path})' if path else ''} cannot be read: {error}"
-            ) from error
+            message = message or f"the image of row {row}{f' ({path})' if path else ''} cannot be read: {error}"
+            errors[index] = {"id": path or f"row {row}", "error": damage(error)}
+            continue
         images[index] = np.asarray(image).reshape(images.shape[1:])
     images[flips] = images[flips][:, :, ::-1]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    if errors:
+        raise UnreadableImageError(message, tensor, errors)
+    return tensor
 
 
 class ImageSource:
@@ -318,10 +370,26 @@ class ImageSource:
             `torch.Tensor` of shape `[B, C, resolution, resolution]`: float32 in [-1, 1].
 
         Raises:
-            `ValueError`: if an image cannot be read. Names its row and its file.
+            [`UnreadableImageError`]: if an image cannot be read. Names its row and its file.
         """
         values = self.dataset[rows.tolist()][self.image_column]
         return decode_images(rows, values, flips, self.resolution, self.num_channels)
+
+    def look(self, num_images: int = 16) -> tuple[list[tuple[int, int]], bool]:
+        """Sizes (width, height) of some images, evenly spread over the rows, and whether one of them has colours."""
+        import datasets
+
+        decode = datasets.Image().decode_example
+        sizes, has_colours = [], False
+        for row in np.linspace(0, len(self.labels) - 1, min(num_images, len(self.labels))).astype(int).tolist():
+            try:
+                image = convert_mode(decode(self.dataset[row][self.image_column]), 3)
+            except Exception:  # found again when it is used
+                continue
+            sizes.append(image.size)
+            pixels = np.asarray(image, dtype=np.int16)
+            has_colours |= bool((pixels.max(axis=-1) - pixels.min(axis=-1)).mean() > 4)  # more than JPEG makes of grey
+        return sizes, has_colours
 
 
 class SourceSubset:
@@ -429,6 +497,10 @@ class SampleStream(torch.utils.data.Dataset):
         probe_fraction (`float`, defaults to `1.0`):
             The part of the samples that the probe is trained on, in (0, 1]: evenly spread over the samples of a step,
             and over the steps each with this probability. A batch may have none.
+        replace_unreadable (`bool`, defaults to `False`):
+            Whether an image that cannot be read is replaced by the next one of its class, which depends on the data
+            alone. Batches then have one more entry where that happened: `unreadable`, a list of dicts with `id` and
+            `error`.
     """
 
     def __init__(
@@ -448,6 +520,7 @@ class SampleStream(torch.utils.data.Dataset):
         image_source: SampleSource | None = None,
         coupled_dropout: bool = False,
         probe_fraction: float = 1.0,
+        replace_unreadable: bool = False,
     ):
         self.source = source
         self.image_source = image_source
@@ -464,11 +537,17 @@ class SampleStream(torch.utils.data.Dataset):
         self.posterior_noise = posterior_noise
         self.coupled_dropout = coupled_dropout
         self.probe_fraction = probe_fraction
+        self.replace_unreadable = replace_unreadable
 
     def rows(self, indices: list[int]) -> np.ndarray:
         """The rows of the data set that these samples take."""
         num_rows = len(self.source.labels)
         return np.array([epoch_order(num_rows, self.seed, g // num_rows)[g % num_rows] for g in indices])
+
+    def substitutes(self, row: int) -> Iterable[int]:
+        """The rows to try in place of this one, if it cannot be read: the next ones, those of its class first."""
+        others = np.roll(np.arange(len(self.source.labels)), -1 - row)[:-1]
+        return others[np.argsort(self.source.labels[others] != self.source.labels[row], kind="stable")].tolist()
 
     def window_sizes(self, indices: list[int]) -> np.ndarray:
         """The side of the probe's window, in tokens: one for all samples of an optimiser step."""
@@ -553,8 +632,9 @@ class SampleStream(torch.utils.data.Dataset):
 
     def _load(self, rows: np.ndarray, draws: dict[str, np.ndarray], flips: np.ndarray) -> dict[str, torch.Tensor]:
         uniform = torch.from_numpy(draws["timestep"].copy())
+        samples, rows, unreadable = self._read(rows, flips)
         batch = {
-            self.source.kind: self.source.load(rows, flips),
+            self.source.kind: samples,
             "class_labels": torch.from_numpy(self.source.labels[rows]),
             "noise": torch.from_numpy(draws["noise"]),
             "timesteps": timesteps_from_uniform(uniform, get_path(self.path_type), self.timestep_sampling),
@@ -563,7 +643,30 @@ class SampleStream(torch.utils.data.Dataset):
             batch[self.image_source.kind] = self.image_source.load(rows, flips)
         if self.posterior_noise:
             batch["posterior_noise"] = torch.from_numpy(draws["posterior_noise"])
+        if unreadable:
+            batch["unreadable"] = unreadable
         return batch
+
+    def _read(self, rows: np.ndarray, flips: np.ndarray) -> tuple[torch.Tensor, np.ndarray, list[dict[str, str]]]:
+        """The samples of these rows, the rows that they are of in the end, and what could not be read."""
+        try:
+            return self.source.load(rows, flips), rows, []
+        except UnreadableImageError as error:
+            if not self.replace_unreadable:
+                raise
+            samples, errors = error.images, error.errors
+        rows, unreadable = rows.copy(), list(errors.values())
+        for position in errors:
+            for row in self.substitutes(rows[position]):
+                try:
+                    samples[position] = self.source.load(np.array([row]), flips[position : position + 1])[0]
+                    rows[position] = row
+                    break
+                except UnreadableImageError as error:
+                    unreadable += error.errors.values()
+            else:
+                raise ValueError("none of the images can be read.")
+        return samples, rows, unreadable
 
 
 def _coprime_stride(count: int) -> int:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on a data set that is not downloaded: `datasets` streams it while the run goes on."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,17 +82,20 @@ class StreamedImages:
         self.dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
         self._iterator = None
         self._position = 0  # the sample that it gives next
+        self._kept: dict[int, dict] = {}  # the samples from the first one that was asked for last
 
     def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
         """
         Reads the samples with these global indices, which have to grow from call to call (else it starts anew).
 
         Raises:
-            `ValueError`: if an image cannot be read, a label is outside the classes, or the data set ends too early.
+            [`~data.UnreadableImageError`]: if an image cannot be read.
+            `ValueError`: if a label is outside the classes, or the data set ends too early.
         """
         values = []
+        self._kept = {row: sample for row, sample in self._kept.items() if row >= min(rows)}
         for row in rows.tolist():
-            sample = self._seek(row)
+            sample = self._kept[row] = self._kept.get(row) or self._seek(row)
             label = sample[self.label_column]
             if not isinstance(label, int) or not 0 <= label < len(self.names):
                 raise ValueError(
@@ -133,7 +137,9 @@ class StreamedLabels:
         return self.num_images
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return np.array([self.known.pop(row) for row in rows.tolist()], dtype=np.int64)
+        labels = np.array([self.known[row] for row in rows.tolist()], dtype=np.int64)
+        self.known.clear()
+        return labels
 
 
 class StreamedSamples(SampleStream):
@@ -141,6 +147,10 @@ class StreamedSamples(SampleStream):
 
     def rows(self, indices: list[int]) -> np.ndarray:
         return np.array(indices)
+
+    def substitutes(self, row: int) -> Iterable[int]:
+        """The samples to try in place of this one, of whatever class: the next ones of the stream."""
+        return range(row + 1, row + 1 + len(self.source.labels))
 
 
 def open_stream(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 
 
 def usable_cores() -> int:
@@ -19,6 +20,22 @@ def usable_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))  # `max` is no number: no limit
     return cores
+
+
+def has_gpu() -> bool:
+    """Whether accelerate will train on something else than a CPU."""
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def memory_limit(device: torch.device) -> int:
+    """The memory in bytes that there is at all: of a CUDA device, else of this machine or of its container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with suppress(OSError, ValueError):
+            limit = min(limit, int(Path("/sys/fs/cgroup", file).read_text()))  # `max` is no number: no limit
+    return limit
 
 
 class StopSignal:

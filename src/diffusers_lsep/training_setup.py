@@ -19,12 +19,21 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType
 
 from .checkpointing import choose_checkpoint, read_state
-from .data import SampleSource, SourceSubset, cut_off, hash_labels, load_image_dataset, open_images
+from .data import (
+    ImageSource,
+    SampleSource,
+    SourceSubset,
+    cut_off,
+    hash_labels,
+    load_image_dataset,
+    open_images,
+)
 from .fine_tuning import Start, add_lora, read_pretrained
-from .latents import MomentsDataset, OriginalMomentsDataset
+from .latents import UNREADABLE_FILE, MomentsDataset, OriginalMomentsDataset
 from .objective import TIMESTEP_SAMPLINGS, LinearProbe, LSEPObjective
 from .repa import REPAEncoder, REPARegularizer
 from .streaming import open_stream
+from .training_processes import has_gpu
 from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 
 
@@ -35,12 +44,27 @@ PAPER_SETTINGS = {
     "SiT-B": {"probe_depth": 4, "probe_weight_start": 0.03, "num_probe_weights": 1, "probe_learning_rate": 3e-2},
 }
 
+# What is trained on own images if no flag says so: argument lists in `examples/configs`, and why this one.
+RECIPES = {
+    "digits": "no data are given",
+    "own-images-32": "no model is given, and no GPU was found",
+    "own-images-64": "no model is given, and there is a GPU",
+    "own-images-256-vae": "no model is given, but a VAE is",
+}
+MODEL_FLAGS = (
+    *("preset", "model_config_name_or_path", "pretrained_model_name_or_path", "patch_size", "num_layers"),
+    *("num_attention_heads", "attention_head_dim"),
+)
+
+# Of the weights of the start in the average: more than this shows in the samples.
+MAX_INITIAL_SHARE = 0.02
+
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
 # What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
 OUTPUTS = (
     *("training_args.json", "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
-    *("model_index.json", "transformer", "scheduler", "vae", "probe", ".pipeline*"),
+    *(UNREADABLE_FILE, "model_index.json", "transformer", "scheduler", "vae", "probe", ".pipeline*"),
 )
 
 # Flags that a resumed run may change. What decides the method is compared through `Setup.facts` or refused.
@@ -52,8 +76,10 @@ CHANGEABLE = {
     *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"),
     *("num_cpu_threads", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps", "logging_steps"),
     *("validation_steps", "validation_labels", "validation_guidance_scale", "validation_inference_steps"),
-    *("num_validation_images", "push_to_hub", "hub_model_id", "license"),
+    *("num_validation_images", "push_to_hub", "hub_model_id", "license", "max_errors", "recipe"),
 }
+# Those that follow from others unless given: a run that goes on keeps what it began with.
+DERIVED = ("ema_decay", "ema_warmup", "probe_decay_start_epoch")
 # Those that a resumed run may change where the learning rate does not depend on the length of the run.
 LENGTH = {"max_train_steps", "num_train_epochs"}
 
@@ -99,9 +125,17 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--random_flip", action="store_true", help="mirror half of the images")
     group.add_argument("--validation_split", help="held-out split: its name, or a fraction such as 0.05 to cut off")
     group.add_argument("--dataloader_num_workers", type=count, default=0)
+    group.add_argument(
+        "--max_errors", type=count, default=0, help="unreadable images to replace by others of their class, and list"
+    )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--preset", default="SiT-XL/2", choices=list(SIT_PRESETS), metavar="SiT-{S,B,L,XL}/{2,4,8}")
+    group.add_argument(
+        "--preset",
+        choices=list(SIT_PRESETS),
+        metavar="SiT-{S,B,L,XL}/{2,4,8}",
+        help="with the paper's values for what is not given; SiT-XL/2 if other flags of this group are given",
+    )
     group.add_argument("--patch_size", type=size, help="in place of the preset's")
     group.add_argument("--num_layers", type=size, help="in place of the preset's")
     group.add_argument("--num_attention_heads", type=size, help="in place of the preset's")
@@ -133,7 +167,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--probe_weight_end", type=positive, default=0.03, help="at t = 1")
     group.add_argument("--num_probe_weights", type=size, help="steps between the two; the paper's")
     group.add_argument("--probe_learning_rate", type=positive, help="the paper's for the size of the model")
-    group.add_argument("--probe_decay_start_epoch", type=positive, default=100, help="the probe's weight falls from")
+    group.add_argument("--probe_decay_start_epoch", type=positive, help="the probe's weight falls from here; never")
     group.add_argument("--probe_decay_epochs", type=positive, default=800, help="epochs in which it falls tenfold")
     group.add_argument("--repa_encoder", help="add REPA with this frozen encoder, such as facebook/dinov2-base")
     group.add_argument("--repa_weight", type=positive, default=0.5, help="weight of REPA's loss")
@@ -155,8 +189,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--max_grad_norm", type=positive, default=1.0)
     group.add_argument("--use_ema", action="store_true", default=True, help="average the weights (the default)")
     group.add_argument("--no_ema", dest="use_ema", action="store_false", help="save the weights as they are")
-    group.add_argument("--ema_decay", type=probability, default=0.9999)
-    group.add_argument("--ema_warmup", action="store_true", help="decay (1 + step) / (10 + step) at first: short runs")
+    group.add_argument(
+        "--ema_decay",
+        type=probability,
+        help="constant if given; else the average has a warm-up, and then looks back over a ninth of the run, at most"
+        " over the paper's 10,000 steps (0.9999)",
+    )
+    group.add_argument(
+        "--ema_warmup", action="store_true", default=None, help="decay (1 + step) / (10 + step) until --ema_decay"
+    )
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="as accelerate is configured")
     group.add_argument("--allow_tf32", action="store_true")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything that is random")
@@ -196,8 +237,11 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     parser = build_parser(description)
     args = parser.parse_args(argv)
     sources = [flag for flag in ("dataset_name", "train_data_dir", "latents_dir") if getattr(args, flag) is not None]
+    recipe = choose_recipe(args, sources)
+    if recipe is not None:
+        args = parser.parse_args([f"@{examples / 'configs' / recipe}", *argv])
+    args.recipe = recipe
     if not sources:
-        args = parser.parse_args([f"@{examples / 'configs' / 'digits'}", *argv])
         args.train_data_dir = str(examples / "digits")
     if len(sources) > 1:
         parser.error(f"only one source of data can be given, but there are --{' and --'.join(sources)}")
@@ -229,6 +273,34 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     return args
 
 
+def choose_recipe(args: argparse.Namespace, sources: list[str]) -> str | None:
+    """The argument list in `examples/configs` that the flags are read after, if they leave the model open."""
+    if not sources:
+        return "digits"
+    if sources == ["latents_dir"] or any(getattr(args, flag) is not None for flag in MODEL_FLAGS):
+        return None
+    begun = settings_of_the_run(args)
+    if begun is not None:  # also on another machine, or by a version that had no recipes
+        return begun.get("recipe")
+    if args.pretrained_vae_model_name_or_path is not None:
+        return "own-images-256-vae"
+    return "own-images-64" if has_gpu() else "own-images-32"
+
+
+def settings_of_the_run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The settings of the run that `--resume_from_checkpoint` names. [`find_run_to_continue`] finds what is wrong."""
+    if not args.resume_from_checkpoint:
+        return None
+    given = Path(args.resume_from_checkpoint)
+    folder = given if given.is_dir() else Path(args.output_dir, args.resume_from_checkpoint)
+    try:
+        if args.resume_from_checkpoint == "latest":
+            return json.loads(Path(args.output_dir, "training_args.json").read_text(encoding="utf-8"))
+        return read_state(folder)["settings"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 @dataclass
 class Setup:
     """What the flags come to."""
@@ -244,6 +316,7 @@ class Setup:
     held_out_images: SampleSource | None
     samples_per_step: int
     facts: dict[str, Any]  # what a resumed run has to have in common with its checkpoint, beside flags
+    treatment: str | None  # what is done to the images, for the user
 
     @property
     def steps_per_epoch(self) -> float:
@@ -278,7 +351,8 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
 
     # 2. Architecture and size
-    config: dict[str, Any] = dict(SIT_PRESETS[args.preset])
+    preset = SIT_PRESETS[args.preset or "SiT-XL/2"]
+    config: dict[str, Any] = dict(preset)
     if args.model_config_name_or_path is not None:
         try:
             loaded = SiTTransformer2DModel.load_config(args.model_config_name_or_path)
@@ -291,8 +365,11 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         config |= {k: v for k, v in pretrained.config.items() if k not in ("sample_size", "num_classes")}
         if latents is None and args.resolution is None:
             config["sample_size"] = pretrained.config["sample_size"]
-    config |= {name: getattr(args, name) for name in SIT_PRESETS[args.preset] if getattr(args, name) is not None}
+    config |= {name: getattr(args, name) for name in preset if getattr(args, name) is not None}
     config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
+    model = "--pretrained_model_name_or_path" if pretrained is not None else "--model_config_name_or_path"
+    size_by = model if args.resolution is None and "sample_size" in config else "--resolution"
+    channels_by = "--image_channels" if args.image_channels is not None else model if vae is None else "the VAE"
     if latents is not None:
         config["sample_size"] = given(config, "sample_size", latents.moments_shape[-1], "`--latents_dir`")
         args.resolution = given(vars(args), "resolution", config["sample_size"] * vae_factor, "`--latents_dir`")
@@ -325,6 +402,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     if args.num_classes is not None:
         given(config, "num_classes", args.num_classes, "`--num_classes`")
     num_classes = args.num_classes or config.get("num_classes")
+    treatment = None
     if latents is not None:
         if split is not None:
             raise ValueError(f"`--validation_split` of latents has to be a fraction such as 0.05, but is {split!r}.")
@@ -346,6 +424,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         source, held_out, names = open_images(
             splits, args.resolution, args.image_channels, *columns, num_classes, split
         )
+        treatment = check_images(source, size_by, channels_by)
     if fraction is not None:
         source, held_out = cut_off(source, fraction, args.seed)
     config["num_classes"] = args.num_classes = len(names)
@@ -390,6 +469,9 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     epochs = args.num_train_epochs
     args.max_train_steps = args.max_train_steps or math.ceil(epochs * len(source.labels) / samples_per_step)
+    if args.ema_decay is None:
+        args.ema_decay, args.ema_warmup = default_average(args.max_train_steps)
+    args.ema_warmup = bool(args.ema_warmup)
     facts = {
         "transformer": config,
         "samples_per_step": samples_per_step,
@@ -399,7 +481,76 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
     }
     return Setup(
-        source, held_out, names, config, start, vae, encoder, images, held_out_images, samples_per_step, facts
+        source=source,
+        held_out=held_out,
+        names=names,
+        config=config,
+        start=start,
+        vae=vae,
+        encoder=encoder,
+        images=images,
+        held_out_images=held_out_images,
+        samples_per_step=samples_per_step,
+        facts=facts,
+        treatment=treatment,
+    )
+
+
+def check_images(source: ImageSource, size_by: str, channels_by: str) -> str:
+    """
+    What is done to the images. That colours are lost because a model is grey has to be asked for.
+
+    Args:
+        source ([`~data.ImageSource`]): The images.
+        size_by (`str`): What decides about their size: a flag.
+        channels_by (`str`): And about their channels.
+    """
+    side, grey = source.resolution, source.num_channels == 1
+    sizes, has_colours = source.look()
+    if has_colours and grey and channels_by != "--image_channels":
+        raise ValueError(
+            f"`--image_channels` has to be 1 to train on grey copies of these images, which have colours:"
+            f" {channels_by} is for grey images of {side} x {side} pixels. For colours take another model."
+        )
+    if not sizes:  # none that can be read, which is found where it is used
+        return "none of those looked at can be read"
+    found = [f"{width} x {height}" for width, height in (min(sizes, key=math.prod), max(sizes, key=math.prod))]
+    found = found[0] if found[0] == found[1] else " to ".join(found)
+    shorter = [min(size) for size in sizes]
+    scaled = "scaled down to " if min(shorter) > side else "scaled up to " if max(shorter) < side else "scaled to "
+    scaled = "" if set(shorter) == {side} else scaled
+    return (
+        f"{found} pixels in {'colour' if has_colours else 'grey'} ({len(sizes)} images looked at); used is the central"
+        f" square, {scaled}{side} x {side}, in {'grey' if grey else 'colour'}"
+        f"{f', as `{size_by}` says' if size_by != '--resolution' else ''}"
+    )
+
+
+def default_average(max_train_steps: int) -> tuple[float, bool]:
+    """
+    Decay and warm-up of the average for a run of this length. With diffusers' warm-up, a decay of (1 + s) / (10 + s)
+    after s steps, the average looks back over a ninth of the steps so far, whatever the length: it forgets the start,
+    and a run can be made longer. The decay is what the warm-up comes to at the end, at most the paper's.
+    """
+    return min(0.9999, (1 + max_train_steps) / (10 + max_train_steps)), True
+
+
+def follows_length(settings: dict[str, Any]) -> bool:
+    """Whether the average of a run is that of its length."""
+    steps = settings.get("max_train_steps")
+    return steps is not None and (settings.get("ema_decay"), settings.get("ema_warmup")) == default_average(steps)
+
+
+def describe_initial_weights(args: argparse.Namespace) -> str | None:
+    """A warning, if at the end of the run the average still holds more than a few per cent of the initial weights."""
+    # The product of the decays; the first one of a warm-up is 0.
+    share = 0.0 if args.ema_warmup or not args.use_ema else args.ema_decay**args.max_train_steps
+    if share <= MAX_INITIAL_SHARE:
+        return None
+    return (
+        f"After {args.max_train_steps:,} steps with `--ema_decay {args.ema_decay}` the average of the weights still"
+        f" holds {share:.1%} of the initial weights, and it is the average that is saved and drawn from: leave out"
+        " `--ema_decay`, or add `--ema_warmup`, or train longer."
     )
 
 
@@ -463,8 +614,16 @@ def build_objective(args: argparse.Namespace, setup: Setup, load: bool) -> LSEPO
     ).train()
 
 
-def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective) -> str:
-    """Sizes of a run, for `--dry_run`."""
+def memory_needed(args: argparse.Namespace, setup: Setup, objective: LSEPObjective, num_shards: int = 1) -> list[int]:
+    """
+    Bytes of memory that a process needs at least: for weights and all that belongs to them, and for activations.
+
+    Args:
+        args (`argparse.Namespace`): The flags, after [`prepare`].
+        setup ([`Setup`]): What they come to.
+        objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
+        num_shards (`int`, defaults to `1`): Among how many processes the weights are shared out.
+    """
     transformer = objective.transformer
     config, width = transformer.config, transformer.inner_dim
     tokens = (config.sample_size // config.patch_size) ** 2
@@ -475,19 +634,65 @@ def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective) -
     # Weights in float32, and of what is trained gradients, AdamW's two moments and the average. A block keeps about 34
     # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
     # in the dtype of the computation; with gradient checkpointing one block keeps them, and the others their input.
-    state = 4 * (parameters + frozen_parameters + trained * (4 if args.use_ema else 3))
+    # Measured on a CPU, a step takes a third more.
+    state = 4 * ((parameters + trained * (4 if args.use_ema else 3)) // num_shards + frozen_parameters)
     blocks = config.num_layers + (0 if args.no_lsep else args.probe_depth)
     values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
-    activations = values * (4 if args.mixed_precision == "no" else 2) // 2
-    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
+    return [state, values * (4 if args.mixed_precision == "no" else 2) // 2]
+
+
+def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, num_processes: int) -> str | None:
+    """What to say if processes that share a memory need more than there is."""
+    if num_processes * sum(needed) <= memory:
+        return None
+    state, activations = (value / 1e9 for value in needed)
+    processes = f"{num_processes} processes with " if num_processes > 1 else ""
+    smaller = ["a smaller model (`--preset`, or none at all for one that suits own images)"]
+    if activations > state:
+        steps = "with more `--gradient_accumulation_steps`"
+        smaller.insert(0, f"a `--train_batch_size` below {args.train_batch_size} {steps}, `--gradient_checkpointing`")
+        if args.pretrained_vae_model_name_or_path is None:
+            smaller.append("a smaller `--resolution` or larger `--patch_size`, or a VAE")
     return (
-        f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {width}\n"
-        f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them\n"
-        f"tokens: {tokens} per image\n"
-        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes\n"
-        f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch\n"
-        f"memory per process, roughly: {state / 1e9:.2f} GB of state, {activations / 1e9:.2f} GB of activations"
+        f"training does not fit into this machine's memory: {processes}at least {state:.2f} GB of state and"
+        f" {activations:.2f} GB of activations, of {memory / 1e9:.2f} GB in all. What helps: {'; '.join(smaller)}."
     )
+
+
+def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
+    """
+    What a run comes to, for the user.
+
+    Args:
+        args (`argparse.Namespace`): The flags, after [`prepare`].
+        setup ([`Setup`]): What they come to.
+        objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
+        needed (`list[int]`): Its memory, by [`memory_needed`].
+    """
+    transformer = objective.transformer
+    config = transformer.config
+    parameters = sum(p.numel() for p in transformer.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
+    state, activations = (value / 1e9 for value in needed)
+    average = f"decay {args.ema_decay:.6g}{', after a warm-up' if args.ema_warmup else ''}" if args.use_ema else "none"
+    lines = [
+        f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {transformer.inner_dim}",
+        f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them",
+        f"tokens: {(config.sample_size // config.patch_size) ** 2} per image",
+        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes",
+        f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
+        f"average of the weights: {average}",
+        f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",
+    ]
+    if setup.treatment is not None:
+        lines.insert(4, f"pixels: {setup.treatment}")
+    if args.recipe is not None:
+        why = f"since {RECIPES[args.recipe]}; flags that are given win"
+        lines.insert(0, f"recipe: examples/configs/{args.recipe}, {why}")
+    if describe_initial_weights(args) is not None:
+        lines.append(describe_initial_weights(args))
+    return "\n".join(lines)
 
 
 def given(values: dict[str, Any], name: str, needed: int, by: str) -> int:
@@ -513,21 +718,27 @@ def find_run_to_continue(
         raise ValueError(f"`--output_dir` {args.output_dir!r} cannot be written: {str(parent)!r} is no such folder.")
     found = sorted(path.name for pattern in OUTPUTS for path in output_dir.glob(pattern))
     settings_file = output_dir / "training_args.json"
+    problem = None
     if found and not settings_file.is_file():
-        raise ValueError(
+        problem = (
             f"`--output_dir` {args.output_dir!r} holds {', '.join(found[:4])}, but no run of this script: choose"
             " another folder."
         )
+    elif found and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+        problem = (
+            f"`--output_dir` {args.output_dir!r} already holds a run ({', '.join(found[:4])}). Continue it with"
+            " `--resume_from_checkpoint latest`, delete it with `--overwrite_output_dir`, or choose another folder."
+        )
+    if problem is not None and args.dry_run:  # which writes nothing
+        report(f"A run would be refused: {problem}")
+        return None, None
+    if problem is not None:
+        raise ValueError(problem)
     if args.resume_from_checkpoint:
         checkpoint = choose_checkpoint(output_dir, args.resume_from_checkpoint, report)
         if checkpoint is not None:
             return checkpoint, read_state(checkpoint)["settings"]
         return None, json.loads(settings_file.read_text(encoding="utf-8")) if found else None
-    if found and not args.overwrite_output_dir:
-        raise ValueError(
-            f"`--output_dir` {args.output_dir!r} already holds a run ({', '.join(found[:4])}). Continue it with"
-            " `--resume_from_checkpoint latest`, delete it with `--overwrite_output_dir`, or choose another folder."
-        )
     return None, None
 
 
@@ -541,11 +752,20 @@ def remove_outputs(output_dir: Path):
                 path.unlink()
 
 
+def keep_settings(args: argparse.Namespace, before: dict[str, Any]):
+    """Fills in what follows from other flags, and is not given, as it was in the run that is continued."""
+    for name in DERIVED:
+        if getattr(args, name) is None and not (name.startswith("ema") and follows_length(before)):
+            setattr(args, name, before.get(name))
+
+
 def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: Callable[[str], None]):
     """Lists what differs from the run that is continued, and refuses what would change the method."""
     may_change = CHANGEABLE | (LENGTH if settings["lr_scheduler"] in ("constant", "constant_with_warmup") else set())
+    if follows_length(settings) and follows_length(before):
+        may_change.add("ema_decay")  # no decay was reached yet that another length would not have
     # An older version has left out what it did not know: its runs went by what is now the default.
-    before = {**vars(build_parser("").parse_args([])), **before}
+    before = {**vars(build_parser("").parse_args([])), **{name: settings[name] for name in DERIVED}, **before}
     changed = {name for name, value in settings.items() if before.get(name) != value} - {"threads", "processes"}
     lines = {name: f"{name}: {before.get(name)} -> {settings[name]}" for name in settings if name in changed}
     refused = [line for name, line in lines.items() if name not in may_change]
