@@ -256,9 +256,10 @@ def test_flags_and_links_of_the_guides_exist(guide, load_example):
     text = guide.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("http") or (guide.parent / target).exists(), target
-    # of a cluster's scheduler, of accelerate, and of the scripts that the guide runs
+    # of a cluster's scheduler, of accelerate, and of the scripts that the guide runs or names
     known = {"--signal"} | {option for action in launch_command_parser()._actions for option in action.option_strings}
-    for words in [*commands_of(guide), ["python", "examples/train_lsep.py"]]:
+    named = [["python", "examples/train_lsep.py"], ["python", "examples/encode_latents.py"]]
+    for words in [*commands_of(guide), *named]:
         parser, _ = options_of(words, load_example)
         known |= {option for action in parser._actions for option in action.option_strings}
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
