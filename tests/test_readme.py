@@ -33,7 +33,10 @@ SUBSTITUTIONS = {
     "--num_images 500 --num_inference_steps 100": (
         "--num_images 70 --num_inference_steps 2 --guidance_scales 1 2 --cache_dir features"
     ),
-    "path/to/images": "images",
+    "path/to/images --output_dir my-model\n": (
+        "images --output_dir my-model --max_train_steps 2 --train_batch_size 2 --validation_inference_steps 1\n"
+    ),
+    "path/to/images --output_dir my-large-model": "images --output_dir my-large-model",
     "--preset SiT-B/2 --resolution 256": (
         "--preset SiT-S/8 --num_layers 3 --resolution 128 --train_batch_size 2 --max_train_steps 1"
         " --validation_inference_steps 1 --num_validation_images 1 --validation_labels cat"
@@ -80,7 +83,7 @@ def test_readme_runs(folder, inception_weights):
         run_blocks(blocks, folder, environment, SUBSTITUTIONS)
         assert "model_index.json" in hub.files("your-name/lsep-digits")
     assert Image.open(folder / "seven.png").size == (128, 128)
-    for name in ("lsep-digits", "my-model", "sit-xl-256"):
+    for name in ("lsep-digits", "my-model", "my-large-model", "sit-xl-256"):
         assert (folder / name / "model_index.json").is_file()
     assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "eval_results.json").is_file()
     assert (folder / "probing" / "probe_heatmap.png").is_file()

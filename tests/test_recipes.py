@@ -18,6 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.cli import COMMANDS
@@ -103,7 +104,7 @@ def dry_run(train, vae, latents, pretrained, capsys, monkeypatch, tmp_path):
 def test_recipes_are_those_of_the_documentation():
     assert set(RECIPES) == {
         *("digits", "fine-tune-256", "fine-tune-256-lora", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256"),
-        *("sit-xl-2-512", "sit-xl-2-512-from-256"),
+        *("sit-xl-2-512", "sit-xl-2-512-from-256", "own-images-32", "own-images-64", "own-images-256-vae"),
     }
 
 
@@ -120,7 +121,7 @@ def test_papers_recipes(dry_run, name):
     assert (settings["probe_weight_start"], settings["probe_weight_end"]) == (start, end)
     assert (settings["num_probe_weights"], settings["probe_learning_rate"]) == (bins, probe_rate)
     assert (settings["probe_dropout_prob"], settings["class_dropout_prob"]) == (0.9, 0.1)
-    assert (settings["probe_decay_start_epoch"], settings["probe_decay_epochs"]) == (100, 800)
+    assert settings["probe_decay_start_epoch"] is None  # the paper has none, and the public code never gets there
     assert (settings["path_type"], settings["timestep_sampling"]) == ("linear", "uniform")
     assert (settings["learning_rate"], settings["lr_scheduler"], settings["ema_decay"]) == (1e-4, "constant", 0.9999)
     assert [settings[f"adam_{key}"] for key in ("beta1", "beta2", "epsilon", "weight_decay")] == [0.9, 0.999, 1e-8, 0]
@@ -141,7 +142,7 @@ def test_papers_recipes_say_everything_themselves(name):
     assert flags >= {
         *("--resolution", "--path_type", "--timestep_sampling", "--class_dropout_prob", "--probe_depth"),
         *("--probe_dropout_prob", "--crop_size_min", "--probe_weight_start", "--probe_weight_end"),
-        *("--num_probe_weights", "--probe_learning_rate", "--probe_decay_start_epoch", "--probe_decay_epochs"),
+        *("--num_probe_weights", "--probe_learning_rate"),
         *("--train_batch_size", "--learning_rate", "--lr_scheduler", "--adam_beta1", "--adam_beta2"),
         *("--adam_epsilon", "--adam_weight_decay", "--max_grad_norm", "--ema_decay", "--mixed_precision"),
     }
@@ -161,6 +162,36 @@ def test_fine_tuning_recipes(dry_run, name):
     assert "Starting from" in output
     memory = float(re.search(r"([\d.]+) GB of state", output)[1]) + float(re.search(r"([\d.]+) GB of act", output)[1])
     assert memory < 20  # of the 24 GB that they are for
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_fit_other_classes(name):
+    """Labels to sample belong to a data set, not to a recipe."""
+    assert "--validation_labels" not in shlex.split((CONFIGS / name).read_text(), comments=True)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("own-images")])
+def test_recipes_for_own_images(train, vae, capsys, tmp_path, monkeypatch, name):
+    """Some hundred images are seen often enough, reports and checkpoints come in time, and it fits its machine."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 260), (40 * i, 0, 0)).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
+    flags = ["--train_data_dir", "images", "--dry_run"]
+    if name.endswith("vae"):
+        flags += ["--pretrained_vae_model_name_or_path", vae]
+    assert train(f"@{CONFIGS / name}", *flags, tiny=()) == 0
+    output = capsys.readouterr().out
+    settings = json.JSONDecoder().raw_decode(output)[0]
+    assert settings["resolution"] == int(name.split("-")[2])
+    steps = settings["max_train_steps"]
+    assert 50 <= steps * settings["samples_per_step"] / 500 <= 5000  # passes over 500 images
+    assert steps % settings["checkpointing_steps"] == steps % settings["validation_steps"] == 0
+    assert 2 <= steps / settings["validation_steps"] <= 20 and steps / settings["logging_steps"] >= 50
+    assert settings["ema_warmup"] and settings["ema_decay"] == (1 + steps) / (10 + steps)
+    memory = float(re.search(r"([\d.]+) GB of state", output)[1]) + float(re.search(r"([\d.]+) GB of act", output)[1])
+    assert memory < {"own-images-32": 1, "own-images-64": 8, "own-images-256-vae": 12}[name]
+    assert not settings["random_flip"] and list(tmp_path.iterdir()) == [tmp_path / "images"]
 
 
 def test_recipes_can_be_overridden(dry_run):

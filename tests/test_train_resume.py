@@ -24,13 +24,14 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"
 
 # Epochs of 2.5 steps, so that the end of an epoch, the middle of one and the checkpoints all fall on different steps.
 NUM_IMAGES, SAMPLES_PER_STEP, STEPS = 20, 8, 36
+UNREADABLE = {"a/6.png", "b/10.png"}  # replaced by the same ones, whoever comes upon them
 FLAGS = [
     *("--resolution", "8", "--patch_size", "2", "--num_layers", "2", "--num_attention_heads", "2"),
     *("--attention_head_dim", "8", "--probe_depth", "1", "--crop_size_min", "2", "--random_flip"),
     *("--learning_rate", "1e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "5", "--ema_decay", "0.9"),
     *("--checkpointing_steps", "7", "--checkpoints_total_limit", "2", "--logging_steps", "1", "--report_to", "none"),
     *("--validation_steps", "15", "--validation_split", "0.2", "--validation_inference_steps", "2"),
-    *("--num_validation_images", "1", "--num_cpu_threads", "1"),
+    *("--num_validation_images", "1", "--num_cpu_threads", "1", "--max_errors", "2"),
 ]
 
 
@@ -42,6 +43,8 @@ def images(tmp_path_factory) -> Path:
         path = folder / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         PIL.Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(path)
+    for name in UNREADABLE:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     return folder
 
 
@@ -102,6 +105,8 @@ def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_
     for run in (whole, killed):
         settings = json.loads((run / "training_args.json").read_text())
         assert settings["processes"] == processes and settings["samples_per_step"] == SAMPLES_PER_STEP
+        listed = [json.loads(line)["id"] for line in (run / "unreadable.jsonl").read_text().splitlines()]
+        assert sorted(listed) == sorted(str(images / name) for name in UNREADABLE)
     last = f"checkpoint-{STEPS}"
     files = [path.relative_to(whole) for path in (whole / last).rglob("*.safetensors")]
     files += [Path("transformer", "diffusion_pytorch_model.safetensors"), Path("samples", f"step-{STEPS}.png")]
