@@ -30,7 +30,7 @@ from pairs import paired_ratio
 from training_step import make_draws, separate_rows
 
 from diffusers_lsep import FlowMatchHeunODEScheduler, LinearProbe, LSEPObjective
-from diffusers_lsep.data import load_image_dataset, open_images
+from diffusers_lsep.data.images import load_image_dataset, open_images
 from diffusers_lsep.evaluation.linear_probing import probe_layers
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from digits_runs import DIGITS, draw, pixel_distance, read_digits, train
 
-from diffusers_lsep.training_log import read_metrics
+from diffusers_lsep.training.log import read_metrics
 
 
 NEW = [8, 9]

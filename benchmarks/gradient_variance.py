@@ -16,7 +16,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_lsep import LinearProbe, LSEPObjective
-from diffusers_lsep.data import SampleStream, load_image_dataset, open_images
+from diffusers_lsep.data.images import load_image_dataset, open_images
+from diffusers_lsep.data.stream import SampleStream
 
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"

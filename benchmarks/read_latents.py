@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from diffusers_lsep.data import SampleStream
-from diffusers_lsep.latents import MomentsDataset, MomentsShardWriter, finish_moments, moments_features, shard_name
+from diffusers_lsep.data.moments import MomentsDataset, shard_name
+from diffusers_lsep.data.moments_writer import MomentsShardWriter, finish_moments, moments_features
+from diffusers_lsep.data.stream import SampleStream
 
 
 def write_set(folder: Path, num_rows: int, shape: tuple[int, int, int], shard_size: int, batch_size: int = 64) -> None:

@@ -41,7 +41,7 @@ from diffusers_lsep import (
     LSEPPipeline,
 )
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance
-from diffusers_lsep.paths import get_path
+from diffusers_lsep.interpolants import get_interpolant
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -86,7 +86,7 @@ class MixtureFlow(ModelMixin, ConfigMixin):
         super().__init__()
         self.weights, self.means, self.stds = zip(*MIXTURES[mixture])
         self.unused = torch.nn.Parameter(torch.zeros(1))  # tells the pipeline device and dtype
-        self.path = get_path("linear")
+        self.path = get_interpolant("linear")
         self.evaluations = 0
 
     def forward(self, hidden_states, timestep, class_labels, return_dict=True):

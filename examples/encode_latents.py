@@ -34,22 +34,19 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from diffusers_lsep.data import center_crop, convert_mode, damage, keep_batch, load_image_dataset, read_labels
-from diffusers_lsep.image_files import ImageFiles, open_image_files
-from diffusers_lsep.latents import (
-    METADATA_FILE,
-    SETTINGS_FILE,
+from diffusers_lsep.data.archives import ImageFiles, open_image_files
+from diffusers_lsep.data.images import center_crop, convert_mode, damage, load_image_dataset, read_labels
+from diffusers_lsep.data.moments import METADATA_FILE, SETTINGS_FILE, describe_vae, shard_name, shorten
+from diffusers_lsep.data.moments_writer import (
     TEMPORARY_SUFFIX,
     MomentsShardWriter,
-    describe_vae,
     finish_moments,
     moments_features,
-    shard_name,
-    shorten,
     unreadable_in,
     write_json,
     write_unreadable,
 )
+from diffusers_lsep.data.stream import keep_batch
 
 
 # Settings that say where something lay; the hashes beside them say what it was, so a moved folder may continue.

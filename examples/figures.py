@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_lsep.checkpointing import write_text
 from diffusers_lsep.evaluation.dinov2 import DINOv2Features
-from diffusers_lsep.evaluation.evaluate import NEIGHBORHOOD, PROTOCOL_DINOV2
 from diffusers_lsep.evaluation.features import PixelFeatures, extract_features, process_state
 from diffusers_lsep.evaluation.images import EncodedImages, NpzImages, open_images
 from diffusers_lsep.evaluation.inception import InceptionFeatures
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
+from diffusers_lsep.evaluation.protocol import NEIGHBORHOOD, PROTOCOL_DINOV2
 from diffusers_lsep.figures import plot_denoising_strip, plot_guidance_sweep, require_matplotlib
+from diffusers_lsep.files import write_text
+from diffusers_lsep.interpolants import get_interpolant
 from diffusers_lsep.labels import describe_classes, find_class_ids
-from diffusers_lsep.paths import get_path
 from diffusers_lsep.sampling import DTYPES, LABEL_SAMPLINGS, SAMPLERS, DrawnSamples, choose_class_ids, load_pipeline
 
 
@@ -294,7 +294,7 @@ class Recorder:
     def record(self, pipe: DiffusionPipeline, latents: torch.Tensor, t: float):
         """Keeps the state at a time as an image, and the data that the model predicts from it."""
         velocity = self.predict_velocity(pipe, latents, t)
-        data = get_path(pipe.config.path_type).predict_original_sample(velocity, latents, t)
+        data = get_interpolant(pipe.config.path_type).predict_original_sample(velocity, latents, t)
         self.times.append(t)
         for kept, tensor in ((self.states, latents), (self.predictions, data)):
             kept.append(pipe.image_processor.postprocess(pipe.decode_latents(tensor), output_type="np"))

@@ -48,41 +48,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.checkpointing import (
+from diffusers_lsep.data.moments import sample_posterior
+from diffusers_lsep.data.moments_writer import UNREADABLE_FILE, write_unreadable
+from diffusers_lsep.data.stream import SampleStream, StreamBatches, keep_batch
+from diffusers_lsep.data.streamed import StreamedSamples
+from diffusers_lsep.figures import make_labeled_grid
+from diffusers_lsep.files import whole_folder, write_text
+from diffusers_lsep.hub.model_card import Gallery, write_model_card
+from diffusers_lsep.hub.push import push_folder
+from diffusers_lsep.labels import describe_classes, find_class_ids
+from diffusers_lsep.training.arguments import parse_args
+from diffusers_lsep.training.checkpoints import (
     load_checkpoint,
     named_averages,
     read_state,
     remove_leftovers,
     remove_old_checkpoints,
     save_checkpoint,
-    whole_folder,
     whole_tensors,
-    write_text,
 )
-from diffusers_lsep.data import SampleStream, StreamBatches, keep_batch, sample_posterior
-from diffusers_lsep.figures import make_labeled_grid
-from diffusers_lsep.fine_tuning import merge_lora
-from diffusers_lsep.hub import push_folder
-from diffusers_lsep.labels import describe_classes, find_class_ids
-from diffusers_lsep.latents import UNREADABLE_FILE, write_unreadable
-from diffusers_lsep.model_card import Gallery, write_model_card
-from diffusers_lsep.streaming import StreamedSamples
-from diffusers_lsep.training_log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
-from diffusers_lsep.training_processes import StopSignal, memory_limit, usable_cores
-from diffusers_lsep.training_setup import (
-    Setup,
-    build_objective,
-    compare_settings,
-    describe,
-    describe_initial_weights,
-    describe_shortage,
-    find_run_to_continue,
-    keep_settings,
-    memory_needed,
-    parse_args,
-    prepare,
-    remove_outputs,
-)
+from diffusers_lsep.training.fine_tuning import merge_lora
+from diffusers_lsep.training.log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
+from diffusers_lsep.training.output_folder import compare_settings, find_run_to_continue, keep_settings, remove_outputs
+from diffusers_lsep.training.processes import StopSignal, memory_limit, usable_cores
+from diffusers_lsep.training.setup import Setup, build_objective, prepare
+from diffusers_lsep.training.summary import describe, describe_initial_weights, describe_shortage, memory_needed
 
 
 # Flags that say nothing about the model.

@@ -10,15 +10,14 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.checkpointing import (
+from diffusers_lsep.files import whole_folder, write_text
+from diffusers_lsep.training.checkpoints import (
     choose_checkpoint,
     find_damage,
     list_checkpoints,
     load_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
-    whole_folder,
-    write_text,
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, convert_original_checkpoint
-from diffusers_lsep.conversion import imagenet_id2label, read_id2label
+from diffusers_lsep.commands.convert import imagenet_id2label, read_id2label
 
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -12,19 +12,17 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusers_lsep.data import (
+from diffusers_lsep.data.images import (
     ImageSource,
-    SampleStream,
-    StreamBatches,
     center_crop,
     convert_mode,
-    cut_off,
-    epoch_order,
     load_image_dataset,
     open_images,
     read_labels,
-    sample_posterior,
 )
+from diffusers_lsep.data.moments import sample_posterior
+from diffusers_lsep.data.sources import cut_off
+from diffusers_lsep.data.stream import SampleStream, StreamBatches, epoch_order
 
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"

@@ -15,14 +15,15 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
-from diffusers_lsep.checkpointing import hash_weights
 from diffusers_lsep.cli import main
-from diffusers_lsep.evaluation import evaluate as command
-from diffusers_lsep.evaluation.evaluate import compute_feature_metrics, evaluate_images, format_table
+from diffusers_lsep.commands.evaluate import format_table
+from diffusers_lsep.evaluation import protocol as command
 from diffusers_lsep.evaluation.features import extract_features
 from diffusers_lsep.evaluation.images import open_images
 from diffusers_lsep.evaluation.inception import InceptionFeatures
 from diffusers_lsep.evaluation.metrics import feature_statistics, inception_score
+from diffusers_lsep.evaluation.protocol import compute_feature_metrics, evaluate_images
+from diffusers_lsep.files import hash_weights
 from diffusers_lsep.sampling import DrawnSamples, choose_class_ids, make_generator, set_scheduler
 
 

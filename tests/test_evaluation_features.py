@@ -396,7 +396,7 @@ class TestEncodedImages:
         assert len({hashes[0], reordered, cropped}) == 3
 
     def test_resolution_cuts_as_training_does(self, tmp_path):
-        from diffusers_lsep.data import center_crop
+        from diffusers_lsep.data.images import center_crop
 
         pixels = [make_images(1, size)[0, : size - 5] for size in (40, 70)]
         save_images(tmp_path, pixels)

@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
-from diffusers_lsep.evaluation.evaluate import compute_feature_metrics
 from diffusers_lsep.evaluation.metrics import feature_statistics
-from diffusers_lsep.paths import get_path
+from diffusers_lsep.evaluation.protocol import compute_feature_metrics
+from diffusers_lsep.interpolants import get_interpolant
 from diffusers_lsep.sampling import set_scheduler
 
 
@@ -239,7 +239,7 @@ def test_strip_shows_the_model_s_predictions(strip, save_pipeline, tmp_path):
     guided = velocities["null"] + 3 * (velocities["class"] - velocities["null"])
     for high, velocity in ((1, guided), (0.9, velocities["class"])):
         _, states, predictions, times, _, _ = strip("--guidance_scale", 3, "--guidance_interval", 0, high, steps=3)
-        data = get_path("linear").predict_original_sample(velocity, noise, 1.0)
+        data = get_interpolant("linear").predict_original_sample(velocity, noise, 1.0)
         for found, expected in ((states, noise), (predictions, data)):
             expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
             np.testing.assert_allclose(found[0], expected, atol=1e-6)

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.fine_tuning import LORA_TARGETS, add_lora, merge_lora, read_pretrained, replace_classes
+from diffusers_lsep.training.fine_tuning import LORA_TARGETS, add_lora, merge_lora, read_pretrained, replace_classes
 
 
 NAMES = ["ant", "bee", "cow"]

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from diffusers_lsep.checkpointing import hash_saved_weights, hash_weights
-from diffusers_lsep.latents import MomentsDataset
+from diffusers_lsep.data.moments import MomentsDataset
+from diffusers_lsep.files import hash_saved_weights, hash_weights
 
 
 # For one process on CPU, and lengths. The model keeps its depth, so that the depths in the recipes fit.

@@ -19,8 +19,8 @@ from huggingface_hub.utils import httpx
 from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.hub import push_folder
-from diffusers_lsep.model_card import Gallery, write_model_card
+from diffusers_lsep.hub.model_card import Gallery, write_model_card
+from diffusers_lsep.hub.push import push_folder
 
 
 OWNER, STRANGER = "hf_owner", "hf_stranger"

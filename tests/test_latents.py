@@ -23,17 +23,11 @@ from diffusers import AutoencoderKL
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.cli import main
-from diffusers_lsep.data import SampleStream, center_crop, convert_mode, sample_posterior
-from diffusers_lsep.image_files import open_image_files
-from diffusers_lsep.latents import (
-    MomentsDataset,
-    MomentsShardWriter,
-    OriginalMomentsDataset,
-    finish_moments,
-    moments_features,
-    pair_labels,
-    shard_name,
-)
+from diffusers_lsep.data.archives import open_image_files, pair_labels
+from diffusers_lsep.data.images import center_crop, convert_mode
+from diffusers_lsep.data.moments import MomentsDataset, OriginalMomentsDataset, sample_posterior, shard_name
+from diffusers_lsep.data.moments_writer import MomentsShardWriter, finish_moments, moments_features
+from diffusers_lsep.data.stream import SampleStream
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "encode_latents.py"

@@ -13,7 +13,8 @@ from hub_server import HubServer
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
-from diffusers_lsep.data import hash_labels, keyed_generator
+from diffusers_lsep.data.draws import keyed_generator
+from diffusers_lsep.data.sources import hash_labels
 from diffusers_lsep.evaluation.linear_probing import (
     NOISE_PURPOSES,
     HiddenStates,

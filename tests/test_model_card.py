@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler, LSEPPipeline
-from diffusers_lsep.checkpointing import hash_weights
-from diffusers_lsep.evaluation.evaluate import METRICS
-from diffusers_lsep.model_card import (
+from diffusers_lsep.evaluation.protocol import METRICS
+from diffusers_lsep.files import hash_weights
+from diffusers_lsep.hub.model_card import (
     METRIC_NAMES,
     Gallery,
     SavedPipeline,

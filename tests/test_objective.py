@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_lsep import LinearProbe, LSEPObjective
+from diffusers_lsep.interpolants import get_interpolant
 from diffusers_lsep.objective import timesteps_from_uniform
-from diffusers_lsep.paths import get_path
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def batch(batch_size=6, seed=0):
 def straightforward_losses(objective, draws, path_type="linear", weights=(0.0225, 0.03, 10)):
     """The method written down plainly: two separate streams, and a loop over samples for crop and weight."""
     transformer, probe = objective.transformer, objective.probe
-    labels, t, path = draws["class_labels"], draws["timesteps"], get_path(path_type)
+    labels, t, path = draws["class_labels"], draws["timesteps"], get_interpolant(path_type)
     shaped = t[:, None, None, None]
     noisy = path.alpha(shaped) * draws["latents"] + path.sigma(shaped) * draws["noise"]
     target = path.d_alpha(shaped) * draws["latents"] + path.d_sigma(shaped) * draws["noise"]
@@ -223,7 +223,7 @@ def test_crop_windows_have_one_size_and_reach_every_place(make_objective):
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_timestep_distributions(path_type):
-    path = get_path(path_type)
+    path = get_interpolant(path_type)
     uniform = (torch.arange(100_000) + 0.5) / 100_000
     assert timesteps_from_uniform(uniform, path, "uniform") is uniform
     t = timesteps_from_uniform(uniform, path, "logit_normal")

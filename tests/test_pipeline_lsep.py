@@ -30,7 +30,7 @@ from diffusers_lsep import (
     FlowMatchSDEScheduler,
     LSEPPipeline,
 )
-from diffusers_lsep.paths import get_path
+from diffusers_lsep.interpolants import get_interpolant
 from diffusers_lsep.sampling import SAMPLERS, set_scheduler
 
 
@@ -80,7 +80,7 @@ class GaussianFlow(ModelMixin, ConfigMixin):
     def __init__(self, sample_size=64, in_channels=8, num_classes=1, path_type="linear"):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(1))
-        self.path = get_path(path_type)
+        self.path = get_interpolant(path_type)
         self.times = []
 
     def forward(self, hidden_states, timestep, class_labels, return_dict=True):

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.cli import COMMANDS
-from diffusers_lsep.training_setup import build_parser
+from diffusers_lsep.training.arguments import build_parser
 from diffusers_lsep.transformer_sit import SIT_PRESETS
 
 

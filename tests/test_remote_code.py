@@ -21,7 +21,7 @@ from diffusers_lsep import (
     LSEPPipeline,
     SiTTransformer2DModel,
 )
-from diffusers_lsep.hub import add_code
+from diffusers_lsep.hub.remote_code import add_code
 
 
 # Both processes start with this. The images do not depend on the process, only on the number of threads.

@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from diffusers_lsep import LinearProbe, LSEPObjective
-from diffusers_lsep.data import center_crop, load_image_dataset, open_images
-from diffusers_lsep.latents import MomentsDataset, OriginalMomentsDataset
-from diffusers_lsep.repa import REPAEncoder, REPARegularizer
-from diffusers_lsep.training_log import read_metrics
+from diffusers_lsep.data.images import center_crop, load_image_dataset, open_images
+from diffusers_lsep.data.moments import MomentsDataset, OriginalMomentsDataset
+from diffusers_lsep.training.log import read_metrics
+from diffusers_lsep.training.repa import REPAEncoder, REPARegularizer
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}

@@ -20,7 +20,7 @@ from diffusers_lsep import (
     LSEPPipeline,
     SiTTransformer2DModel,
 )
-from diffusers_lsep.checkpointing import hash_weights
+from diffusers_lsep.files import hash_weights
 from diffusers_lsep.labels import find_class_ids
 from diffusers_lsep.sampling import choose_class_ids, make_generator
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEMultistepScheduler, FlowMatchSDEScheduler
-from diffusers_lsep.paths import get_path
+from diffusers_lsep.interpolants import get_interpolant
 
 
 MEAN, STD = 0.3, 0.2
@@ -31,12 +31,12 @@ def diffusers_schedulers(*names):
 
 def marginal(path_type, t, data_std=STD):
     """Mean and standard deviation of `x_t`."""
-    path = get_path(path_type)
+    path = get_interpolant(path_type)
     return path.alpha(t) * MEAN, math.sqrt((path.alpha(t) * data_std) ** 2 + path.sigma(t) ** 2)
 
 
 def exact_velocity(path_type, sample, t, data_std=STD):
-    path = get_path(path_type)
+    path = get_interpolant(path_type)
     mean, std = marginal(path_type, t, data_std)
     slope = (path.alpha(t) * path.d_alpha(t) * data_std**2 + path.sigma(t) * path.d_sigma(t)) / std**2
     return path.d_alpha(t) * MEAN + slope * (sample - mean)
@@ -154,7 +154,7 @@ def test_second_order_sde_is_exact_for_a_point(path_type, diffusion_form, steps)
 )
 def test_second_order_sde_keeps_the_noise_of_the_sde(path_type, diffusion_form, integral):
     """How much of the noise a step keeps and how much it replaces."""
-    path, norm, t, u = get_path(path_type), 0.7, 0.9, 0.5
+    path, norm, t, u = get_interpolant(path_type), 0.7, 0.9, 0.5
     scheduler = FlowMatchSDEMultistepScheduler(path_type=path_type, diffusion_form=diffusion_form, diffusion_norm=norm)
     scheduler.set_timesteps(sigmas=[t, u])
     x = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama(path_type, d
 
 def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama_on_a_mixture():
     """benchmarks/solver_order.py has more of it."""
-    path, count = get_path("linear"), 120_000
+    path, count = get_interpolant("linear"), 120_000
     weights, means, stds = (
         torch.tensor(values, dtype=torch.float64) for values in ([0.3, 0.5, 0.2], [-1.0, 0.2, 1.2], [0.05, 0.1, 0.2])
     )
@@ -249,7 +249,7 @@ def test_ode_converges_with_its_order(path_type, scheduler_class, config, order,
 @pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler"])
 def test_last_step_gives_its_closed_form(path_type, diffusion_form, last_step):
     norm, t, x = 0.7, 0.04, torch.tensor([0.5, -1.0], dtype=torch.float64)
-    path = get_path(path_type)
+    path = get_interpolant(path_type)
     alpha, sigma = path.alpha(t), path.sigma(t)
     velocity, score = exact_velocity(path_type, x, t), exact_score(path_type, x, t)
     half_variance = {
@@ -282,7 +282,7 @@ def test_last_step_of_the_second_order_sde(path_type):
         scheduler.set_timesteps(sigmas=[t])
         return scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample
 
-    x, path = torch.tensor([0.5, -1.0], dtype=torch.float64), get_path(path_type)
+    x, path = torch.tensor([0.5, -1.0], dtype=torch.float64), get_interpolant(path_type)
     velocity, score = exact_velocity(path_type, x, 0.04), exact_score(path_type, x, 0.04)
     expected = (x + path.sigma(0.04) ** 2 * score) / path.alpha(0.04)
     torch.testing.assert_close(last_step_at(0.04, velocity, last_step="tweedie"), expected, rtol=1e-10, atol=1e-10)
@@ -483,7 +483,7 @@ def test_result_has_the_dtype_of_the_sample(dtype):
 
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_noise_is_added_with_the_path_of_the_model(path_type):
-    scheduler, path = FlowMatchSDEScheduler(path_type=path_type), get_path(path_type)
+    scheduler, path = FlowMatchSDEScheduler(path_type=path_type), get_interpolant(path_type)
     data, noise = torch.randn(2, 2, 3, 4, 4)
     noisy = scheduler.add_noise(data, noise, torch.tensor([250.0, 600.0]))
     for i, t in enumerate((0.25, 0.6)):

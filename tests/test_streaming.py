@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_lsep.data import load_image_dataset, open_images
-from diffusers_lsep.streaming import StreamedImages, StreamedSamples, open_stream
+from diffusers_lsep.data.images import load_image_dataset, open_images
+from diffusers_lsep.data.streamed import StreamedImages, StreamedSamples, open_stream
 
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"

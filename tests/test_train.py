@@ -28,11 +28,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
-from diffusers_lsep.checkpointing import find_damage, list_checkpoints
-from diffusers_lsep.model_card import SavedPipeline, update_evaluation
+from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 from diffusers_lsep.objective import LSEPObjectiveOutput
-from diffusers_lsep.training_log import MetricsFile, StepMetrics, peak_memory, read_metrics
-from diffusers_lsep.training_processes import usable_cores
+from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
+from diffusers_lsep.training.log import MetricsFile, StepMetrics, peak_memory, read_metrics
+from diffusers_lsep.training.processes import usable_cores
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -680,7 +680,7 @@ def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monk
 
 def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae, tmp_path):
     """The same moments, from the VAE at every step or from files, are the same run."""
-    from diffusers_lsep.data import load_image_dataset, open_images
+    from diffusers_lsep.data.images import load_image_dataset, open_images
 
     source, _, _ = open_images(load_image_dataset(train_data_dir=own_images), 16, 3)
     vae = AutoencoderKL.from_pretrained(tiny_vae)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_lsep.checkpointing import find_damage, list_checkpoints
-from diffusers_lsep.training_log import read_metrics
+from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
+from diffusers_lsep.training.log import read_metrics
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"

@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from diffusers_lsep.checkpointing import find_damage
-from diffusers_lsep.training_log import read_metrics
+from diffusers_lsep.training.checkpoints import find_damage
+from diffusers_lsep.training.log import read_metrics
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"

@@ -12,9 +12,9 @@ from . import __version__
 
 # Command -> the module with its `add_arguments(parser)` and `run(args)`, and what it does.
 COMMANDS = {
-    "convert": ("conversion", "turn an original LSEP, REPA or SiT checkpoint into a pipeline"),
-    "evaluate": ("evaluation.evaluate", "measure FID, sFID, inception score, precision and recall"),
-    "probe": ("evaluation.linear_probing", "fit linear probes to the hidden states of a model"),
+    "convert": ("commands.convert", "turn an original LSEP, REPA or SiT checkpoint into a pipeline"),
+    "evaluate": ("commands.evaluate", "measure FID, sFID, inception score, precision and recall"),
+    "probe": ("commands.probe", "fit linear probes to the hidden states of a model"),
 }
 
 

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from .paths import Path, get_path
+from .interpolants import Interpolant, get_interpolant
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -78,13 +78,13 @@ def window_weights(window: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return (inside[:, 0].unsqueeze(-1) * inside[:, 1].unsqueeze(-2)).flatten(1)
 
 
-def timesteps_from_uniform(uniform: torch.Tensor, path: Path, timestep_sampling: str) -> torch.Tensor:
+def timesteps_from_uniform(uniform: torch.Tensor, path: Interpolant, timestep_sampling: str) -> torch.Tensor:
     """
     Maps draws from U(0, 1) to the times that training looks at.
 
     Args:
         uniform (`torch.Tensor`): Draws in [0, 1).
-        path (`Path`): The path of the model.
+        path (`Interpolant`): The path of the model.
         timestep_sampling (`str`):
             `"uniform"`, or `"logit_normal"`: `ln(sigma / alpha)` is a standard normal variable (by its inverse
             distribution function, so that one uniform draw per sample serves both).
@@ -183,7 +183,7 @@ class LSEPObjective(nn.Module):
         self.transformer = transformer
         self.probe = probe
         self.regularizers = nn.ModuleDict(regularizers or {})
-        self.path = get_path(path_type)
+        self.path = get_interpolant(path_type)
         self.probe_depth = probe_depth
         self.probe_dropout_prob = probe_dropout_prob
         self.class_dropout_prob = class_dropout_prob

@@ -21,8 +21,8 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .interpolants import get_interpolant
 from .labels import find_class_ids, find_names, unique_names
-from .paths import get_path
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -80,7 +80,7 @@ class LSEPPipeline(DiffusionPipeline):
         super().__init__()
         if path_type is None:
             path_type = scheduler.config.get("path_type", "linear")
-        get_path(path_type)
+        get_interpolant(path_type)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
         # JSON has only strings as keys.
@@ -135,7 +135,7 @@ class LSEPPipeline(DiffusionPipeline):
             save_directory, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack
         )
         if push_to_hub:
-            from .hub import push_folder
+            from .hub.push import push_folder
 
             defaults = {"repo_id": os.path.basename(os.path.abspath(save_directory)), "license": None}
             push_folder(save_directory, **{**defaults, **kwargs})
@@ -178,7 +178,7 @@ class LSEPPipeline(DiffusionPipeline):
             `ValueError`: if `safe_serialization` is False.
             `ConnectionError`: if the connection breaks. Calling it again completes the upload.
         """
-        from .hub import push_pipeline
+        from .hub.push import push_pipeline
 
         if not safe_serialization:
             raise ValueError("`safe_serialization` has to be True for uploading, but is False.")

@@ -5,7 +5,7 @@
 import math
 from dataclasses import dataclass
 
-from .paths import Path
+from .interpolants import Interpolant
 
 
 DIFFUSION_FORMS = ("constant", "sigma", "linear", "decreasing", "increasing-decreasing", "sbdm")
@@ -23,7 +23,7 @@ class ReverseSDE:
     `last_step_size`, and from there to 0 in one step without noise.
 
     Args:
-        path ([`Path`]): The path of the model.
+        path ([`Interpolant`]): The path of the model.
         diffusion_form (`str`):
             `w(t)`, one of `DIFFUSION_FORMS`. Checked by the schedulers, as one of them also takes `"none"`, the ODE.
         diffusion_norm (`float`): Factor of `w(t)`, not negative (`"decreasing"`: of the cosine).
@@ -34,7 +34,7 @@ class ReverseSDE:
         `ValueError`: if an argument is none of the above.
     """
 
-    path: Path
+    path: Interpolant
     diffusion_form: str
     diffusion_norm: float
     last_step: str

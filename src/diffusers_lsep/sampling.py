@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
-from .checkpointing import hash_weights
+from .files import hash_weights
 from .pipeline_lsep import LSEPPipeline
 from .scheduling_flow_match_heun_ode import FlowMatchHeunODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler

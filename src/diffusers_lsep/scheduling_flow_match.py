@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .paths import get_path
+from .interpolants import get_interpolant
 
 
 # diffusers hands keys that a scheduler does not know on to the next one. `solver_order` is a key of DPM++ and UniPC;
@@ -53,7 +53,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
     """Standard deviation of the initial noise."""
 
     def __init__(self, num_train_timesteps: int, path_type: str):
-        self.path = get_path(path_type)
+        self.path = get_interpolant(path_type)
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` has to be at least 1, but is {num_train_timesteps}.")
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .paths import get_path
+from .interpolants import get_interpolant
 from .reverse_sde import DIFFUSION_FORMS, ReverseSDE
 from .scheduling_flow_match import FlowMatchScheduler, has_own_solver_order
 
@@ -60,7 +60,7 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
             raise ValueError(
                 f"`diffusion_form` has to be one of {[*DIFFUSION_FORMS, 'none']}, but is {diffusion_form!r}."
             )
-        self.sde = ReverseSDE(get_path(path_type), diffusion_form, diffusion_norm, last_step, last_step_size)
+        self.sde = ReverseSDE(get_interpolant(path_type), diffusion_form, diffusion_norm, last_step, last_step_size)
         super().__init__(num_train_timesteps, path_type)
 
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .paths import get_path
+from .interpolants import get_interpolant
 from .reverse_sde import DIFFUSION_FORMS, ReverseSDE
 from .scheduling_flow_match import FlowMatchScheduler
 
@@ -84,7 +84,7 @@ class FlowMatchSDEMultistepScheduler(FlowMatchScheduler):
             raise ValueError(
                 f"`diffusion_form` has to be one of {list(DIFFUSION_FORMS)}, but is {diffusion_form!r}.{hint}"
             )
-        self.sde = ReverseSDE(get_path(path_type), diffusion_form, diffusion_norm, last_step, last_step_size)
+        self.sde = ReverseSDE(get_interpolant(path_type), diffusion_form, diffusion_norm, last_step, last_step_size)
         super().__init__(num_train_timesteps, path_type)
 
     @property

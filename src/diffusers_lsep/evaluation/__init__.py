@@ -9,7 +9,7 @@ _MODULES = {
     "DINOv2Features": "dinov2",
     "GenerationMetric": "evaluate_metric",
     "InceptionFeatures": "inception",
-    "evaluate_images": "evaluate",
+    "evaluate_images": "protocol",
     "feature_statistics": "metrics",
     "frechet_distance": "metrics",
     "inception_score": "metrics",

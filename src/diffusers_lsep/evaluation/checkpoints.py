@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpointing import PIPELINE_FOLDER, list_checkpoints
 from ..figures import save_figure
 from ..sampling import DrawnSamples, load_pipeline
+from ..training.checkpoints import PIPELINE_FOLDER, list_checkpoints
 from .features import process_state
 from .images import NpzImages
 

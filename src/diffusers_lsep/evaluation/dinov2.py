@@ -5,7 +5,7 @@
 import numpy as np
 import torch
 
-from ..checkpointing import hash_weights
+from ..files import hash_weights
 
 
 RESOLUTION = 224

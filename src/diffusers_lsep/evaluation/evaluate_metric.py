@@ -10,8 +10,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from .evaluate import FEATURE_METRICS, compute_feature_metrics, evaluate_images
 from .images import EncodedImages, NpzImages, is_image_file, open_images
+from .protocol import FEATURE_METRICS, compute_feature_metrics, evaluate_images
 
 
 class GenerationMetric(evaluate.Metric):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import center_crop, convert_mode, load_image_dataset
+from ..data.images import center_crop, convert_mode, load_image_dataset
 from .inception import InceptionFeatures
 
 

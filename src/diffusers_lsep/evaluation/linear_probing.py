@@ -1,9 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`diffusers-lsep probe`: how well a linear classifier reads the class from each layer, at several times."""
+"""Linear classifiers on the tokens of every layer, at several times (REPA's linear probing)."""
 
-import argparse
-import json
 import logging
 import math
 import os
@@ -15,38 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
-from ..checkpointing import STATE_FILE, write_text
-from ..data import (
-    ImageSource,
-    SampleSource,
-    cut_off,
-    hash_labels,
-    keyed_generator,
-    load_image_dataset,
-    open_images,
-    read_labels,
-    sample_posterior,
-)
-from ..figures import require_matplotlib, save_figure
-from ..latents import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
+from ..data.draws import keyed_generator
+from ..data.moments import sample_posterior
+from ..data.sources import SampleSource
+from ..figures import save_figure
+from ..interpolants import get_interpolant
 from ..objective import LinearProbe
-from ..paths import get_path
 from ..pipeline_lsep import LSEPPipeline
-from .features import process_state
 
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("mae", "ridge")
+
 DEFAULT_TIMESTEPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-VALIDATION_SPLITS = ("validation", "valid", "val", "test")
-VALIDATION_FRACTION = 0.1
-RESULTS_FILE = "probe_results.json"
-HEAT_MAP_FILE = "probe_heatmap.png"
 
 # MAE's linear probing on ImageNet (arXiv 2111.06377, table 10): LARS with learning rate 0.1 * 16384 / 256.
 MAE_EPOCHS = 90
@@ -59,6 +41,7 @@ LARS_TRUST_COEFFICIENT = 0.001
 
 # What noise is for, as a part of its key: training and held-out images share none.
 NOISE_PURPOSES = {"training": 100, "held-out": 101}
+
 HALVES_PURPOSE = 102
 
 
@@ -218,7 +201,7 @@ class HiddenStates:
     def at(self, t: float, name: str, latents: np.ndarray) -> np.ndarray:
         """Features `[layers, N, D]` of latents at a time."""
         pipe = self.pipe
-        path, null_class = get_path(pipe.config.path_type), pipe.transformer.config.num_classes
+        path, null_class = get_interpolant(pipe.config.path_type), pipe.transformer.config.num_classes
         shape = (len(self.layers), len(latents), pipe.transformer.inner_dim)
         features = np.lib.format.open_memmap(self.folder / f"{name}-features.npy", "w+", np.float32, shape)
         for start, rows in self._batches(len(latents), f"{name} features at t = {t:g}"):
@@ -393,353 +376,3 @@ def draw_heat_map(path: str | os.PathLike, results: dict[str, Any], title: str =
             axis.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, label="held-out accuracy")
     save_figure(path, figure)
-
-
-# --- The command ----------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `diffusers-lsep probe`."""
-    parser.description = (
-        "Linear probing of every layer at several times: no class label is given, tokens are averaged, and a linear "
-        "classifier is fitted to them. Accuracy is that on images that were held out from the model's training too: "
-        "a split of their own, other data, or what the training run itself held out."
-    )
-    parser.add_argument("pipeline", metavar="PIPELINE", help="Folder or Hub id of a saved LSEP pipeline.")
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DATA",
-        help="Labelled images to fit to: a folder with one subfolder per class, a folder of Parquet files, or the id "
-        "of a data set; or latents, the folder of encode_latents.py or a vae-sd folder of EDM2 and REPA.",
-    )
-    parser.add_argument(
-        "--validation_data",
-        metavar="DATA",
-        help="Images or latents of the same classes to measure on, which the model was not trained on.",
-    )
-    parser.add_argument(
-        "--validation_split",
-        metavar="SPLIT",
-        help="Name of the split to measure on, of --validation_data or else of --data (default: one of "
-        f"{', '.join(VALIDATION_SPLITS)} if there is any, else what the training run held out of --data by its own "
-        "--validation_split). With --unseen_data also a fraction to cut off --data.",
-    )
-    parser.add_argument(
-        "--unseen_data",
-        action="store_true",
-        help="The model was not trained on any of --data: without a split to measure on, cut a fraction off "
-        f"(--validation_split, default {VALIDATION_FRACTION}).",
-    )
-    parser.add_argument("--image_column", default="image", help="Column of images (default: %(default)s).")
-    parser.add_argument("--label_column", default="label", help="Column of labels (default: %(default)s).")
-    parser.add_argument(
-        "--max_train_images", type=int, help="Fit to so many images at most, drawn at random (default: all)."
-    )
-    parser.add_argument(
-        "--layers", type=int, nargs="+", help="Depths in blocks; 0 is the input (default: all blocks)."
-    )
-    parser.add_argument(
-        "--timesteps",
-        type=float,
-        nargs="+",
-        default=list(DEFAULT_TIMESTEPS),
-        metavar="T",
-        help="Times in [0, 1], 0 is data (default: 0 0.1 ... 0.9).",
-    )
-    parser.add_argument(
-        "--method",
-        choices=METHODS,
-        default="mae",
-        help="How to fit: mae, BatchNorm and a linear layer trained by MAE's protocol, or ridge, in closed form and "
-        "fast (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--epochs", type=int, default=MAE_EPOCHS, help="Length of MAE's training (default: %(default)s)."
-    )
-    parser.add_argument(
-        "--probe_depth",
-        type=int,
-        help="Depth of the training's own probe (default: as the probe or the pipeline's training_args.json says).",
-    )
-    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time (default: %(default)s).")
-    parser.add_argument("--seed", type=int, default=0, help="Of noise, order, cut and halves (default: %(default)s).")
-    parser.add_argument(
-        "--output_dir", default=".", help=f"Where {RESULTS_FILE} and {HEAT_MAP_FILE} go (default: %(default)s)."
-    )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `diffusers-lsep probe` with the arguments of [`add_arguments`]."""
-    from diffusers import DiffusionPipeline
-
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    # 1. What can be refused at once
-    if args.seed < 0:
-        raise ValueError(f"`--seed` must be at least 0, got {args.seed}.")
-    if args.max_train_images is not None and args.max_train_images < 2:
-        raise ValueError(f"`--max_train_images` must be at least 2, got {args.max_train_images}.")
-    output_dir = Path(args.output_dir)
-    existing = [str(output_dir / name) for name in (RESULTS_FILE, HEAT_MAP_FILE) if (output_dir / name).exists()]
-    if existing and not args.overwrite_output_dir:
-        raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
-    require_matplotlib("the heat map")
-    state = process_state()
-    if state.num_processes > 1:
-        raise ValueError(f"`diffusers-lsep probe` runs in one process, got {state.num_processes}.")
-
-    # 2. Model and data
-    try:
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`PIPELINE` {args.pipeline!r} cannot be loaded: {error}") from error
-    if not isinstance(pipe, LSEPPipeline):
-        raise ValueError(f"`PIPELINE` must be an LSEPPipeline, got a {type(pipe).__name__}.")
-    pipe.to(state.device)
-    record = _read_record(args.pipeline)
-    train, held_out, names, origin = _open_data(args, pipe, record)
-    training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, len(names), record)
-    if args.max_train_images is not None and args.max_train_images < len(train.labels):
-        _, train = cut_off(train, args.max_train_images / len(train.labels), args.seed)
-
-    # 3. The work
-    results = probe_layers(
-        pipe,
-        train,
-        held_out,
-        num_classes=len(names),
-        layers=args.layers,
-        timesteps=args.timesteps,
-        method=args.method,
-        epochs=args.epochs,
-        training_probe=training_probe,
-        probe_depth=probe_depth,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    results = {"pipeline": args.pipeline, "data": args.data, "held_out": origin, **results}
-    write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
-    draw_heat_map(output_dir / HEAT_MAP_FILE, results, title=f"{Path(args.pipeline).name}: linear probing")
-    best, of_training = results["best"], results["training_probe"]
-    print(
-        f"best: {best['accuracy']:.4f} after {best['layer']} blocks at t = {best['timestep']:g} (chance "
-        f"{results['chance']:.4f}): chosen on {best['num_images_chosen_on']} of the {results['num_held_out_images']} "
-        f"held-out images, measured on the other {best['num_images_measured_on']}; held out: {origin}"
-    )
-    if of_training is not None:
-        values = ", ".join(f"{value:.4f} at {t:g}" for t, value in zip(results["timesteps"], of_training["accuracy"]))
-        print(f"the training's own probe, after {of_training['layer']} blocks: {values}")
-    print(f"written: {output_dir / RESULTS_FILE}, {output_dir / HEAT_MAP_FILE}")
-
-
-def _open_data(
-    args: argparse.Namespace, pipe: LSEPPipeline, record: dict[str, Any]
-) -> tuple[SampleSource, SampleSource, list[str], str]:
-    """What to fit to, what to measure on, the classes, and in words where the second comes from."""
-    fraction, split = _parse_split(args.validation_split)
-    if fraction is not None and args.validation_data is not None:
-        raise ValueError(
-            f"`--validation_split` has to be the name of a split of `--validation_data`, but is {fraction}."
-        )
-    own_split = split if args.validation_data is None else None
-    held_out = None
-    if _holds_latents(args.data):
-        if own_split is not None:
-            raise ValueError(
-                f"`--validation_split` of latents has to be a fraction such as 0.1, but is {split!r}; other latents"
-                " can be given as `--validation_data`."
-            )
-        source, names = _open_latents("--data", args.data, args.pipeline, pipe)
-    else:
-        splits = _load_splits(args.data)
-        if args.validation_split is None and args.validation_data is None:
-            own_split = next((name for name in VALIDATION_SPLITS if name in splits), None)
-        if own_split == "train":
-            raise ValueError("`--validation_split` has to be another split than 'train', which is fitted to.")
-        columns = (args.image_column, args.label_column)
-        source, held_out, names = open_images(splits, *_image_size(pipe), *columns, validation_split=own_split)
-
-    if args.validation_data is not None:
-        held_out = _open_validation_data(args, pipe, names)
-        _warn_if_trained_on("--validation_data", args.validation_data, held_out, record)
-        return source, held_out, names, args.validation_data
-    if held_out is not None:
-        return source, held_out, names, f"the split {own_split!r}"
-    if args.unseen_data:
-        _warn_if_trained_on("--data", args.data, source, record)
-        fraction = fraction or VALIDATION_FRACTION
-        return *cut_off(source, fraction, args.seed), names, f"{fraction:g} of the data, none of which the model saw"
-    return *_cut_as_the_run(args, source, fraction, record), names, "what the training run held out of the data"
-
-
-def _parse_split(value: str | float | None) -> tuple[float | None, str | None]:
-    """A fraction, or the name of a split."""
-    try:
-        fraction = float(value)
-    except (TypeError, ValueError):
-        return None, value
-    if not 0 < fraction < 1:
-        raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
-    return fraction, None
-
-
-def _holds_latents(data: str) -> bool:
-    return any((Path(data) / name).is_file() for name in (METADATA_FILE, "dataset.json"))
-
-
-def _open_latents(
-    flag: str, data: str, pipeline: str, pipe: LSEPPipeline
-) -> tuple[MomentsDataset | OriginalMomentsDataset, list[str]]:
-    """Latents that the pipeline understands, and the names of their classes."""
-    if pipe.vae is None:
-        raise ValueError(f"`{flag}` {data!r} holds latents, but `PIPELINE` {pipeline!r} has no VAE.")
-    source = OriginalMomentsDataset(data) if (Path(data) / "dataset.json").is_file() else MomentsDataset(data)
-    config = pipe.transformer.config
-    expected = (2 * config.in_channels, config.sample_size, config.sample_size)
-    if source.moments_shape != expected:
-        raise ValueError(f"`{flag}` {data!r} holds moments {source.moments_shape}, `PIPELINE` needs {expected}.")
-    if isinstance(source, MomentsDataset):
-        source.check_vae(pipe.vae, f"that of `PIPELINE` {pipeline!r}")
-    return source, [source.id2label[index] for index in range(len(source.id2label))]
-
-
-def _load_splits(data: str):
-    return load_image_dataset(**{"train_data_dir" if Path(data).is_dir() else "dataset_name": data})
-
-
-def _image_size(pipe: LSEPPipeline) -> tuple[int, int]:
-    """Side and channels of the images that the pipeline makes."""
-    config = pipe.transformer.config
-    channels = config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
-    return config.sample_size * pipe.vae_scale_factor, channels
-
-
-def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: list[str]) -> SampleSource:
-    """What to measure on, with the numbers that its classes have in the data that is fitted to."""
-    data, split = args.validation_data, args.validation_split
-    if os.path.exists(data) and os.path.exists(args.data) and os.path.samefile(data, args.data):
-        raise ValueError(f"`--validation_data` has to be other data than `--data`, but both are {data!r}.")
-    if _holds_latents(data):
-        if split is not None:
-            raise ValueError(f"`--validation_split` is {split!r}, but `--validation_data` {data!r} has no splits.")
-        source, own_names = _open_latents("--validation_data", data, args.pipeline, pipe)
-    else:
-        splits = _load_splits(data)
-        candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
-        name = next((name for name in candidates if name in splits), None)
-        if name is None:
-            raise ValueError(
-                f"`--validation_split` has to name a split of `--validation_data`, one of {list(splits)}, but is"
-                f" {split!r}."
-            )
-        labels, own_names = read_labels(splits[name], args.label_column)
-        source = ImageSource(splits[name], labels, *_image_size(pipe), args.image_column)
-
-    if own_names != names:
-        index_of = dict(zip(names, range(len(names))))
-        without_names = [n for n in (own_names, names) if n == [str(index) for index in range(len(n))]]
-        if len(index_of) == len(names) and index_of.keys() >= set(own_names):
-            source.labels = np.array([index_of[name] for name in own_names])[source.labels]
-        elif not without_names or len(own_names) != len(names):
-            raise ValueError(
-                f"`--validation_data` {data!r} has to have the classes of `--data` {args.data!r}, {_some(names)}, but"
-                f" has {_some(own_names)}."
-            )
-    return source
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
-
-
-def _warn_if_trained_on(flag: str, data: str, source: SampleSource, record: dict[str, Any]):
-    if (len(source.labels), hash_labels(source.labels)) == _training_part(record):
-        logger.warning(
-            "`%s` %r has as many images, with the same labels in the same order, as what the model was trained on: if"
-            " it is the same data, the accuracy is not that of held-out images",
-            flag,
-            data,
-        )
-
-
-def _training_part(record: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Number of the images that a run was trained on, and the checksum of their labels."""
-    return record.get("training_images"), record.get("training_labels")
-
-
-def _cut_as_the_run(
-    args: argparse.Namespace, source: SampleSource, fraction: float | None, record: dict[str, Any]
-) -> tuple[SampleSource, SampleSource]:
-    """The training part and the held-out part of the run that made the pipeline, if this is its data."""
-    recorded = record.get("validation_split")
-    own_fraction = _parse_split(recorded)[0]
-    if not record:
-        reason = f"`PIPELINE` {args.pipeline!r} has no record of its training (training_args.json)"
-    elif own_fraction is None:
-        reason = f"its training run held out no fraction of its data (`validation_split` is {recorded!r})"
-    elif fraction not in (None, own_fraction):
-        reason = f"its training run held out {own_fraction:g} of its data, not {fraction:g}"
-    else:
-        train, held_out = cut_off(source, own_fraction, record.get("seed", 0))
-        if (len(train.labels), hash_labels(train.labels)) == _training_part(record):
-            start = record.get("pretrained_model_name_or_path")
-            if start is not None:
-                logger.warning("the run started from %r: whether that has seen these images is not known", start)
-            return train, held_out
-        reason = "its training run was trained on other data"
-    raise ValueError(
-        f"`--data` {args.data!r} has no part that is known to be held out: {reason}. On images that it was trained on"
-        " a model shows what it remembers. Give `--validation_data` (other images or latents, which the model was"
-        " not trained on); or `--validation_split` with the name of a split of the data set; or as `--data` those of a"
-        " run that had a `--validation_split` of its own; or `--unseen_data` if the model was not trained on any of"
-        " these images."
-    )
-
-
-def _find_file(pipeline: str, name: str) -> Path | None:
-    """A file of a pipeline, in its folder or from the Hub; None if there is none of that name."""
-    if Path(pipeline).is_dir():
-        path = Path(pipeline) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(pipeline, name))
-    except EntryNotFoundError:
-        return None
-
-
-def _read_record(pipeline: str) -> dict[str, Any]:
-    """The settings of the run that made a pipeline, as far as there is a record of them."""
-    arguments = _find_file(pipeline, "training_args.json")  # of a whole run
-    if arguments is not None:
-        return json.loads(arguments.read_text(encoding="utf-8"))
-    state = Path(pipeline).parent / STATE_FILE  # of a checkpoint, whose pipeline it is
-    if Path(pipeline).is_dir() and state.is_file():
-        return json.loads(state.read_text(encoding="utf-8"))["settings"]
-    return {}
-
-
-def _load_training_probe(
-    pipeline: str, probe_depth: int | None, num_classes: int, record: dict[str, Any]
-) -> tuple[LinearProbe | None, int | None]:
-    """The probe that a training left beside the pipeline, and its depth; none if it cannot be measured."""
-    if _find_file(pipeline, "probe/config.json") is None:
-        if probe_depth is not None:
-            raise ValueError(f"`--probe_depth` {probe_depth} was given, but {pipeline!r} has no folder probe/.")
-        print(f"{pipeline} has no folder probe/: there is no probe of the training to measure")
-        return None, None
-    probe = LinearProbe.from_pretrained(pipeline, subfolder="probe").eval()
-    if probe_depth is None:
-        probe_depth = probe.config.depth or record.get("probe_depth")  # of older versions only the run says it
-    if probe_depth is None:
-        logger.warning("`--probe_depth` is not known, so the training's own probe is not measured")
-        return None, None
-    if probe.config.num_classes != num_classes:
-        logger.warning(
-            "the training's own probe knows %d classes, the data has %d: it is not measured",
-            probe.config.num_classes,
-            num_classes,
-        )
-        return None, None
-    return probe, probe_depth

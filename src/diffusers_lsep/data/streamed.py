@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .data import SampleStream, check_image_column, decode_images
+from .images import check_image_column, decode_images
+from .stream import SampleStream
 
 
 if TYPE_CHECKING:

@@ -24,26 +24,32 @@ from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from .checkpointing import hash_saved_weights
-from .transformer_sit import SIT_PRESETS
+from ..files import hash_saved_weights
+from ..transformer_sit import SIT_PRESETS
 
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 EVAL_RESULTS_NAME = "eval_results.json"
-
 PIPELINE_TAG = "unconditional-image-generation"
 TAGS = ["class-conditional", "sit"]
+
 LSEP_TAGS = ["lsep", "arxiv:2509.21565"]
+
 REPA_TAGS = ["arxiv:2410.06940"]
+
 SIT_TAGS = ["arxiv:2401.08740"]
+
 # The metadata that is generated; everything else in a card is somebody's own.
 METADATA = ("license", "library_name", "pipeline_tag", "tags", "datasets", "base_model", "model-index")
 
 LSEP = "LSEP ([arXiv:2509.21565](https://arxiv.org/abs/2509.21565))"
+
 REPA_PAPER = "[arXiv:2410.06940](https://arxiv.org/abs/2410.06940)"
+
 SIT_PAPER = "[arXiv:2401.08740](https://arxiv.org/abs/2401.08740)"
+
 PROBE = "a linear probe, which is used in training only, makes an early layer linearly separable"
 
 # Of converted checkpoints: a sentence, and tags beyond the common ones.
@@ -52,6 +58,7 @@ CONVERTED = {
     "repa": (f"The weights are those of a REPA checkpoint ({REPA_PAPER}), not trained with LSEP.", REPA_TAGS),
     "sit": (f"The weights are those of a SiT checkpoint ({SIT_PAPER}), not trained with LSEP.", SIT_TAGS),
 }
+
 SOURCES = (*CONVERTED, "training")
 
 METRIC_NAMES = {

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from .checkpointing import write_text
-from .objective import LSEPObjectiveOutput
+from ..files import write_text
+from ..objective import LSEPObjectiveOutput
 
 
 NUM_TIME_BINS = 10  # of the probe's loss against t

@@ -11,9 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import uuid
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpointing import hash_weights
-from .data import ImageSource
+from ..files import hash_weights
+from .archives import _number, _some, pair_labels, walk_files
+from .images import ImageSource
 
 
 MOMENTS_FORMAT = "diffusers_lsep.moments"
@@ -30,21 +28,15 @@ MOMENTS_FORMAT_VERSION = 1
 # Present from the first shard on; METADATA_FILE replaces it when all shards are there, so it marks a complete folder.
 SETTINGS_FILE = "encoding.json"
 METADATA_FILE = "metadata.json"
-UNREADABLE_FILE = "unreadable.jsonl"
-# What a killed run may leave behind; the next run removes it.
-TEMPORARY_SUFFIX = ".tmp"
 # The key of a record batch's own metadata that lists the images of that batch which could not be read.
 UNREADABLE_KEY = b"unreadable"
-# Opening a set looks at the head of every record batch: few and large ones make that quick.
-ROWS_PER_RECORD_BATCH = 1024
-
-
 # What of a VAE decides the latents, by the key in the metadata.
 DECIDES_LATENTS = {
     "vae_encoder_sha256": "SHA-256 of the encoder",
     "scaling_factor": "scaling factor",
     "shift_factor": "shift factor",
 }
+
 # Of the encoder's config what its weights do not show: neither their names nor their shapes.
 ENCODER_OPTIONS = ("act_fn", "down_block_types", "norm_num_groups")
 
@@ -52,6 +44,22 @@ ENCODER_OPTIONS = ("act_fn", "down_block_types", "norm_num_groups")
 def shard_name(index: int, num_shards: int) -> str:
     """File name of shard `index`, the one that `datasets.Dataset.save_to_disk` would give it."""
     return f"data-{index:05d}-of-{num_shards:05d}.arrow"
+
+
+def sample_posterior(
+    moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float, shift_factor: float | None = None
+) -> torch.Tensor:
+    """
+    Latents from the moments of a VAE's posterior, `(mean + std * noise - shift_factor) * scaling_factor`.
+
+    Args:
+        moments (`torch.Tensor` of shape `[B, 2 C, S, S]`): Mean and standard deviation.
+        noise (`torch.Tensor` of shape `[B, C, S, S]`): Standard normal noise.
+        scaling_factor (`float`): From the VAE's config.
+        shift_factor (`float`, *optional*): From the VAE's config.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * noise - (shift_factor or 0.0)) * scaling_factor
 
 
 class MomentsDataset(torch.utils.data.Dataset):
@@ -332,230 +340,6 @@ class OriginalMomentsDataset:
             raise ValueError(f"{folder} lacks the images of {_some(missing)}.")
         dataset = Dataset.from_dict({"image": [path_of[number] for number in numbers]})
         return ImageSource(dataset, self.labels, resolution)
-
-
-def walk_files(folder: str | os.PathLike) -> Iterable[str]:
-    """Paths of all files below `folder`, relative to it, with forward slashes; links to folders are followed."""
-
-    def refuse(error: OSError) -> None:  # by default, a folder that cannot be read is passed over in silence
-        raise error
-
-    for root, _, files in os.walk(folder, onerror=refuse, followlinks=True):
-        prefix = os.path.relpath(root, folder).replace(os.sep, "/")
-        for name in files:
-            yield name if prefix == "." else f"{prefix}/{name}"
-
-
-def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
-    """
-    Labels of files from an EDM2 `dataset.json`, paired by name.
-
-    Where the document names other files than `names` (images beside their moments), both sides are paired by the last
-    number in the name. Every file must have one label and every label one file.
-
-    Args:
-        dataset_json (`bytes` or `str`):
-            The document: `{"labels": [[name, class], ...]}`.
-        names (sequence of `str`):
-            Files, relative to the folder of the document, with forward slashes.
-
-    Returns:
-        `np.ndarray` of int64: the label of each of `names`.
-
-    Raises:
-        ValueError: If the document has no labels or the two sides do not pair one to one.
-    """
-    try:
-        entries = json.loads(dataset_json)["labels"]
-        listed = [str(name).replace("\\", "/") for name, _ in entries]
-        labels = [label for _, label in entries]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            'dataset.json must be {"labels": [[file, class], ...]}, with a class for every file.'
-        ) from None
-    bad = [f"{name}: {label!r}" for name, label in zip(listed, labels) if type(label) is not int or label < 0]
-    if bad:
-        raise ValueError(f"dataset.json must give each file a class >= 0, got {_some(bad)}.")
-
-    if {os.path.splitext(name)[1] for name in listed}.isdisjoint({os.path.splitext(name)[1] for name in names}):
-        keys, listed = [_number(name) for name in names], [_number(name) for name in listed]
-    else:
-        keys = names
-    for what, side in (("dataset.json names", listed), ("the folder holds", keys)):
-        twice = [str(key) for key, count in Counter(side).items() if count > 1]
-        if twice:
-            raise ValueError(f"{what} more than one file for {_some(twice)}: files and labels do not pair.")
-    label_of = dict(zip(listed, labels))
-    without_label = [name for name, key in zip(names, keys) if key not in label_of]
-    if without_label:
-        raise ValueError(f"dataset.json has no label for {_some(without_label)}.")
-    if len(label_of) > len(keys):
-        without_file = [str(key) for key in label_of.keys() - set(keys)]
-        raise ValueError(f"dataset.json has labels for files that are not there: {_some(sorted(without_file))}.")
-    return np.array([label_of[key] for key in keys], np.int64)
-
-
-def _number(name: str) -> int:
-    digits = re.findall(r"\d+", name.rsplit("/", 1)[-1])
-    if not digits:
-        raise ValueError(
-            f"dataset.json names other files than the folder holds, and {name} has no number to pair them by."
-        )
-    return int(digits[-1])
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-class MomentsShardWriter:
-    """
-    Writes one Arrow shard; the file appears whole when the `with` block ends without an error, else not at all.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The shard; a file of this name is replaced.
-        features (`datasets.Features`):
-            The columns, from [`moments_features`].
-    """
-
-    def __init__(self, path: str | os.PathLike, features):
-        self.path = Path(path)
-        self.schema = features.arrow_schema
-
-    def __enter__(self) -> "MomentsShardWriter":
-        import pyarrow as pa
-
-        self._file = _open_temporary(self.path)
-        self._writer = pa.ipc.new_stream(self._file, self.schema)
-        self._columns = {field.name: [] for field in self.schema}
-        self._unreadable = []
-        return self
-
-    def write(self, columns: dict[str, list], unreadable: Sequence[dict[str, str]] = ()) -> None:
-        """Append rows (`columns`: lists of equal length) and list images that could not be read."""
-        for name, values in self._columns.items():
-            values += columns[name]
-        self._unreadable += unreadable
-        if len(self._columns["id"]) >= ROWS_PER_RECORD_BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        arrays = [pa.array(self._columns[field.name], field.type) for field in self.schema]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
-        self._writer.write_batch(batch, {UNREADABLE_KEY: json.dumps(self._unreadable)} if self._unreadable else None)
-        self._columns = {name: [] for name in self._columns}
-        self._unreadable = []
-
-    def __exit__(self, error_type, error, traceback) -> None:
-        try:
-            if error_type is None:
-                self._flush()
-                self._writer.close()
-                _publish(self._file, self.path)
-        finally:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
-
-
-def moments_features(id2label: dict[int, str], flip: bool, images: bool):
-    """The columns of a shard as `datasets.Features`: id, label, moments, mirrored moments and images if asked for."""
-    from datasets import ClassLabel, Features, Image, Value
-
-    names = [id2label[index] for index in range(len(id2label))]
-    # Human-readable names of ImageNet repeat ("crane"), which ClassLabel does not allow.
-    label = ClassLabel(names=names) if len(set(names)) == len(names) else Value("int64")
-    columns = {"id": Value("string"), "label": label, "moments": Value("binary")}
-    if flip:
-        columns["moments_flipped"] = Value("binary")
-    if images:
-        columns["image"] = Image()
-    return Features(columns)
-
-
-def unreadable_in(path: str | os.PathLike) -> list[dict[str, str]]:
-    """The images that a shard's encoder could not read: dicts with `id` and `error`, in the order of the input."""
-    return [entry for batch in _scan_shard(path, [], 0) for entry in batch["unreadable"]]
-
-
-def finish_moments(folder: str | os.PathLike, settings: dict[str, Any], features, num_shards: int) -> dict[str, Any]:
-    """
-    Complete a folder whose shards are all written: the list of unreadable images, the files by which
-    `datasets.load_from_disk` opens it and, last, `metadata.json`. Returns the metadata.
-    """
-    from datasets import DatasetInfo
-
-    folder = Path(folder)
-    shards = [shard_name(index, num_shards) for index in range(num_shards)]
-    unreadable, rows_per_shard = [], []
-    for shard in shards:
-        batches = list(_scan_shard(folder / shard, [], 0))
-        rows_per_shard.append(sum(len(batch["labels"]) for batch in batches))
-        unreadable += [entry for batch in batches for entry in batch["unreadable"]]
-    write_unreadable(folder, unreadable)
-    metadata = {
-        "format": MOMENTS_FORMAT,
-        "format_version": MOMENTS_FORMAT_VERSION,
-        "moments": "mean, then standard deviation of the VAE posterior, unscaled, stacked along the channels",
-        **settings,
-        "num_rows": sum(rows_per_shard),
-        "num_unreadable": len(unreadable),
-        "rows_per_shard": rows_per_shard,
-    }
-    state = {
-        "_data_files": [{"filename": shard} for shard in shards],
-        "_fingerprint": hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    write_json(folder / "state.json", state)
-    DatasetInfo(features=features).write_to_directory(str(folder))
-    write_json(folder / METADATA_FILE, metadata)
-    (folder / SETTINGS_FILE).unlink(missing_ok=True)
-    return metadata
-
-
-def write_unreadable(folder: str | os.PathLike, entries: Iterable[dict[str, str]]) -> Path:
-    """Write `unreadable.jsonl`: one line per image, with `id` and `error`."""
-    path = Path(folder) / UNREADABLE_FILE
-    _write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    return path
-
-
-def write_json(path: str | os.PathLike, document: Any) -> None:
-    """Write a JSON document that appears whole or not at all."""
-    _write_text(Path(path), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _open_temporary(path) as file:
-        try:
-            file.write(text.encode())
-            _publish(file, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-
-def _open_temporary(path: Path):
-    # Beside the target, so that the rename stays on one file system; a random name, so that no two machines share it.
-    return open(path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"), "xb")
-
-
-def _publish(file, path: Path) -> None:
-    """Give an open temporary file its name, on disk before the name is (a power cut leaves no empty shard)."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def _atan(t: Time) -> Time:
     return torch.atan(t) if isinstance(t, torch.Tensor) else math.atan(t)
 
 
-class Path(ABC):
+class Interpolant(ABC):
     """
     A path `x_t = alpha(t) x_0 + sigma(t) noise` with the velocity `v = alpha'(t) x_0 + sigma'(t) noise` (SiT, arXiv
     2401.08740, equations 1 and 3).
@@ -68,7 +68,7 @@ class Path(ABC):
         return (self.alpha(t) * velocity - self.d_alpha(t) * sample) / self.wronskian
 
 
-class LinearPath(Path):
+class LinearInterpolant(Interpolant):
     """`alpha(t) = 1 - t`, `sigma(t) = t`."""
 
     wronskian = 1.0
@@ -89,7 +89,7 @@ class LinearPath(Path):
         return ratio / (1 + ratio)
 
 
-class CosinePath(Path):
+class CosineInterpolant(Interpolant):
     """`alpha(t) = cos(pi t / 2)`, `sigma(t) = sin(pi t / 2)`; the GVP path of SiT."""
 
     wronskian = math.pi / 2
@@ -110,10 +110,10 @@ class CosinePath(Path):
         return (2 / math.pi) * _atan(ratio)
 
 
-_PATHS = {"linear": LinearPath(), "cosine": CosinePath()}
+_INTERPOLANTS = {"linear": LinearInterpolant(), "cosine": CosineInterpolant()}
 
 
-def get_path(path_type: str) -> Path:
+def get_interpolant(path_type: str) -> Interpolant:
     """
     Returns the path of that name.
 
@@ -123,6 +123,6 @@ def get_path(path_type: str) -> Path:
     Raises:
         `ValueError`: if there is no path of that name.
     """
-    if path_type not in _PATHS:
-        raise ValueError(f"`path_type` has to be one of {list(_PATHS)}, but is {path_type!r}.")
-    return _PATHS[path_type]
+    if path_type not in _INTERPOLANTS:
+        raise ValueError(f"`path_type` has to be one of {list(_INTERPOLANTS)}, but is {path_type!r}.")
+    return _INTERPOLANTS[path_type]

@@ -2,19 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled images in folders and archives, as ImageNet and EDM2/REPA data sets lie on disk; nothing is unpacked."""
 
+import json
 import os
+import re
 import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .latents import pair_labels, walk_files
-
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
@@ -174,3 +177,77 @@ def _classes_of_folders(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
         )
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[name.split("/", 1)[0]] for name in names], np.int64), dict(enumerate(classes))
+
+
+def walk_files(folder: str | os.PathLike) -> Iterable[str]:
+    """Paths of all files below `folder`, relative to it, with forward slashes; links to folders are followed."""
+
+    def refuse(error: OSError) -> None:  # by default, a folder that cannot be read is passed over in silence
+        raise error
+
+    for root, _, files in os.walk(folder, onerror=refuse, followlinks=True):
+        prefix = os.path.relpath(root, folder).replace(os.sep, "/")
+        for name in files:
+            yield name if prefix == "." else f"{prefix}/{name}"
+
+
+def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
+    """
+    Labels of files from an EDM2 `dataset.json`, paired by name.
+
+    Where the document names other files than `names` (images beside their moments), both sides are paired by the last
+    number in the name. Every file must have one label and every label one file.
+
+    Args:
+        dataset_json (`bytes` or `str`):
+            The document: `{"labels": [[name, class], ...]}`.
+        names (sequence of `str`):
+            Files, relative to the folder of the document, with forward slashes.
+
+    Returns:
+        `np.ndarray` of int64: the label of each of `names`.
+
+    Raises:
+        ValueError: If the document has no labels or the two sides do not pair one to one.
+    """
+    try:
+        entries = json.loads(dataset_json)["labels"]
+        listed = [str(name).replace("\\", "/") for name, _ in entries]
+        labels = [label for _, label in entries]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            'dataset.json must be {"labels": [[file, class], ...]}, with a class for every file.'
+        ) from None
+    bad = [f"{name}: {label!r}" for name, label in zip(listed, labels) if type(label) is not int or label < 0]
+    if bad:
+        raise ValueError(f"dataset.json must give each file a class >= 0, got {_some(bad)}.")
+
+    if {os.path.splitext(name)[1] for name in listed}.isdisjoint({os.path.splitext(name)[1] for name in names}):
+        keys, listed = [_number(name) for name in names], [_number(name) for name in listed]
+    else:
+        keys = names
+    for what, side in (("dataset.json names", listed), ("the folder holds", keys)):
+        twice = [str(key) for key, count in Counter(side).items() if count > 1]
+        if twice:
+            raise ValueError(f"{what} more than one file for {_some(twice)}: files and labels do not pair.")
+    label_of = dict(zip(listed, labels))
+    without_label = [name for name, key in zip(names, keys) if key not in label_of]
+    if without_label:
+        raise ValueError(f"dataset.json has no label for {_some(without_label)}.")
+    if len(label_of) > len(keys):
+        without_file = [str(key) for key in label_of.keys() - set(keys)]
+        raise ValueError(f"dataset.json has labels for files that are not there: {_some(sorted(without_file))}.")
+    return np.array([label_of[key] for key in keys], np.int64)
+
+
+def _number(name: str) -> int:
+    digits = re.findall(r"\d+", name.rsplit("/", 1)[-1])
+    if not digits:
+        raise ValueError(
+            f"dataset.json names other files than the folder holds, and {name} has no number to pair them by."
+        )
+    return int(digits[-1])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

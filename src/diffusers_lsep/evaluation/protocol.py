@@ -1,29 +1,19 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`diffusers-lsep evaluate`: the metrics of ADM's evaluator, KID and FD-DINOv2, without TensorFlow.
+"""ADM's protocol: which features, statistics and counts make the numbers of the papers."""
 
-Any number of processes share the network's work: `accelerate launch -m diffusers_lsep.cli evaluate ...`.
-"""
-
-import argparse
-import json
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checkpointing import write_text
-from ..figures import require_matplotlib
-from ..model_card import SavedPipeline, update_evaluation, without_folders
 from ..sampling import DrawnSamples
-from .checkpoints import milestone_samples, plot_metrics
 from .dinov2 import DINOv2Features
-from .features import default_cache_dir, extract_features, process_state
-from .images import EncodedImages, NpzImages, open_images
+from .features import extract_features, process_state
+from .images import EncodedImages, NpzImages
 from .inception import InceptionFeatures
 from .metrics import feature_statistics, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -41,23 +31,24 @@ METRICS = {
     "kid": "KID",
     "fd_dinov2": "FD-DINOv2",
 }
+
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "fd_dinov2")
-HIGHER_IS_BETTER = ("inception_score", "precision", "recall")
+
 # The features that Frechet distances are of, and what can be had of any one kind of features.
 FRECHET_FEATURES = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "class_token"}
+
 FEATURE_METRICS = ("fid", "precision", "recall", "kid")
 
 # ADM's protocol (arXiv 2105.05233): numbers in papers are for these.
 PROTOCOL_IMAGES = 50_000
 PROTOCOL_REFERENCE_IMAGES = 10_000
 PROTOCOL_RESOLUTIONS = (256, 512)
+
 PROTOCOL_DINOV2 = "facebook/dinov2-large"
+
 INCEPTION_SCORE_SPLIT = 5000
 KID_SUBSET_SIZE = 1000
 NEIGHBORHOOD = 3
-
-RESULTS_FILE = "eval_results.json"
-CURVES_FILE = "eval_curves.png"
 
 
 def evaluate_images(
@@ -291,174 +282,3 @@ def _comparability_notes(
     if "fd_dinov2" in metrics and dinov2_model != PROTOCOL_DINOV2:
         notes.append(f"FD-DINOv2 is published with {PROTOCOL_DINOV2}, not {dinov2_model}")
     return notes
-
-
-# --- The command ----------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `diffusers-lsep evaluate`."""
-    parser.description = (
-        "FID, sFID, Inception Score, precision and recall as ADM's evaluator computes them, KID and FD-DINOv2. "
-        "SAMPLES and REF are each an .npz (ADM's VIRTUAL_* files included, whose statistics are used), a folder of "
-        "images, or a data set. With several processes: accelerate launch -m diffusers_lsep.cli evaluate ..."
-    )
-    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="The samples; 50,000 in papers.")
-    parser.add_argument("--reference", required=True, metavar="REF", help="What they are compared with.")
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=METRICS,
-        metavar="METRIC",
-        help=f"Some of {', '.join(METRICS)} (default: all that REF allows but fd_dinov2).",
-    )
-    parser.add_argument(
-        "--resolution", type=int, help="Cut the images of REF to this side, as ADM prepares ImageNet; never SAMPLES."
-    )
-    parser.add_argument("--samples_split", metavar="SPLIT", help="Split of SAMPLES, if a data set (default: train).")
-    parser.add_argument("--reference_split", metavar="SPLIT", help="Split of REF, if a data set (default: train).")
-    parser.add_argument(
-        "--image_column", default="image", help="Column of images in a data set (default: %(default)s)."
-    )
-    parser.add_argument(
-        "--inception_weights",
-        metavar="FILE",
-        help="Weights of Inception as torch-fidelity publishes them (default: that file, downloaded once).",
-    )
-    parser.add_argument(
-        "--dinov2_model",
-        default=PROTOCOL_DINOV2,
-        metavar="ID_OR_DIR",
-        help="Model for fd_dinov2 (default: %(default)s).",
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=64, help="Images at a time in one process (default: %(default)s)."
-    )
-    parser.add_argument(
-        "--cache_dir", help=f"Where features are kept, 20 kB per image (default: {default_cache_dir()})."
-    )
-    parser.add_argument("--output_dir", default=".", help=f"Where {RESULTS_FILE} goes (default: %(default)s).")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
-    parser.add_argument(
-        "--update_card",
-        metavar="DIR",
-        help=f"Folder of the pipeline that drew SAMPLES: writes the results into its model card and {RESULTS_FILE}.",
-    )
-    group = parser.add_argument_group("a whole training run")
-    group.add_argument(
-        "--checkpoints",
-        metavar="DIR",
-        help="In place of SAMPLES, the --output_dir of a training run: evaluates every checkpoint-N in it and plots "
-        f"the metrics against the step ({CURVES_FILE}). Samples are those of checkpoint-N/samples/samples.npz where "
-        "there are any, else those that examples/sample.py would draw from checkpoint-N/pipeline: not stored.",
-    )
-    group.add_argument(
-        "--num_images",
-        type=int,
-        default=PROTOCOL_IMAGES,
-        help="Images to draw from each checkpoint (default: %(default)s).",
-    )
-    group.add_argument(
-        "--num_inference_steps", type=int, default=250, help="Steps for drawing them (default: %(default)s)."
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Runs `diffusers-lsep evaluate` with the arguments of [`add_arguments`]."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    # 1. What can be refused at once
-    if (args.samples is None) == (args.checkpoints is None):
-        raise ValueError(
-            f"exactly one of `SAMPLES` and `--checkpoints` must be given, got {args.samples!r} and "
-            f"{args.checkpoints!r}."
-        )
-    for name in ("num_images", "num_inference_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
-    if args.update_card is not None and args.checkpoints is not None:
-        raise ValueError("`--update_card` needs `SAMPLES`: a card is about one model, not about `--checkpoints`.")
-    if args.update_card is not None and not (Path(args.update_card) / "model_index.json").is_file():
-        raise ValueError(f"`--update_card` must be the folder of a saved pipeline, got {args.update_card!r}.")
-    output_dir = Path(args.output_dir)
-    output_files = [output_dir / name for name in (RESULTS_FILE, CURVES_FILE)[: 2 if args.checkpoints else 1]]
-    existing = [str(path) for path in output_files if path.exists()]
-    if existing and not args.overwrite_output_dir:
-        raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
-    if args.checkpoints is not None:
-        require_matplotlib(CURVES_FILE)
-
-    # 2. The work
-    reference = open_images(args.reference, "reference", args.resolution, args.reference_split, args.image_column)
-    options = {
-        "metrics": args.metrics,
-        "inception_weights": args.inception_weights,
-        "dinov2_model": args.dinov2_model,
-        "batch_size": args.batch_size,
-        "cache_dir": args.cache_dir,
-    }
-    is_main = process_state().is_main_process
-    if args.checkpoints is not None:
-        results = {"checkpoints": []}
-        for step, samples in milestone_samples(args.checkpoints, args.num_images, args.num_inference_steps):
-            results["checkpoints"].append({"step": step, **evaluate_images(samples, reference, **options)})
-        rows = {f"step {entry['step']}": entry["metrics"] for entry in results["checkpoints"]}
-    else:
-        samples = open_images(args.samples, "samples", None, args.samples_split, args.image_column)
-        weights = _weights_of(args.update_card, samples) if args.update_card is not None else {}
-        results = {**evaluate_images(samples, reference, **options), **weights}
-        rows = {results["samples"]: results["metrics"]}
-    if not is_main:
-        return
-
-    # 3. Results
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2) + "\n"
-    write_text(output_dir / RESULTS_FILE, text)
-    if args.checkpoints is not None:
-        steps = [entry["step"] for entry in results["checkpoints"]]
-        values = list(rows.values())
-        plot_metrics(
-            output_dir / CURVES_FILE, steps, values, {name: _title(name) for name in METRICS if name in values[0]}
-        )
-    if args.update_card is not None:
-        # This one goes to the Hub.
-        write_text(Path(args.update_card) / RESULTS_FILE, json.dumps(without_folders(results), indent=2) + "\n")
-        update_evaluation(args.update_card)
-    print(format_table(rows))
-    print(f"\nwritten: {', '.join(str(path) for path in output_files)}")
-
-
-def _weights_of(pipeline: str, samples: ImageSet) -> dict[str, Any]:
-    """Hashes of the weights of a saved pipeline, for the results; refuses samples that others drew."""
-    saved = SavedPipeline(Path(pipeline))
-    drawn_by = samples.settings.get("weights")
-    if not isinstance(drawn_by, dict):
-        if process_state().is_main_process:
-            logger.warning(f"`samples` {samples.name!r} do not say which weights drew them, {pipeline!r} is believed")
-        return {"weights": saved.hashes}
-    others = saved.find_differences(drawn_by)
-    if others:
-        raise ValueError(
-            f"`--update_card` must be the pipeline that drew `SAMPLES`, but {samples.name!r} was drawn by other "
-            f"weights ({', '.join(others)}) than those in {pipeline!r}."
-        )
-    return {"weights": saved.hashes}
-
-
-def _title(name: str) -> str:
-    return f"{METRICS[name]} {'↑' if name in HIGHER_IS_BETTER else '↓'}"
-
-
-def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Metrics as a Markdown table, one line for each set of samples; arrows point to the better side."""
-    names = [name for name in METRICS if any(name in values for values in rows.values())]
-    table = [["samples", *(_title(name) for name in names)]]
-    for row, values in rows.items():
-        cells = [f"{values[name]:.{2 if name == 'inception_score' else 4}f}" for name in names]
-        if "kid" in names:
-            cells[names.index("kid")] = f"{values['kid']:.6f} ± {values['kid_std']:.6f}"
-        table.append([row, *cells])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)

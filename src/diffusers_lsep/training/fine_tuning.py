@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .objective import LinearProbe
-from .pipeline_lsep import LSEPPipeline
-from .transformer_sit import SiTTransformer2DModel
+from ..objective import LinearProbe
+from ..pipeline_lsep import LSEPPipeline
+from ..transformer_sit import SiTTransformer2DModel
 
 
 # The layers of a block that LoRA adapts; the modulation and the embeddings stay as they are, but for the label table.

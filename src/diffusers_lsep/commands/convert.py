@@ -1,0 +1,171 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusers-lsep convert`: a checkpoint of an original project becomes a pipeline."""
+
+import argparse
+import json
+import tempfile
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from ..conversion import DTYPES, SOURCES, WEIGHTS, convert_original_checkpoint
+
+
+# What `diffusers-lsep convert` may find in a folder that it is asked to replace.
+_WRITTEN = {"README.md", "model_index.json", "pipeline.py", "probe", "scheduler", "transformer", "vae"}
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Adds the arguments of `diffusers-lsep convert`."""
+    parser.description = "Turns a checkpoint of the original LSEP, REPA or SiT code into an LSEPPipeline folder."
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="The original .pt file.")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="Where the pipeline is written.")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Replace the pipeline that is in --output_dir."
+    )
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="Which weights to take (default: ema).")
+    parser.add_argument(
+        "--source", choices=SOURCES, help="The project the file is from, if its content does not tell."
+    )
+    parser.add_argument("--num_attention_heads", type=int, metavar="N", help="Heads of a model that is no preset.")
+    parser.add_argument(
+        "--path_type", choices=("linear", "cosine"), help="The path of a model whose file has no training arguments."
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="ID_OR_DIR",
+        help="An AutoencoderKL, saved with the pipeline, e.g. stabilityai/sd-vae-ft-ema. Without it the pipeline has"
+        " to be given one when it is loaded.",
+    )
+    parser.add_argument(
+        "--id2label",
+        metavar="FILE",
+        help="JSON with the names of the classes, a list or {id: name}; several names of a class are separated by"
+        " commas. ImageNet's names if not given and there are 1000 classes.",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="The dtype of the saved weights (default: that of the file).")
+    parser.add_argument("--max_shard_size", default="10GB", metavar="SIZE", help="Of a weight file (default: 10GB).")
+    parser.add_argument(
+        "--with_code", action="store_true", help="Add the source files, for loading with trust_remote_code=True."
+    )
+    parser.add_argument("--license", metavar="ID", help="Licence for the model card; needed with --push_to_hub.")
+    parser.add_argument("--push_to_hub", metavar="ID", help="Also upload the folder to this repository on the Hub.")
+
+
+def run(args: argparse.Namespace):
+    """Does the work of `diffusers-lsep convert`."""
+    from diffusers import AutoencoderKL
+
+    from ..hub.model_card import write_model_card
+    from ..hub.push import push_folder
+    from ..hub.remote_code import add_code
+    from ..pipeline_lsep import LSEPPipeline
+
+    # 1. Refuse what is wrong before any work
+    output_dir = Path(args.output_dir).resolve()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`--output_dir` {output_dir} is a file.")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        if not args.overwrite_output_dir:
+            raise ValueError(f"`--output_dir` {output_dir} is not empty. `--overwrite_output_dir` replaces it.")
+        names = {path.name for path in output_dir.iterdir()}
+        if "model_index.json" not in names or not names <= _WRITTEN:
+            raise ValueError(
+                f"`--overwrite_output_dir` replaces a converted pipeline only, but {output_dir} holds {sorted(names)}."
+            )
+    if args.push_to_hub and not args.license:
+        raise ValueError(
+            "`--push_to_hub` needs `--license`: no licence is guessed, the original weights may have none."
+        )
+    id2label = read_id2label(args.id2label) if args.id2label else None
+    vae = AutoencoderKL.from_pretrained(args.vae) if args.vae else None
+
+    # 2. Convert
+    overrides = {
+        name: value for name in ("num_attention_heads", "path_type") if (value := getattr(args, name)) is not None
+    }
+    converted = convert_original_checkpoint(args.checkpoint, args.weights, args.source, **overrides)
+    transformer, probe = converted.transformer, converted.probe
+    num_classes = transformer.config.num_classes
+    if id2label is None and num_classes == 1000:
+        id2label = imagenet_id2label()
+    if id2label is not None and sorted(id2label) != list(range(num_classes)):
+        raise ValueError(
+            f"`--id2label` {args.id2label} has to name the classes 0..{num_classes - 1} of the model, but has"
+            f" {len(id2label)} names for the ids {min(id2label, default=None)}..{max(id2label, default=None)}."
+        )
+    if args.dtype is not None:
+        for model in (transformer, probe):
+            if model is not None:
+                model.to(getattr(torch, args.dtype))
+    if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+        raise ValueError(
+            f"`--vae` {args.vae} has {vae.config.latent_channels} latent channels, but the model has"
+            f" {transformer.config.in_channels}."
+        )
+    pipeline = LSEPPipeline(transformer, converted.scheduler, vae, id2label)
+
+    # 3. Write everything beside the target and put it there by a rename
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
+        folder = Path(temporary) / "pipeline"
+        pipeline.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        if probe is not None:
+            probe.save_pretrained(folder / "probe")
+        if args.with_code:
+            add_code(folder)
+        name = args.push_to_hub or output_dir.name
+        write_model_card(folder, repo_id=name, license=args.license, source=converted.source)
+        if output_dir.exists():
+            output_dir.rename(Path(temporary) / "replaced")
+        folder.rename(output_dir)
+
+    print(
+        f"{args.checkpoint}: {converted.source} checkpoint, weights {args.weights!r},"
+        f" {transformer.num_parameters():,} parameters, {transformer.dtype} -> {output_dir}"
+    )
+    if vae is None:
+        print(
+            "The pipeline has no VAE. For a model of latents convert with `--vae`, or give it one when it is loaded:"
+            f" DiffusionPipeline.from_pretrained({str(output_dir)!r}, vae=vae)"
+        )
+
+    # 4. Upload
+    if args.push_to_hub:
+        commit = push_folder(output_dir, args.push_to_hub, license=args.license)
+        print(f"Pushed: {commit.commit_url}")
+
+
+def imagenet_id2label() -> dict[int, str]:
+    """
+    The 1,000 classes of ImageNet: the names that WordNet gives the class and, last, its synset id, separated by commas
+    (`0: "tench, Tinca tinca, n01440764"`). The source and licence of the names stand in `imagenet_labels.json`.
+    """
+    text = resources.files(__package__.rpartition(".")[0]).joinpath("imagenet_labels.json").read_text(encoding="utf-8")
+    return {int(class_id): label for class_id, label in json.loads(text)["id2label"].items()}
+
+
+def read_id2label(path: str | PathLike) -> dict[int, str]:
+    """
+    Reads the names of classes from a JSON file.
+
+    Args:
+        path (`str` or `os.PathLike`): A list of names, in the order of the ids, or an object `{id: name}`.
+
+    Raises:
+        `ValueError`: if the file is neither.
+    """
+    try:
+        labels = json.loads(Path(path).read_text(encoding="utf-8"))
+        labels = dict(enumerate(labels)) if isinstance(labels, list) else {int(i): name for i, name in labels.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`id2label` {path} has to be a JSON list of names or an object {{id: name}}: {error}"
+        ) from error
+    wrong = [name for name in labels.values() if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"`id2label` {path} has to have names as text, but has {wrong[0]!r}.")
+    return labels

@@ -1,0 +1,60 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a stream of samples reads from: rows with labels, all of them or a part."""
+
+import zlib
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from .draws import _SPLIT, keyed_generator
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def hash_labels(labels: np.ndarray) -> int:
+    """CRC-32 of class indices in their order: what a run records of its training data."""
+    return zlib.crc32(np.ascontiguousarray(labels, dtype=np.int64))
+
+
+class SampleSource(Protocol):
+    """What a [`SampleStream`] reads: images, or what a VAE made of them."""
+
+    kind: str
+    """`"images"`: pixels in [-1, 1]. `"moments"`: mean and standard deviation of a VAE's posterior, `[2 C, S, S]`."""
+    labels: np.ndarray
+    """Class indices, int64, one per row."""
+
+    def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
+        """The samples of these rows as one tensor, each mirrored left to right where `flips` says so."""
+        ...
+
+
+class SourceSubset:
+    """
+    Some rows of another source.
+
+    Args:
+        source ([`SampleSource`]): The other source.
+        rows (`np.ndarray`): The rows to take from it.
+    """
+
+    def __init__(self, source: SampleSource, rows: np.ndarray):
+        self.kind = source.kind
+        self.labels = source.labels[rows]
+        self.source = source
+        self.source_rows = rows
+
+    def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
+        return self.source.load(self.source_rows[rows], flips)
+
+
+def cut_off(source: SampleSource, fraction: float, seed: int) -> tuple[SourceSubset, SourceSubset]:
+    """Divides a source at random into the rows to train on and the `fraction` of all that is held out."""
+    order = keyed_generator(seed, 0, _SPLIT).permutation(len(source.labels))
+    num_held_out = max(1, round(len(order) * fraction))
+    rest, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return SourceSubset(source, rest), SourceSubset(source, held_out)

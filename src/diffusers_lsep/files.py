@@ -1,0 +1,97 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files that appear whole or not at all, and hashes of weights."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """
+    Gives a new folder to write into, which takes the name `target` once the block ends and everything is on disk. If
+    the block fails nothing of it stays, and a folder that was there before is as it was.
+    """
+    partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str):
+    """Writes a text file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_weights(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+    """
+    SHA-256 of the names and values of a model's state dict, which says whether two models are the same.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        prefixes (`tuple[str, ...]`, defaults to all): How the names begin that count.
+    """
+    return _hash_tensors((k, v) for k, v in sorted(model.state_dict().items()) if k.startswith(prefixes))
+
+
+def hash_saved_weights(files: Iterable[Path], dtype: torch.dtype | None = None) -> str:
+    """
+    [`hash_weights`] of the model in these safetensors files, whatever its shards, without building it.
+
+    Args:
+        files (`Iterable[Path]`): The files.
+        dtype (`torch.dtype`, *optional*): That of the model, in place of the one that it is saved in.
+    """
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118, it is not a dictionary
+        tensors = ((name, file_of[name].get_tensor(name)) for name in sorted(file_of))
+        return _hash_tensors((k, v.to(dtype or v.dtype) if v.is_floating_point() else v) for k, v in tensors)
+
+
+def _hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Gives a saved pipeline the code to load without this package, with `trust_remote_code=True`."""
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+from .model_card import (
+    SavedPipeline,
+)
+
+
+# The component classes that a repository with code brings along: component and module.
+REMOTE_COMPONENTS = {
+    "SiTTransformer2DModel": ("transformer", "transformer_sit"),
+    "FlowMatchSDEScheduler": ("scheduler", "scheduling_flow_match_sde"),
+    "FlowMatchSDEMultistepScheduler": ("scheduler", "scheduling_flow_match_sde_multistep"),
+    "FlowMatchHeunODEScheduler": ("scheduler", "scheduling_flow_match_heun_ode"),
+}
+
+# What goes in the place of a component's module in the code of the pipeline. That only names the class as a type, and
+# diffusers executes the component's own file later, which makes another class of the same name.
+REMOTE_STAND_INS = {"transformer_sit": "from diffusers import ModelMixin as SiTTransformer2DModel\n"}
+
+REMOTE_PIPELINE_FILE = "pipeline.py"
+
+
+def add_code(folder: str | os.PathLike):
+    """
+    Adds the code of the model, the scheduler and the pipeline to a saved pipeline, so that diffusers loads it with
+    `trust_remote_code=True` where this package is not installed. From then on diffusers asks for that argument
+    wherever the folder is loaded. Components of other libraries are left as they are.
+
+    The files are made of this package's modules. Each stands alone and holds what it imports from other modules.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that `LSEPPipeline.save_pretrained` wrote.
+
+    Raises:
+        `ValueError`: if `folder` holds no pipeline of this package.
+    """
+    folder = Path(folder)
+    index = SavedPipeline(folder).index
+    _write(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
+    index["_class_name"] = [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]
+    for class_name, (component, module) in REMOTE_COMPONENTS.items():
+        if index[component][1] == class_name:
+            _write(folder / component / f"{module}.py", _standalone_source(module))
+            index[component] = [module, class_name]
+    _write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _standalone_source(module: str, imported: set[str] | None = None) -> str:
+    """
+    The source of a module of this package with nothing left that needs the others: a module that it imports stands in
+    place of the first import; a component class is replaced by its base class (see `REMOTE_STAND_INS`); methods that
+    import from the package while they run, such as `push_to_hub`, are left to the base class. `imported` holds the
+    modules and imports of other libraries that stand in the text already.
+    """
+    source = Path(__file__).parents[1].joinpath(f"{module}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    is_whole_file = imported is None
+    imported = set() if imported is None else imported
+    edits = []
+    for node in imports:
+        is_own = isinstance(node, ast.ImportFrom) and node.level
+        name = node.module if is_own else ast.unparse(node)
+        if name in imported:
+            edits.append((node.lineno, node.end_lineno, ""))
+            continue
+        imported.add(name)
+        if is_own:
+            text = REMOTE_STAND_INS.get(name)
+            text = text or f"\n\n# {name}.py\n{_standalone_source(name, imported)}\n\n"
+            edits.append((node.lineno, node.end_lineno, text))
+    for method in (method for node in tree.body if isinstance(node, ast.ClassDef) for method in node.body):
+        if any(isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(method)):
+            start = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
+            edits.append((start, method.end_lineno, ""))
+
+    lines = source.splitlines(keepends=True)
+    for start, end, text in sorted(edits, reverse=True):
+        lines[start - 1 : end] = [text]
+    text = "".join(lines)
+    if not is_whole_file:
+        text = "".join(text.splitlines(keepends=True)[2:])  # the licence is at the top of the file already
+    return re.sub(r"\n{4,}", "\n\n\n", text)
+
+
+def _write(path: Path, text: str):
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

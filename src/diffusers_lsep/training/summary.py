@@ -1,0 +1,107 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run comes to, in words and in memory, for the user."""
+
+import argparse
+
+from ..objective import LSEPObjective
+from .arguments import RECIPES
+from .setup import Setup
+
+
+# Of the weights of the start in the average: more than this shows in the samples.
+MAX_INITIAL_SHARE = 0.02
+
+
+def describe_initial_weights(args: argparse.Namespace) -> str | None:
+    """A warning, if at the end of the run the average still holds more than a few per cent of the initial weights."""
+    # The product of the decays; the first one of a warm-up is 0.
+    share = 0.0 if args.ema_warmup or not args.use_ema else args.ema_decay**args.max_train_steps
+    if share <= MAX_INITIAL_SHARE:
+        return None
+    return (
+        f"After {args.max_train_steps:,} steps with `--ema_decay {args.ema_decay}` the average of the weights still"
+        f" holds {share:.1%} of the initial weights, and it is the average that is saved and drawn from: leave out"
+        " `--ema_decay`, or add `--ema_warmup`, or train longer."
+    )
+
+
+def memory_needed(args: argparse.Namespace, setup: Setup, objective: LSEPObjective, num_shards: int = 1) -> list[int]:
+    """
+    Bytes of memory that a process needs at least: for weights and all that belongs to them, and for activations.
+
+    Args:
+        args (`argparse.Namespace`): The flags, after [`prepare`].
+        setup ([`Setup`]): What they come to.
+        objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
+        num_shards (`int`, defaults to `1`): Among how many processes the weights are shared out.
+    """
+    transformer = objective.transformer
+    config, width = transformer.config, transformer.inner_dim
+    tokens = (config.sample_size // config.patch_size) ** 2
+    parameters = sum(p.numel() for p in transformer.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    frozen = [model for model in (setup.vae, setup.encoder and setup.encoder.model) if model is not None]
+    frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
+    # Weights in float32, and of what is trained gradients, AdamW's two moments and the average. A block keeps about 34
+    # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
+    # in the dtype of the computation; with gradient checkpointing one block keeps them, and the others their input.
+    # Measured on a CPU, a step takes a third more.
+    state = 4 * ((parameters + trained * (4 if args.use_ema else 3)) // num_shards + frozen_parameters)
+    blocks = config.num_layers + (0 if args.no_lsep else args.probe_depth)
+    values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
+    return [state, values * (4 if args.mixed_precision == "no" else 2) // 2]
+
+
+def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, num_processes: int) -> str | None:
+    """What to say if processes that share a memory need more than there is."""
+    if num_processes * sum(needed) <= memory:
+        return None
+    state, activations = (value / 1e9 for value in needed)
+    processes = f"{num_processes} processes with " if num_processes > 1 else ""
+    smaller = ["a smaller model (`--preset`, or none at all for one that suits own images)"]
+    if activations > state:
+        steps = "with more `--gradient_accumulation_steps`"
+        smaller.insert(0, f"a `--train_batch_size` below {args.train_batch_size} {steps}, `--gradient_checkpointing`")
+        if args.pretrained_vae_model_name_or_path is None:
+            smaller.append("a smaller `--resolution` or larger `--patch_size`, or a VAE")
+    return (
+        f"training does not fit into this machine's memory: {processes}at least {state:.2f} GB of state and"
+        f" {activations:.2f} GB of activations, of {memory / 1e9:.2f} GB in all. What helps: {'; '.join(smaller)}."
+    )
+
+
+def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
+    """
+    What a run comes to, for the user.
+
+    Args:
+        args (`argparse.Namespace`): The flags, after [`prepare`].
+        setup ([`Setup`]): What they come to.
+        objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
+        needed (`list[int]`): Its memory, by [`memory_needed`].
+    """
+    transformer = objective.transformer
+    config = transformer.config
+    parameters = sum(p.numel() for p in transformer.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
+    state, activations = (value / 1e9 for value in needed)
+    average = f"decay {args.ema_decay:.6g}{', after a warm-up' if args.ema_warmup else ''}" if args.use_ema else "none"
+    lines = [
+        f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {transformer.inner_dim}",
+        f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them",
+        f"tokens: {(config.sample_size // config.patch_size) ** 2} per image",
+        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes",
+        f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
+        f"average of the weights: {average}",
+        f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",
+    ]
+    if setup.treatment is not None:
+        lines.insert(4, f"pixels: {setup.treatment}")
+    if args.recipe is not None:
+        why = f"since {RECIPES[args.recipe]}; flags that are given win"
+        lines.insert(0, f"recipe: examples/configs/{args.recipe}, {why}")
+    if describe_initial_weights(args) is not None:
+        lines.append(describe_initial_weights(args))
+    return "\n".join(lines)
