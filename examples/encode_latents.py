@@ -5,7 +5,7 @@
     accelerate launch examples/encode_latents.py --train_data_dir imagenet/train --output_dir imagenet-256 --flip
 
 Each row of the result holds the mean and the standard deviation of an image's posterior, unscaled, as EDM2 and REPA
-store them. `diffusers_lsep.latents.MomentsDataset` reads the folder, `datasets.load_from_disk` opens it too.
+store them. `diffusers_lsep.data.moments.MomentsDataset` reads the folder, `datasets.load_from_disk` opens it too.
 
 Which image lies in which shard and batch depends on its position in the input alone, so any number of processes gives
 the same files, byte for byte, on one kind of machine (on CPU: with the same number of threads). Killed and started

@@ -337,7 +337,7 @@ def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_image
     ],
 )
 def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys, flags, gpu, recipe, model):
-    monkeypatch.setattr("diffusers_lsep.training_setup.has_gpu", lambda: gpu)
+    monkeypatch.setattr("diffusers_lsep.training.arguments.has_gpu", lambda: gpu)
     flags = [tiny_vae if flag == "tiny-vae" else flag for flag in flags]
     assert train("--train_data_dir", own_images, *flags, "--dry_run", "--mixed_precision", "no", tiny=()) == 0
     output = capsys.readouterr().out
@@ -356,7 +356,7 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp
     shorter = ["--train_data_dir", own_images, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 1]
     shorter += ["--validation_inference_steps", 1, "--num_validation_images", 1, "--report_to", "none"]
     assert train(*shorter, tiny=()) == 0
-    monkeypatch.setattr("diffusers_lsep.training_setup.has_gpu", lambda: True)
+    monkeypatch.setattr("diffusers_lsep.training.arguments.has_gpu", lambda: True)
     resume = ("--resume_from_checkpoint", "latest", "--dry_run")
     capsys.readouterr()
     assert train(*shorter, *resume, tiny=()) == 0

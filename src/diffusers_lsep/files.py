@@ -74,19 +74,24 @@ def hash_weights(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> s
     return _hash_tensors((k, v) for k, v in sorted(model.state_dict().items()) if k.startswith(prefixes))
 
 
-def hash_saved_weights(files: Iterable[Path], dtype: torch.dtype | None = None) -> str:
+def hash_saved_weights(files: Iterable[Path], *dtypes: torch.dtype) -> str:
     """
     [`hash_weights`] of the model in these safetensors files, whatever its shards, without building it.
 
     Args:
         files (`Iterable[Path]`): The files.
-        dtype (`torch.dtype`, *optional*): That of the model, in place of the one that it is saved in.
+        dtypes (`torch.dtype`): What the model was cast to after loading, one after the other.
     """
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        for dtype in dtypes if tensor.is_floating_point() else ():
+            tensor = tensor.to(dtype)
+        return tensor
+
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
         file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118, it is not a dictionary
-        tensors = ((name, file_of[name].get_tensor(name)) for name in sorted(file_of))
-        return _hash_tensors((k, v.to(dtype or v.dtype) if v.is_floating_point() else v) for k, v in tensors)
+        return _hash_tensors((name, cast(file_of[name].get_tensor(name))) for name in sorted(file_of))
 
 
 def _hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -152,9 +152,9 @@ class LSEPObjective(nn.Module):
         timestep_sampling (`str`, defaults to `"uniform"`):
             Distribution of `t`, `"uniform"` or `"logit_normal"` (`ln(sigma / alpha)` is standard normal).
         regularizers (`dict[str, nn.Module]`, *optional*):
-            Further losses on the main stream's tokens, by name, such as [`~repa.REPARegularizer`]. Each module has a
-            `depth`, after how many blocks it reads (`1..num_layers`), and a `weight`, and is called with the tokens
-            `[B, N, D]` and its entry of `targets`; it returns one loss per sample, `[B]`.
+            Further losses on the main stream's tokens, by name, such as [`~training.repa.REPARegularizer`]. Each
+            module has a `depth`, after how many blocks it reads (`1..num_layers`), and a `weight`, and is called with
+            the tokens `[B, N, D]` and its entry of `targets`; it returns one loss per sample, `[B]`.
         probe_fraction (`float`, defaults to `1.0`):
             The part of the samples, in (0, 1], that the probe is trained on where `probe_rows` name them. Its loss is
             divided by their expected number, so that each weighs the same however many of them a batch has.

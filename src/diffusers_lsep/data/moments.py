@@ -4,7 +4,7 @@
 
 A row holds the *mean and the standard deviation* of one image's posterior, `[2 * C, h, w]` with the mean first,
 unscaled, as the original projects store them. Training draws a new latent from it at every step
-([`~data.sample_posterior`]). The two classes are sources of a [`~data.SampleStream`].
+([`sample_posterior`]). The two classes are sources of a [`~data.stream.SampleStream`].
 """
 
 import hashlib
@@ -64,8 +64,8 @@ def sample_posterior(
 
 class MomentsDataset(torch.utils.data.Dataset):
     """
-    The VAE moments that `examples/encode_latents.py` wrote, with random access: a source of a [`~data.SampleStream`],
-    and a map-style data set of `{"moments", "label"}` for a `DataLoader` of one's own.
+    The VAE moments that `examples/encode_latents.py` wrote, with random access: a source of a
+    [`~data.stream.SampleStream`], and a map-style data set of `{"moments", "label"}` for a `DataLoader` of one's own.
 
     The shards are Arrow files (`datasets.load_from_disk` opens the folder too, with the ids and the kept images). Only
     the labels and one file offset per record batch are held in memory, 8 bytes a row. Rows are read with `pread` at
@@ -247,7 +247,7 @@ def shorten(value: Any) -> str:
 
 class OriginalMomentsDataset:
     """
-    VAE moments in the layout of EDM2 and REPA, a source of a [`~data.SampleStream`]: `vae-sd/` with one
+    VAE moments in the layout of EDM2 and REPA, a source of a [`~data.stream.SampleStream`]: `vae-sd/` with one
     `img-mean-std-XXXXXXXX.npy` per image, and `dataset.json`.
 
     Labels are paired with files by name, and the pairing is verified before anything is read: each `.npy` file has

@@ -90,7 +90,7 @@ class StreamedImages:
         Reads the samples with these global indices, which have to grow from call to call (else it starts anew).
 
         Raises:
-            [`~data.UnreadableImageError`]: if an image cannot be read.
+            [`~data.images.UnreadableImageError`]: if an image cannot be read.
             `ValueError`: if a label is outside the classes, or the data set ends too early.
         """
         values = []
@@ -161,7 +161,7 @@ def open_stream(
     Opens the training split of a streamed data set.
 
     Args:
-        splits (`datasets.IterableDatasetDict`): The data set, by [`~data.load_image_dataset`].
+        splits (`datasets.IterableDatasetDict`): The data set, by [`~data.images.load_image_dataset`].
         seed (`int`): Of the order.
         num_images (`int`, *optional*): How many images it has, if it does not say it.
         arguments: More arguments of [`StreamedImages`].

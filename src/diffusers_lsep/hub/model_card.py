@@ -390,7 +390,8 @@ class SavedPipeline:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """Hashes of the weights that make the images, by component, and variant if it has to be asked for."""
-        files = {component: self.weights(component) for component in ("transformer", "vae")}
+        components = ("transformer",) if self.vae is None else ("transformer", "vae")
+        files = {component: self.weights(component) for component in components}
         variants = {component: self._variant(paths[0]) for component, paths in files.items() if paths}
         return {
             component if variant is None else f"{component}.{variant}": hash_saved_weights(files[component])
@@ -399,12 +400,13 @@ class SavedPipeline:
 
     def find_differences(self, weights: Mapping[str, str]) -> list[str]:
         """The components whose weights have another hash than here, in whichever dtype they were loaded."""
-        dtypes = (None, torch.float32, torch.bfloat16, torch.float16)
+        half = ((torch.bfloat16,), (torch.float16,))
+        casts = ((), (torch.float32,), *half, *((*dtypes, torch.float32) for dtypes in half))  # a VAE may be cast back
         return [
             component
             for component, digest in weights.items()
             if digest is not None
-            and all(hash_saved_weights(self.weights(component), dtype) != digest for dtype in dtypes)
+            and all(hash_saved_weights(self.weights(component), *dtypes) != digest for dtypes in casts)
         ]
 
     def read_evaluation(self) -> dict[str, Any] | None:

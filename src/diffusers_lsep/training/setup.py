@@ -222,7 +222,7 @@ def check_images(source: ImageSource, size_by: str, channels_by: str) -> str:
     What is done to the images. That colours are lost because a model is grey has to be asked for.
 
     Args:
-        source ([`~data.ImageSource`]): The images.
+        source ([`~data.images.ImageSource`]): The images.
         size_by (`str`): What decides about their size: a flag.
         channels_by (`str`): And about their channels.
     """
