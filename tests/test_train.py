@@ -309,7 +309,7 @@ COLOURS = {"grass": (60, 170, 50), "sky": (80, 140, 230), "tomato": (220, 60, 40
 
 def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_images, tmp_path, capsys):
     """The command of the README, with fewer steps: the samples have the colours of their classes."""
-    shorter = ["--max_train_steps", 60, "--train_batch_size", 16, "--lr_warmup_steps", 5, "--validation_steps", 100]
+    shorter = ["--max_train_steps", 60, "--lr_warmup_steps", 5, "--validation_steps", 60]
     data = ["--train_data_dir", coloured_images, "--num_cpu_threads", 1, "--report_to", "none"]
     assert train(*data, *shorter, "--validation_inference_steps", 20, tiny=()) == 0
     output = capsys.readouterr().out
