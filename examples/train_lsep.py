@@ -13,573 +13,49 @@ SIGTERM and SIGUSR1 make the script save a checkpoint and exit with code 75; run
 `--resume_from_checkpoint latest`. `accelerate launch` itself then exits with 1, as for every script that fails.
 """
 
-import argparse
 import json
-import math
 import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 
 # Before torch is loaded. By default a thread that waits for others spins; where the machine has something else to do
 # as well, that made a step of the digits on two threads ten times slower (5 s in place of 0.5 s).
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    DynamoBackend,
-    broadcast_object_list,
-    gather_object,
-    send_to_device,
-    set_seed,
-)
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from tqdm.auto import tqdm
 
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.data.moments import sample_posterior
-from diffusers_lsep.data.moments_writer import UNREADABLE_FILE, write_unreadable
-from diffusers_lsep.data.stream import SampleStream, StreamBatches, keep_batch
-from diffusers_lsep.data.streamed import StreamedSamples
-from diffusers_lsep.figures import make_labeled_grid
-from diffusers_lsep.files import whole_folder, write_text
-from diffusers_lsep.hub.model_card import Gallery, write_model_card
 from diffusers_lsep.hub.push import push_folder
-from diffusers_lsep.labels import describe_classes, find_class_ids
+from diffusers_lsep.labels import describe_classes
 from diffusers_lsep.training.arguments import parse_args
-from diffusers_lsep.training.checkpoints import (
-    load_checkpoint,
-    named_averages,
-    read_state,
-    remove_leftovers,
-    remove_old_checkpoints,
-    save_checkpoint,
-    whole_tensors,
+from diffusers_lsep.training.output_folder import (
+    begin_output_folder,
+    compare_settings,
+    find_run_to_continue,
+    keep_settings,
 )
-from diffusers_lsep.training.fine_tuning import merge_lora
-from diffusers_lsep.training.log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
-from diffusers_lsep.training.output_folder import compare_settings, find_run_to_continue, keep_settings, remove_outputs
-from diffusers_lsep.training.processes import StopSignal, memory_limit, usable_cores
-from diffusers_lsep.training.setup import Setup, build_objective, prepare
-from diffusers_lsep.training.summary import describe, describe_initial_weights, describe_shortage, memory_needed
+from diffusers_lsep.training.processes import start_accelerator
+from diffusers_lsep.training.setup import prepare
+from diffusers_lsep.training.summary import describe_initial_weights, report_summary
+from diffusers_lsep.training.trainer import Trainer
 
 
-# Flags that say nothing about the model.
-NOT_ON_CARD = (
-    *("cache_dir", "dataloader_num_workers", "num_cpu_threads", "output_dir", "overwrite_output_dir", "dry_run"),
-    *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps"),
-    *("logging_steps", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "license"),
-    "num_train_epochs",  # --max_train_steps tells the length
-    *("recipe", "max_errors"),
-)
-
+EXAMPLES = Path(__file__).resolve().parent  # with the digits and the recipes
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be continued
 
 
-# --- 1. Processes ---------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=check_tracker(args),
-        project_dir=str(Path(args.output_dir, args.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    kind = accelerator.distributed_type
-    other = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP)
-    if kind in other and not accelerator.is_fsdp2:
-        raise ValueError(f"train_lsep.py runs on one device, data-parallel or with FSDP2, not with {kind}.")
-    if accelerator.is_fsdp2:
-        if accelerator.state.fsdp_plugin.activation_checkpointing:
-            raise ValueError("give `--gradient_checkpointing` in place of `fsdp_activation_checkpointing`.")
-        # Autocast from weights in float32, as without sharding. accelerate's policy would round times and losses too.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    if not accelerator.state.dynamo_plugin.dynamic:
-        # False, accelerate's default, is for sizes that never change. The number of samples in the probe's stream
-        # does: the step would be compiled anew for the first eight of them, and not at all from then on.
-        accelerator.state.dynamo_plugin.dynamic = None
-    args.mixed_precision = accelerator.mixed_precision
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
-        if args.num_cpu_threads is None and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            args.num_cpu_threads = max(1, usable_cores() // processes_here(accelerator))
-        if args.num_cpu_threads is not None:
-            torch.set_num_threads(args.num_cpu_threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    return accelerator
-
-
-def processes_here(accelerator: Accelerator) -> int:
-    """How many processes there are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-
-
-def check_tracker(args: argparse.Namespace) -> str | None:
-    available = [str(tracker) for tracker in get_available_trackers()]
-    if args.report_to is None:
-        args.report_to = "tensorboard" if "tensorboard" in available else "none"
-    if args.report_to not in ("none", "all", *available):
-        raise ValueError(
-            f"`--report_to` has to be none, all or one of the trackers that are installed, {available}, but is"
-            f" {args.report_to!r}. (tensorboard comes with `pip install 'diffusers_lsep[train]'`.)"
-        )
-    return None if args.report_to == "none" else args.report_to
-
-
-# --- 2. Training ----------------------------------------------------------------------------------------------------
-
-
-class Trainer:
-    """Model, optimiser, average and stream of one run, and what is done with them."""
-
-    def __init__(
-        self, args: argparse.Namespace, accelerator: Accelerator, setup: Setup, settings: dict[str, Any], load: bool
-    ):
-        self.args, self.accelerator, self.setup, self.settings = args, accelerator, setup, settings
-        self.output_dir = Path(args.output_dir)
-
-        # 1. Transformer, probe and objective
-        set_seed(args.seed)
-        self.objective = build_objective(args, setup, load=load)
-        transformer = self.objective.transformer
-        self.validation_labels = self.get_validation_labels()
-        if setup.vae is not None:
-            setup.vae.to(accelerator.device)
-            setup.vae.enable_slicing()
-        if setup.encoder is not None:
-            setup.encoder.to(accelerator.device)
-
-        # 2. The stream of samples
-        grid_size = transformer.config.sample_size // transformer.config.patch_size
-        latent_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
-        stream_options = {
-            "latent_shape": latent_shape,
-            "seed": args.seed,
-            "samples_per_step": setup.samples_per_step,
-            "grid_size": grid_size,
-            "crop_size_min": args.crop_size_min,
-            "class_dropout_prob": args.class_dropout_prob,
-            "probe_dropout_prob": args.probe_dropout_prob,
-            "coupled_dropout": args.coupled_dropout,
-            "probe_fraction": args.probe_fraction,
-            "path_type": args.path_type,
-            "timestep_sampling": args.timestep_sampling,
-            "random_flip": args.random_flip,
-            "posterior_noise": setup.vae is not None,
-            "replace_unreadable": args.max_errors > 0,
-        }
-        make_stream = StreamedSamples if args.streaming else SampleStream
-        self.stream = make_stream(setup.source, **stream_options, image_source=setup.images)
-        self.held_out = None
-        if setup.held_out is not None:
-            self.held_out = SampleStream(setup.held_out, **stream_options, image_source=setup.held_out_images)
-        self.stream.__getitems__([0])  # to find now what would go wrong later
-        self.unreadable: dict[str, dict[str, str]] = {}  # in all processes
-        self.newly_unreadable: dict[str, dict[str, str]] = {}  # in this one
-
-    def get_validation_labels(self) -> list[int]:
-        """The classes of which samples are drawn; if none are asked for, up to ten, evenly spaced."""
-        num_classes = len(self.setup.names)
-        if self.args.validation_labels is None:
-            return np.linspace(0, num_classes - 1, min(10, num_classes)).round().astype(int).tolist()
-        names = dict(enumerate(self.setup.names))
-        return find_class_ids(self.args.validation_labels, names, num_classes, "--validation_labels")
-
-    def prepare_training(self, checkpoint: Path | None):
-        """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
-        args, accelerator, objective = self.args, self.accelerator, self.objective
-        objective.to(accelerator.device)
-        parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
-        groups = [{"params": [p for p in parameters if p.requires_grad], "lr": args.learning_rate}]
-        if objective.probe is not None:
-            groups.append({"params": list(objective.probe.parameters()), "lr": args.probe_learning_rate})
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-            fused=True,
-        )
-        self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-        )
-        self.step, self.last_checkpoint = 0 if checkpoint is None else read_state(checkpoint)["step"], checkpoint
-        batches = StreamBatches(
-            args.train_batch_size,
-            start=self.step * self.setup.samples_per_step,
-            end=max(self.step, args.max_train_steps) * self.setup.samples_per_step,
-        )
-        loader = torch.utils.data.DataLoader(
-            self.stream,
-            batch_sampler=batches,
-            collate_fn=keep_batch,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-        # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
-        self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
-        if (self.output_dir / UNREADABLE_FILE).exists():
-            self.unreadable = {entry["id"]: entry for entry in read_metrics(self.output_dir / UNREADABLE_FILE)}
-        self.ema = None
-        if args.use_ema:
-            min_decay = 0.0 if args.ema_warmup else args.ema_decay
-            self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
-            # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
-            self.ema.optimization_step = 0 if args.ema_warmup else 1
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, objective, self.optimizer, self.ema)
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
-                group["lr"] = rate
-            if self.ema is not None:
-                self.ema.optimization_step = state["ema_step"]
-            if accelerator.scaler is not None and state["scaler"]:
-                accelerator.scaler.load_state_dict(state["scaler"])
-        self.probe_weight_scale = torch.ones((), device=accelerator.device)
-
-    @property
-    def saves(self) -> bool:
-        """Whether this process takes part in saving: all do where each has only a part of the weights."""
-        return self.accelerator.is_main_process or self.accelerator.is_fsdp2
-
-    @property
-    def compiled(self) -> bool:
-        """Whether `accelerate launch --dynamo_backend ...` has the step compiled."""
-        return self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-
-    def trained_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-
-    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
-        self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
-        images, moments = batch.pop("images", None), batch.pop("moments", None)
-        noise = batch.pop("posterior_noise", None)
-        if self.compiled:
-            # Their number is another one in every step, which is better known before the first is compiled.
-            for name in ("separate_rows", "probe_rows"):
-                if name in batch:
-                    torch._dynamo.maybe_mark_dynamic(batch[name], 0)
-        if self.setup.encoder is not None:
-            with self.accelerator.autocast():
-                batch["targets"] = {"repa": self.setup.encoder(images)}
-        if noise is None:
-            return {"latents": images, **batch}
-        vae = self.setup.vae
-        if moments is None:
-            # In float32, also inside of autocast: in bfloat16 latents are off by 1 to 2 % of their deviation.
-            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-                posterior = vae.encode(images).latent_dist
-            moments = torch.cat([posterior.mean, posterior.std], dim=1)
-        shift = vae.config.get("shift_factor")
-        return {"latents": sample_posterior(moments, noise, vae.config.scaling_factor, shift), **batch}
-
-    def train(self) -> bool:
-        """Trains to the end, and returns True, or until a signal arrives."""
-        args, accelerator, setup = self.args, self.accelerator, self.setup
-        stop = StopSignal(accelerator)
-        self.metrics = StepMetrics(accelerator, args.gradient_accumulation_steps)
-        self.progress = tqdm(
-            total=args.max_train_steps,
-            initial=self.step,
-            desc="Training",
-            unit="step",
-            disable=not accelerator.is_local_main_process,
-        )
-        batches = iter(self.loader)
-        self.collected_at = self.step
-        while self.step < args.max_train_steps:
-            # 1. The probe's weight: constant, or late in training an exponential decay (fractions of epochs count)
-            if args.probe_decay_start_epoch is not None:
-                late = self.step / setup.steps_per_epoch - args.probe_decay_start_epoch
-                self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
-
-            # 2. Gradients
-            for _ in range(args.gradient_accumulation_steps):
-                start = time.perf_counter()
-                batch = next(batches)
-                data_wait = time.perf_counter() - start
-                with accelerator.accumulate(self.model):
-                    with accelerator.autocast():  # accelerate forgets it with FSDP2
-                        output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
-                    accelerator.backward(output.loss)
-                    rows = batch.get("probe_rows", slice(None))
-                    self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-                        self.metrics.add_step(grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-
-            # 3. Learning rate and average
-            self.learning_rates = self.lr_scheduler.get_last_lr()
-            self.lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self.trained_parameters())
-            self.step += 1
-            self.progress.update()
-
-            # 4. Reports and checkpoints. Nothing is saved or measured before all losses up to here are known.
-            last = self.step == args.max_train_steps
-            stopped = stop.arrived() and not last
-            saves = self.step % args.checkpointing_steps == 0 or last or stopped
-            validates = self.step % args.validation_steps == 0 or last
-            if self.step % args.logging_steps == 0 or saves or validates:
-                self.log()
-            if validates:
-                self.validate()
-            if saves:
-                self.save_checkpoint()
-            if stopped:
-                self.progress.close()
-                accelerator.print(
-                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.last_checkpoint} is complete."
-                    " Continue with the same flags and `--resume_from_checkpoint latest`."
-                )
-                return False
-        self.progress.close()
-        return True
-
-    def log(self):
-        """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
-        accelerator = self.accelerator
-        self.count_unreadable()
-        metrics, losses, grad_norms = self.metrics.collect()
-        scaled = accelerator.scaler is not None  # The scaler skips steps whose gradient overflows.
-        for offset, (loss, grad_norm) in enumerate(zip(losses, grad_norms), start=1):
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled):
-                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", grad_norm)
-                good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
-                raise FloatingPointError(
-                    f"the {what} of step {self.collected_at + offset} is {value}; the last good checkpoint {good}."
-                )
-        self.collected_at = self.step
-        metrics["images_per_second"] = self.setup.samples_per_step / metrics["seconds_per_step"]
-        metrics["learning_rate"] = self.learning_rates[0]
-        if self.objective.probe is not None:
-            metrics["probe_learning_rate"] = self.learning_rates[1]
-        self.report(metrics)
-        shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
-        self.progress.set_postfix({label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics})
-
-    def count_unreadable(self):
-        """Lists what any process could not read, and stops all of them if it is too much."""
-        limit, before, path = self.args.max_errors, len(self.unreadable), self.output_dir / UNREADABLE_FILE
-        if limit == 0:  # The first one has stopped the run.
-            return
-        for entries in gather_object([self.newly_unreadable]):
-            self.unreadable |= entries
-        self.newly_unreadable = {}
-        if len(self.unreadable) == before:
-            return
-        if self.accelerator.is_main_process:
-            write_unreadable(self.output_dir, self.unreadable.values())
-        last = list(self.unreadable.values())[-1]
-        found = f"{len(self.unreadable)} unreadable images, listed in {path} (last: {last['id']}: {last['error']})"
-        if len(self.unreadable) > limit:
-            good = f"from {self.last_checkpoint}" if self.last_checkpoint is not None else "from the beginning"
-            raise RuntimeError(
-                f"{found} are more than `--max_errors {limit}`. Repair or remove them and start anew, or go on {good}"
-                " with a higher `--max_errors`."
-            )
-        self.accelerator.print(f"{found} are replaced by others.")
-
-    def report(self, metrics: dict[str, Any]):
-        if self.accelerator.is_main_process:
-            self.metrics_file.append({"step": self.step, "epoch": self.step / self.setup.steps_per_epoch, **metrics})
-        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        self.accelerator.log(scalars, step=self.step)
-
-    @contextmanager
-    def averaged_objective(self) -> Iterator[LSEPObjective]:
-        """The objective with the averaged weights, for a while, and whole on every process."""
-        if self.accelerator.is_fsdp2:
-            weights = self.objective.state_dict()
-            if self.ema is not None:
-                weights |= named_averages(self.objective, self.ema)
-            with self.accelerator.device:
-                objective = build_objective(self.args, self.setup, load=False)
-            objective.load_state_dict(whole_tensors(weights))
-            yield objective.eval()
-            return
-        parameters = self.trained_parameters()
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        self.objective.eval()
-        try:
-            yield self.objective
-        finally:
-            self.objective.train()
-            if self.ema is not None:
-                self.ema.restore(parameters)
-
-    def validate(self):
-        """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
-        accelerator = self.accelerator
-        with self.averaged_objective() as objective, torch.no_grad():
-            if self.held_out is not None:
-                self.report(self.measure(objective))
-                self.count_unreadable()
-            if accelerator.is_main_process:
-                self.draw_samples(self.make_pipeline(objective.transformer))
-        if accelerator.is_main_process:
-            draw_curves(self.output_dir)
-        accelerator.wait_for_everyone()
-
-    def measure(self, objective: LSEPObjective) -> dict[str, float]:
-        """Losses and probe accuracy on the held-out images, which the processes share out."""
-        args, accelerator = self.args, self.accelerator
-        num_rows = len(self.held_out.source.labels)
-        rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
-        names = ["denoising_loss"]
-        if objective.probe is not None:
-            names += ["probe_loss", "probe_accuracy"]
-        names += [f"{name}_loss" for name in objective.regularizers]
-        sums = torch.zeros(len(names), device=accelerator.device)
-        for first in range(0, len(rows), args.train_batch_size):
-            batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
-            batch = send_to_device(batch, accelerator.device)
-            output = objective(**self.inputs(batch))
-            means = batch_means(output)
-            sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
-        means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
-        return {f"validation_{name}": mean for name, mean in zip(names, means)}
-
-    def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
-        pipeline = LSEPPipeline(
-            transformer=transformer,
-            scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
-            vae=self.setup.vae,
-            id2label=dict(enumerate(self.setup.names)),
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def draw_samples(self, pipeline: LSEPPipeline):
-        """Writes `samples/step-N.png`: the same classes and the same noise every time."""
-        args, labels = self.args, self.validation_labels
-        class_ids = labels * args.num_validation_images
-        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_ids))]
-        with self.accelerator.autocast():
-            images = pipeline(
-                class_ids,
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=generators,
-            ).images
-        grid = make_labeled_grid(images, columns=len(labels), labels=[self.setup.names[i] for i in class_ids])
-        path = self.output_dir / "samples" / f"step-{self.step}.png"
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        grid.save(partial, format="PNG")
-        os.replace(partial, path)
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
-
-    def save_pipeline(self, folder: Path):
-        """Writes the averaged weights as a pipeline, and the probe beside it. A call for all processes."""
-        with self.averaged_objective() as objective:
-            if self.accelerator.is_main_process:
-                self.make_pipeline(merge_lora(objective.transformer)).save_pretrained(folder)
-                if objective.probe is not None:
-                    objective.probe.save_pretrained(folder / "probe")
-
-    def save_checkpoint(self):
-        args, accelerator = self.args, self.accelerator
-        folder = self.output_dir / f"checkpoint-{self.step}"
-        state = {
-            "step": self.step,
-            "ema_step": self.ema.optimization_step if self.ema is not None else None,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            "settings": self.settings,
-        }
-        try:
-            if self.saves:
-                main = accelerator.is_main_process
-                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, self.ema, main)
-        except Exception as error:  # A full disk, for one, shows in many ways.
-            good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
-            raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
-        if accelerator.is_main_process:
-            remove_old_checkpoints(self.output_dir, args.checkpoints_total_limit, args.milestone_steps)
-        self.last_checkpoint = folder
-        accelerator.wait_for_everyone()
-
-    def save_result(self):
-        """Writes the pipeline into the root of the output folder, `model_index.json` last, and its model card."""
-        args, source = self.args, self.output_dir / ".pipeline"
-        if not self.accelerator.is_main_process:
-            if self.saves:
-                self.save_pipeline(source)
-            return
-        with whole_folder(source) as partial:
-            self.save_pipeline(partial)
-        (self.output_dir / "model_index.json").unlink(missing_ok=True)
-        for path in sorted(source.iterdir(), key=lambda path: path.name == "model_index.json"):
-            target = self.output_dir / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
-        source.rmdir()
-
-        class_ids = self.validation_labels * args.num_validation_images
-        write_model_card(
-            self.output_dir,
-            repo_id=args.hub_model_id,
-            license=args.license,
-            source="training",
-            dataset=args.dataset_name,
-            base_model=args.pretrained_model_name_or_path,
-            training_args={name: value for name, value in vars(args).items() if name not in NOT_ON_CARD},
-            sampling={"guidance_scale": args.validation_guidance_scale},
-            gallery=Gallery(
-                image=f"samples/step-{self.step}.png",
-                class_labels=[self.setup.names[index] for index in class_ids],
-                seeds=[args.seed + index for index in range(len(class_ids))],
-            ),
-        )
-
-
-def draw_curves(output_dir: Path):
-    try:
-        plot_curves(read_metrics(output_dir / "metrics.jsonl"), output_dir / "curves.png")
-    except ImportError:
-        print("curves.png needs matplotlib: pip install 'diffusers_lsep[train]'", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, Path(__file__).resolve().parent)
-    accelerator = make_accelerator(args)
-    output_dir = Path(args.output_dir)
+    # 1. Flags and processes, and what there is to continue
+    args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, EXAMPLES)
+    accelerator, args = start_accelerator(args)
+    checkpoint, settings_before = find_run_to_continue(args, accelerator)
+    if settings_before is not None:
+        args = keep_settings(args, settings_before)
 
-    # 1. Everything that can be wrong is found before anything is written
-    before = [find_run_to_continue(args, accelerator.print) if accelerator.is_main_process else None]
-    checkpoint, old_settings = broadcast_object_list(before)[0]
-    if old_settings is not None:
-        keep_settings(args, old_settings)
-    with accelerator.local_main_process_first():
+    # 2. Data and models. Everything that can be wrong is found before anything is written
+    with accelerator.local_main_process_first():  # it may have to download them
         setup = prepare(args, accelerator.num_processes)
+    args, names = setup.args, setup.data.names
     settings = {
         **vars(args),
         **setup.facts,
@@ -587,51 +63,37 @@ def main(argv: list[str] | None = None) -> int:
         "processes": accelerator.num_processes,
     }
     accelerator.print(json.dumps(settings, indent=2))
-    if old_settings is not None:
-        compare_settings(settings, old_settings, accelerator.print)
+    if settings_before is not None:
+        compare_settings(settings, settings_before, accelerator.print)
     if args.resume_from_checkpoint:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     if setup.start is not None and checkpoint is None:
         accelerator.print(setup.start.describe())
-    with torch.device("meta"):
-        objective = build_objective(args, setup, load=False)
-    needed = memory_needed(args, setup, objective, accelerator.num_processes if accelerator.is_fsdp2 else 1)
-    accelerator.print(describe(args, setup, objective, needed))
-    shortage = describe_shortage(
-        args,
-        needed,
-        memory_limit(accelerator.device),
-        1 if accelerator.device.type == "cuda" else processes_here(accelerator),
-    )
+    shortage = report_summary(setup, accelerator)
     if shortage is not None and not args.dry_run:
         raise ValueError(shortage)
     with torch.device("meta" if args.dry_run else "cpu"):
-        trainer = Trainer(args, accelerator, setup, settings, load=checkpoint is None and not args.dry_run)
+        trainer = Trainer(setup, accelerator, settings, load=checkpoint is None and not args.dry_run)
     class_ids = trainer.validation_labels * args.num_validation_images
-    accelerator.print(f"At every validation, {describe_classes(class_ids, dict(enumerate(setup.names)))}")
+    accelerator.print(f"At every validation, {describe_classes(class_ids, dict(enumerate(names)))}")
     if args.dry_run:
         if shortage is not None:
             accelerator.print(f"A run would be refused: {shortage}")
         return 0
-    accelerator.wait_for_everyone()
-
-    # 2. Output folder
-    if accelerator.is_main_process:
-        if args.overwrite_output_dir:
-            remove_outputs(output_dir)
-        remove_leftovers(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "training_args.json", json.dumps(settings, indent=2) + "\n")
-    trainer.prepare_training(checkpoint)
-    if accelerator.is_main_process:
-        trainer.metrics_file = MetricsFile(output_dir / "metrics.jsonl", last_step=trainer.step)
-    accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})
 
     # 3. Training
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        begin_output_folder(args, settings)
+    trainer.prepare_training(checkpoint)
+    accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})
     finished = trainer.train()
+
+    # 4. The result
     if finished:
         trainer.save_result()
     if finished and accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
         print(f"Saved the pipeline in {output_dir}, samples in {output_dir / 'samples'}.")
         if describe_initial_weights(args) is not None:
             print(describe_initial_weights(args))

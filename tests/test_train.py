@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 from diffusers_lsep.objective import LSEPObjectiveOutput
+from diffusers_lsep.training import summary, trainer
 from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
 from diffusers_lsep.training.log import MetricsFile, StepMetrics, peak_memory, read_metrics
 from diffusers_lsep.training.processes import usable_cores
@@ -266,11 +267,11 @@ def test_dry_run_shows_the_papers_settings_and_writes_nothing(train, own_images,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_into_memory_is_refused_before_any_work(train, script, own_images, tmp_path, monkeypatch):
+def test_what_does_not_fit_into_memory_is_refused_before_any_work(train, own_images, tmp_path, monkeypatch):
     flags = ("--train_data_dir", own_images, "--preset", "SiT-XL/2")
     with pytest.raises(ValueError, match=r"at least 13.47 GB of state and 11828.34 GB of activations, of .* a VAE"):
         train(*flags, tiny=())
-    monkeypatch.setattr(script, "memory_limit", lambda device: 100_000)
+    monkeypatch.setattr(summary, "memory_limit", lambda device: 100_000)
     with pytest.raises(ValueError, match=r"does not fit .* of 0.00 GB in all. What helps: a `--train_"):
         train()
     assert list(tmp_path.iterdir()) == []
@@ -337,7 +338,7 @@ def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_image
     ],
 )
 def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys, flags, gpu, recipe, model):
-    monkeypatch.setattr("diffusers_lsep.training.arguments.has_gpu", lambda: gpu)
+    monkeypatch.setattr("diffusers_lsep.training.recipes.has_gpu", lambda: gpu)
     flags = [tiny_vae if flag == "tiny-vae" else flag for flag in flags]
     assert train("--train_data_dir", own_images, *flags, "--dry_run", "--mixed_precision", "no", tiny=()) == 0
     output = capsys.readouterr().out
@@ -356,7 +357,7 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp
     shorter = ["--train_data_dir", own_images, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 1]
     shorter += ["--validation_inference_steps", 1, "--num_validation_images", 1, "--report_to", "none"]
     assert train(*shorter, tiny=()) == 0
-    monkeypatch.setattr("diffusers_lsep.training.arguments.has_gpu", lambda: True)
+    monkeypatch.setattr("diffusers_lsep.training.recipes.has_gpu", lambda: True)
     resume = ("--resume_from_checkpoint", "latest", "--dry_run")
     capsys.readouterr()
     assert train(*shorter, *resume, tiny=()) == 0
@@ -421,10 +422,10 @@ def test_model_config_and_cosine_path(train, tmp_path):
     }
 
 
-def test_averages(train, script, tmp_path):
+def test_averages(train, tmp_path):
     """The saved weights are the average that the flags ask for."""
     recorded = []
-    step = script.EMAModel.step
+    step = trainer.EMAModel.step
 
     def record(ema, parameters):
         parameters = list(parameters)
@@ -444,7 +445,7 @@ def test_averages(train, script, tmp_path):
         "warm-up": (["--ema_decay", 0.2, "--ema_warmup"], [0.0, 2 / 11, 0.2, 0.2]),
         "by the length": ([], [0.0, 2 / 11, 3 / 12, 4 / 13]),
     }
-    script.EMAModel.step = record
+    trainer.EMAModel.step = record
     try:
         for name, (flags, decays) in cases.items():
             recorded.clear()
@@ -454,10 +455,10 @@ def test_averages(train, script, tmp_path):
             for saved, expected in zip(model.parameters(), average(decays)):
                 torch.testing.assert_close(saved, expected, rtol=1e-5, atol=1e-7)
         recorded.clear()
-        train("--no_ema", output_dir=tmp_path / "none")
+        train("--no-use_ema", output_dir=tmp_path / "none")
         assert not recorded
     finally:
-        script.EMAModel.step = step
+        trainer.EMAModel.step = step
     raw = load_file(tmp_path / "none" / "checkpoint-4" / "model.safetensors")
     saved = final_weights(tmp_path / "none")
     assert all(torch.equal(raw[name], saved[name]) for name in saved)
@@ -467,7 +468,12 @@ def test_an_average_that_holds_the_start_is_said(train, capsys, tmp_path):
     sentence = "After 4 steps with `--ema_decay 0.9` the average of the weights still holds 65.6% of the initial"
     train("--ema_decay", 0.9, tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN])
     assert capsys.readouterr().out.count(sentence) == 2, "before training, and at the end"
-    for flags in (["--ema_decay", 0.9, "--ema_warmup"], ["--ema_decay", 0.9, "--no_ema"], ["--ema_decay", 0.2], []):
+    for flags in (
+        ["--ema_decay", 0.9, "--ema_warmup"],
+        ["--ema_decay", 0.9, "--no-use_ema"],
+        ["--ema_decay", 0.2],
+        [],
+    ):
         train(*flags, "--dry_run", tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN], output_dir=tmp_path / "dry")
         assert "initial weights" not in capsys.readouterr().out
 
@@ -939,15 +945,15 @@ def test_memory_and_cores_on_macos(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signals_save_and_stop(train, script, tmp_path, capsys, monkeypatch, name):
-    log = script.Trainer.log
+def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
+    log = trainer.Trainer.log
 
     def log_and_signal(trainer):
         log(trainer)
         if trainer.step == 3 and trainer.output_dir.name == "run":
             os.kill(os.getpid(), getattr(signal, name))
 
-    monkeypatch.setattr(script.Trainer, "log", log_and_signal)
+    monkeypatch.setattr(trainer.Trainer, "log", log_and_signal)
     flags = ["--max_train_steps", 6, "--checkpointing_steps", 10]
     assert train(*flags) == 75
     assert (
@@ -959,9 +965,9 @@ def test_signals_save_and_stop(train, script, tmp_path, capsys, monkeypatch, nam
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_intact(train, script, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_intact(train, tmp_path, monkeypatch):
     """Files may not grow beyond a limit: the system refuses to write, as on a full disk."""
-    log = script.Trainer.log
+    log = trainer.Trainer.log
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def log_and_fill(trainer):
@@ -969,7 +975,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(train, script, tmp_path, 
         if trainer.step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
 
-    monkeypatch.setattr(script.Trainer, "log", log_and_fill)
+    monkeypatch.setattr(trainer.Trainer, "log", log_and_fill)
     try:
         with pytest.raises(OSError, match="checkpoint-4 could not be written .*; the last good checkpoint is .*-2"):
             train("--max_train_steps", 6)

@@ -19,6 +19,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_lsep.training import processes
+from diffusers_lsep.training.arguments import parse_args
 from diffusers_lsep.training.checkpoints import find_damage
 from diffusers_lsep.training.log import read_metrics
 
@@ -32,6 +34,9 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
+from diffusers_lsep.training import processes
+from diffusers_lsep.training.trainer import Trainer
+
 spec = importlib.util.spec_from_file_location("train_lsep", sys.argv[1])
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -44,7 +49,7 @@ class ShardingAccelerator(Accelerator):
         self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision if self.mixed_precision != "no" else "fp32")
         self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-def prepare_training(trainer, checkpoint, prepare=script.Trainer.prepare_training):
+def prepare_training(trainer, checkpoint, prepare=Trainer.prepare_training):
     prepare(trainer, checkpoint)
     # in autocast like any other run
     assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype is None
@@ -56,8 +61,8 @@ def prepare_training(trainer, checkpoint, prepare=script.Trainer.prepare_trainin
     if trainer.ema is not None:
         assert sum(p.to_local().numel() for p in trainer.ema.shadow_params) <= here
 
-script.Accelerator = ShardingAccelerator
-script.Trainer.prepare_training = prepare_training
+processes.Accelerator = ShardingAccelerator
+Trainer.prepare_training = prepare_training
 sys.exit(script.main(sys.argv[2:]))
 """
 
@@ -131,10 +136,9 @@ def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_envir
     assert json.loads((sharded / "checkpoint-5" / "training_state.json").read_text())["step"] == 5
 
 
-def test_what_cannot_be_sharded_so_is_refused(load_example, monkeypatch):
+def test_what_cannot_be_sharded_so_is_refused(monkeypatch):
     """FSDP1, and accelerate's own activation checkpointing."""
-    script = load_example("train_lsep")
-    args = script.parse_args(["--report_to", "none"], "", SCRIPT.parent)
+    args = parse_args(["--report_to", "none"], "", SCRIPT.parent)
 
     def refused(plugin, message):
         class FakeAccelerator:
@@ -142,9 +146,9 @@ def test_what_cannot_be_sharded_so_is_refused(load_example, monkeypatch):
             is_fsdp2 = plugin.fsdp_version == 2
             state = SimpleNamespace(fsdp_plugin=plugin)
 
-        monkeypatch.setattr(script, "Accelerator", lambda **options: FakeAccelerator())
+        monkeypatch.setattr(processes, "Accelerator", lambda **options: FakeAccelerator())
         with pytest.raises(ValueError, match=message):
-            script.make_accelerator(args)
+            processes.start_accelerator(args)
 
     refused(SimpleNamespace(fsdp_version=1), "one device, data-parallel or with FSDP2, not with .*FSDP")
     plugin = SimpleNamespace(fsdp_version=2, activation_checkpointing=True)

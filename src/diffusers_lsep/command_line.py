@@ -15,8 +15,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
-        has_default = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
-        if text is None or not has_default or "%(default)" in text:
+        hidden = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        if text is None or hidden or not action.option_strings or "%(default)" in text:
             return text
         if isinstance(action.default, list | tuple):
             return f"{text} (default: {' '.join(map(str, action.default))})"
@@ -61,3 +61,8 @@ def number(kind: type, low: float, high: float = math.inf):
 
     parse.__name__ = kind.__name__  # what argparse calls it if it is no number at all
     return parse
+
+
+def with_values(args: argparse.Namespace, **values) -> argparse.Namespace:
+    """The arguments of a command line with other values; the given ones are not changed."""
+    return argparse.Namespace(**{**vars(args), **values})

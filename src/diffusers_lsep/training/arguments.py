@@ -1,203 +1,408 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of `examples/train_lsep.py`."""
+"""The flags of `examples/train_lsep.py`, and what else there is to know of each: whether a run that is continued may
+change it, and whether it says something about the model, so that it belongs on the card."""
 
 import argparse
 import importlib.util
-import json
-import math
-import shlex
 from pathlib import Path
 from typing import Any
 
 from diffusers.optimization import SchedulerType
 
+from ..command_line import ArgumentParser, number
 from ..objective import TIMESTEP_SAMPLINGS
 from ..transformer_sit import SIT_PRESETS
-from .checkpoints import read_state
-from .processes import has_gpu
+from .recipes import choose_recipe
 
 
 # arXiv 2509.21565, as far as it is public. The depth for SiT-B is REPA's (arXiv 2410.06940); the paper has no SiT-S.
-PAPER_SETTINGS = {
+PAPER_SETTINGS: dict[str, dict[str, Any]] = {
     "SiT-XL": {"probe_depth": 8, "probe_weight_start": 0.0225, "num_probe_weights": 10, "probe_learning_rate": 1e-4},
     "SiT-L": {"probe_depth": 8, "probe_weight_start": 0.03, "num_probe_weights": 1, "probe_learning_rate": 1e-4},
     "SiT-B": {"probe_depth": 4, "probe_weight_start": 0.03, "num_probe_weights": 1, "probe_learning_rate": 3e-2},
 }
 
-# What is trained on own images if no flag says so: argument lists in `examples/configs`, and why this one.
-RECIPES = {
-    "digits": "no data are given",
-    "own-images-32": "no model is given, and no GPU was found",
-    "own-images-64": "no model is given, and there is a GPU",
-    "own-images-256-vae": "no model is given, but a VAE is",
-}
-
-MODEL_FLAGS = (
-    *("preset", "model_config_name_or_path", "pretrained_model_name_or_path", "patch_size", "num_layers"),
-    *("num_attention_heads", "attention_head_dim"),
-)
-
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
-# Flags that a resumed run may change. What decides the method is compared through `Setup.facts` or refused.
-CHANGEABLE = {
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "logging_dir", "report_to"),
-    *("dataset_name", "dataset_config_name", "train_data_dir", "latents_dir", "cache_dir", "dataloader_num_workers"),
-    *("pretrained_vae_model_name_or_path", "preset", "model_config_name_or_path", "patch_size", "num_layers"),
-    *("num_attention_heads", "attention_head_dim", "qk_norm", "resolution", "image_channels", "num_classes"),
-    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "allow_tf32"),
-    *("num_cpu_threads", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps", "logging_steps"),
-    *("validation_steps", "validation_labels", "validation_guidance_scale", "validation_inference_steps"),
-    *("num_validation_images", "push_to_hub", "hub_model_id", "license", "max_errors", "recipe"),
-}
-
-# Those that follow from others unless given: a run that goes on keeps what it began with.
-DERIVED = ("ema_decay", "ema_warmup", "probe_decay_start_epoch")
-
-# Those that a resumed run may change where the learning rate does not depend on the length of the run.
-LENGTH = {"max_train_steps", "num_train_epochs"}
+count, size, probability, positive = number(int, 0), number(int, 1), number(float, 0, 1), number(float, 0)
 
 
-def number(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a number from `low` to `high`, both included."""
+class Flags:
+    """
+    A group of flags in the help.
 
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"in {low}..{high}"
-            raise argparse.ArgumentTypeError(f"has to be {limits}, but is {text}")
-        return value
+    Args:
+        parser (`ArgumentParser`): Where they are added.
+        title (`str`): Heading of the group.
+    """
 
-    parse.__name__ = kind.__name__  # what argparse calls it if it is no number at all
-    return parse
+    def __init__(self, parser: ArgumentParser, title: str):
+        self.group = parser.add_argument_group(title)
+
+    def add(
+        self,
+        name: str,
+        changeable: bool = False,
+        is_length: bool = False,
+        is_kept: bool = False,
+        on_card: bool = True,
+        **options,
+    ):
+        """
+        Adds a flag.
+
+        Args:
+            name (`str`): The flag.
+            changeable (`bool`, defaults to `False`):
+                Whether a run that is continued may change it; what it comes to is compared even so (`Setup.facts`).
+            is_length (`bool`, defaults to `False`):
+                Whether it may be changed if the learning rate does not depend on the length of the run.
+            is_kept (`bool`, defaults to `False`):
+                Whether a run that is continued keeps what it began with where the flag is not given: it follows from
+                other flags, or an older version had another default.
+            on_card (`bool`, defaults to `True`): Whether it says something about the model.
+            options: As for `argparse.ArgumentParser.add_argument`.
+        """
+        action = self.group.add_argument(name, **options)
+        action.says = {"changeable": changeable, "is_length": is_length, "is_kept": is_kept, "on_card": on_card}
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
+def flags_that_are(what: str) -> set[str]:
+    """The names of the flags that were added with this argument of [`Flags.add`] set, such as `"changeable"`."""
+    return {action.dest for action in build_parser("")._actions if getattr(action, "says", {}).get(what)}
+
+
+def build_parser(description: str) -> ArgumentParser:
+    """The command line of `examples/train_lsep.py`."""
+    parser = ArgumentParser(
+        prog="train_lsep.py", usage="%(prog)s [@RECIPE] [--FLAG VALUE ...]", description=description
     )
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    count, size, probability = number(int, 0), number(int, 1), number(float, 0, 1)
-    positive = number(float, 0)
+    add_data_flags(Flags(parser, "data"))
+    add_model_flags(Flags(parser, "model"))
+    add_method_flags(Flags(parser, "method"))
+    add_optimisation_flags(Flags(parser, "optimisation"))
+    add_output_flags(Flags(parser, "output"))
+    return parser
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="data set on the Hub, or a folder that `datasets` reads")
-    group.add_argument("--dataset_config_name", help="its configuration")
-    group.add_argument("--train_data_dir", help="folder of images, one subfolder per class or with a metadata.jsonl")
-    group.add_argument("--latents_dir", help="output of encode_latents.py, or a `vae-sd` folder of EDM2 and REPA")
-    group.add_argument("--streaming", action="store_true", help="read the data while training, without a download")
-    group.add_argument("--num_train_images", type=size, help="with --streaming, if the data set does not say it")
-    group.add_argument("--cache_dir", help="where `datasets` keeps its files")
-    group.add_argument("--image_column", default="image")
-    group.add_argument("--label_column", default="label")
-    group.add_argument("--num_classes", type=size, help="if the labels do not show all classes")
-    group.add_argument("--resolution", type=size, help="side of the images; 256 if the model does not say")
-    group.add_argument("--image_channels", type=int, choices=(1, 3), help="without a VAE: 1 is grey; 3")
-    group.add_argument("--random_flip", action="store_true", help="mirror half of the images")
-    group.add_argument("--validation_split", help="held-out split: its name, or a fraction such as 0.05 to cut off")
-    group.add_argument("--dataloader_num_workers", type=count, default=0)
-    group.add_argument(
-        "--max_errors", type=count, default=0, help="unreadable images to replace by others of their class, and list"
+
+def add_data_flags(flags: Flags):
+    """What is trained on."""
+    add = flags.add
+    add("--dataset_name", changeable=True, help="Data set on the Hub, or a folder that `datasets` reads.")
+    add("--dataset_config_name", changeable=True, help="Its configuration.")
+    add(
+        "--train_data_dir",
+        changeable=True,
+        help="Folder of images, one subfolder per class or with a metadata.jsonl (default: the bundled digits).",
+    )
+    add(
+        "--latents_dir",
+        changeable=True,
+        help="Images that a VAE has encoded: the output of encode_latents.py, or a `vae-sd` folder of EDM2 and REPA.",
+    )
+    add("--streaming", action="store_true", help="Read the data while training, without downloading them first.")
+    add("--num_train_images", type=size, help="With --streaming: how many there are, if the data set does not say it.")
+    add("--cache_dir", changeable=True, on_card=False, help="Where `datasets` keeps its files.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--label_column", default="label", help="Column of the classes, as numbers or names.")
+    add(
+        "--num_classes",
+        type=size,
+        changeable=True,
+        help="Number of classes, if there are more than the labels show.",
+    )
+    add(
+        "--resolution",
+        type=size,
+        changeable=True,
+        help="Side length in pixels that images are scaled and cropped to (default: the recipe's or the latents', else"
+        " 256).",
+    )
+    add(
+        "--image_channels",
+        type=int,
+        choices=(1, 3),
+        changeable=True,
+        help="Without a VAE: 1 for grey images, 3 for colour (default: 3).",
+    )
+    add("--random_flip", action="store_true", help="Mirror half of the images, chosen at random.")
+    add(
+        "--validation_split",
+        help="Images to hold out and measure on: the name of a split, or a fraction to cut off, such as 0.05 (default:"
+        " none).",
+    )
+    add(
+        "--dataloader_num_workers",
+        type=count,
+        default=0,
+        changeable=True,
+        on_card=False,
+        help="Processes that read data, for each process of training; 0 reads in the training process.",
+    )
+    add(
+        "--max_errors",
+        type=count,
+        default=0,
+        changeable=True,
+        on_card=False,
+        help="How many unreadable images to replace by others of their class before the run stops; all are listed in a"
+        " file.",
     )
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
+
+def add_model_flags(flags: Flags):
+    """The transformer and the VAE."""
+    add = flags.add
+    add(
         "--preset",
         choices=list(SIT_PRESETS),
         metavar="SiT-{S,B,L,XL}/{2,4,8}",
-        help="with the paper's values for what is not given; SiT-XL/2 if other flags of this group are given",
+        changeable=True,
+        help="Size of the transformer and of its patches, with the paper's values for what is not given (default: a"
+        " recipe that suits data and machine; SiT-XL/2 with latents or if other flags of this group are given).",
     )
-    group.add_argument("--patch_size", type=size, help="in place of the preset's")
-    group.add_argument("--num_layers", type=size, help="in place of the preset's")
-    group.add_argument("--num_attention_heads", type=size, help="in place of the preset's")
-    group.add_argument("--attention_head_dim", type=size, help="in place of the preset's")
-    group.add_argument("--qk_norm", action="store_true", help="LayerNorm on queries and keys")
-    group.add_argument("--model_config_name_or_path", help="config of a SiTTransformer2DModel, in place of a preset")
-    group.add_argument("--pretrained_model_name_or_path", help="a pipeline of this package, to start from its weights")
-    group.add_argument("--new_classes", action="store_true", help="its classes are others, though as many")
-    group.add_argument("--lora_rank", type=size, help="train LoRA layers and the label table, and freeze all else")
-    group.add_argument("--pretrained_vae_model_name_or_path", help="AutoencoderKL; without it the model sees pixels")
+    of_preset = "(default: the preset's)."
+    add("--patch_size", type=size, changeable=True, help=f"Side length of a patch, which is one token {of_preset}")
+    add("--num_layers", type=size, changeable=True, help=f"Number of transformer blocks {of_preset}")
+    add("--num_attention_heads", type=size, changeable=True, help=f"Attention heads of a block {of_preset}")
+    add(
+        "--attention_head_dim",
+        type=size,
+        changeable=True,
+        help=f"Width of a head {of_preset}",
+    )
+    add("--qk_norm", action="store_true", changeable=True, help="Normalise queries and keys: steadier in long runs.")
+    add(
+        "--model_config_name_or_path",
+        changeable=True,
+        help="The config of a SiTTransformer2DModel, in place of a preset; its weights are not loaded.",
+    )
+    add(
+        "--pretrained_model_name_or_path",
+        changeable=True,
+        help="A pipeline of this package, folder or Hub id, to start from its weights.",
+    )
+    add(
+        "--new_classes",
+        action="store_true",
+        help="With --pretrained_model_name_or_path: its classes are others than those of the data, though as many.",
+    )
+    add(
+        "--lora_rank",
+        type=size,
+        help="With --pretrained_model_name_or_path: train LoRA layers of this rank and the label table, and freeze all"
+        " else.",
+    )
+    add(
+        "--pretrained_vae_model_name_or_path",
+        changeable=True,
+        help="An AutoencoderKL: the transformer then works on its latents. Without one it works on pixels.",
+    )
 
-    group = parser.add_argument_group("method")
-    group.add_argument("--no_lsep", action="store_true", help="train a plain SiT, without the probe")
-    group.add_argument("--path_type", default="linear", choices=("linear", "cosine"))
-    group.add_argument("--timestep_sampling", default="uniform", choices=TIMESTEP_SAMPLINGS)
-    group.add_argument("--class_dropout_prob", type=probability, default=0.1)
-    group.add_argument("--probe_depth", type=size, help="blocks before the probe; the paper's, or a third of all")
-    group.add_argument("--probe_dropout_prob", type=probability, default=0.9)
-    group.add_argument(
+
+def add_method_flags(flags: Flags):
+    """LSEP and what is beside it."""
+    add, of_paper = flags.add, "of the paper for the size of the model"
+    add("--no_lsep", action="store_true", help="Train a plain SiT, without the probe.")
+    add(
+        "--path_type",
+        default="linear",
+        choices=("linear", "cosine"),
+        help="How data become noise: (1 - t) x + t noise, or cos(pi t / 2) x + sin(pi t / 2) noise.",
+    )
+    add(
+        "--timestep_sampling",
+        default="uniform",
+        choices=TIMESTEP_SAMPLINGS,
+        help="Distribution of the times t that training looks at.",
+    )
+    add(
+        "--class_dropout_prob",
+        type=probability,
+        default=0.1,
+        help="How often the label is hidden from the model, so that guidance is possible.",
+    )
+    add(
+        "--probe_depth",
+        type=size,
+        help=f"After how many blocks the probe reads (default: that {of_paper}, 8 for XL and L, 4 for B; else a third"
+        " of all).",
+    )
+    add(
+        "--probe_dropout_prob",
+        type=probability,
+        default=0.9,
+        help="How often the label is hidden in the stream that the probe reads.",
+    )
+    add(
         "--coupled_dropout",
         action="store_true",
-        help="drop the labels of both streams together as often as their probabilities allow: faster",
+        help="Hide the labels of both streams together, as often as their probabilities allow: faster.",
     )
-    group.add_argument(
-        "--probe_fraction", type=probability, default=1.0, help="train the probe on a part of the samples: faster"
-    )
-    group.add_argument("--crop_size_min", type=size, help="smallest window of the probe in tokens; 3/4 of the grid")
-    group.add_argument("--probe_weight_start", type=positive, help="weight of the probe's loss at t = 0; the paper's")
-    group.add_argument("--probe_weight_end", type=positive, default=0.03, help="at t = 1")
-    group.add_argument("--num_probe_weights", type=size, help="steps between the two; the paper's")
-    group.add_argument("--probe_learning_rate", type=positive, help="the paper's for the size of the model")
-    group.add_argument("--probe_decay_start_epoch", type=positive, help="the probe's weight falls from here; never")
-    group.add_argument("--probe_decay_epochs", type=positive, default=800, help="epochs in which it falls tenfold")
-    group.add_argument("--repa_encoder", help="add REPA with this frozen encoder, such as facebook/dinov2-base")
-    group.add_argument("--repa_weight", type=positive, default=0.5, help="weight of REPA's loss")
-    group.add_argument("--repa_depth", type=size, help="blocks before it; the paper's, or a third of all")
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--train_batch_size", type=size, default=256, help="per process")
-    group.add_argument("--gradient_accumulation_steps", type=size, default=1)
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--num_train_epochs", type=positive, default=800)
-    group.add_argument("--max_train_steps", type=size, help="in place of --num_train_epochs")
-    group.add_argument("--learning_rate", type=positive, default=1e-4)
-    group.add_argument("--lr_scheduler", default="constant", choices=LR_SCHEDULERS)
-    group.add_argument("--lr_warmup_steps", type=count, default=0)
-    group.add_argument("--adam_beta1", type=probability, default=0.9)
-    group.add_argument("--adam_beta2", type=probability, default=0.999)
-    group.add_argument("--adam_weight_decay", type=positive, default=0.0)
-    group.add_argument("--adam_epsilon", type=positive, default=1e-8)
-    group.add_argument("--max_grad_norm", type=positive, default=1.0)
-    group.add_argument("--use_ema", action="store_true", default=True, help="average the weights (the default)")
-    group.add_argument("--no_ema", dest="use_ema", action="store_false", help="save the weights as they are")
-    group.add_argument(
-        "--ema_decay",
+    add(
+        "--probe_fraction",
         type=probability,
-        help="constant if given; else the average has a warm-up, and then looks back over a ninth of the run, at most"
-        " over the paper's 10,000 steps (0.9999)",
+        default=1.0,
+        help="Train the probe on this part of the samples of every step: faster.",
     )
-    group.add_argument(
-        "--ema_warmup", action="store_true", default=None, help="decay (1 + step) / (10 + step) until --ema_decay"
+    add(
+        "--crop_size_min",
+        type=size,
+        help="Smallest side, in tokens, of the window that the probe averages (default: three quarters of all).",
     )
-    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="as accelerate is configured")
-    group.add_argument("--allow_tf32", action="store_true")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything that is random")
-    group.add_argument("--num_cpu_threads", type=size, help="per process, on CPU; by default this machine's cores")
+    add(
+        "--probe_weight_start",
+        type=positive,
+        help=f"Weight of the probe's loss at t = 0 (default: that {of_paper}, 0.03 for L and B, else 0.0225).",
+    )
+    add("--probe_weight_end", type=positive, default=0.03, help="Weight of the probe's loss at t = 1.")
+    add(
+        "--num_probe_weights",
+        type=size,
+        help=f"In how many steps it goes from one to the other (default: that {of_paper}, 1 for L and B, else 10).",
+    )
+    add(
+        "--probe_learning_rate",
+        type=positive,
+        help=f"Learning rate of the probe (default: that {of_paper}, 3e-2 for B, else 1e-4).",
+    )
+    add(
+        "--probe_decay_start_epoch",
+        is_kept=True,
+        type=positive,
+        help="Let the weight of the probe's loss fall from this epoch on (default: never, as in the paper).",
+    )
+    add("--probe_decay_epochs", type=positive, default=800.0, help="In how many epochs it then falls to a tenth.")
+    add(
+        "--repa_encoder",
+        changeable=True,
+        help="Add the loss of REPA with this frozen encoder, such as facebook/dinov2-base.",
+    )
+    add("--repa_weight", type=positive, default=0.5, help="Weight of REPA's loss.")
+    add("--repa_depth", type=size, help="After how many blocks REPA reads (default: as the probe).")
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="lsep-model")
-    group.add_argument("--overwrite_output_dir", action="store_true", help="delete the run that is there")
-    group.add_argument("--resume_from_checkpoint", help="a checkpoint, or `latest`")
-    group.add_argument("--checkpointing_steps", type=size, default=5000)
-    group.add_argument("--checkpoints_total_limit", type=size, help="how many to keep")
-    group.add_argument("--milestone_steps", type=size, help="keep those at multiples of it besides")
-    group.add_argument("--logging_steps", type=size, default=50)
-    group.add_argument("--logging_dir", default="logs", help="of the trackers, inside --output_dir")
-    group.add_argument("--report_to", help="a tracker of accelerate, all, or none; tensorboard if it is installed")
-    group.add_argument("--validation_steps", type=size, default=5000, help="sample and measure every so many steps")
-    group.add_argument("--validation_labels", nargs="+", help="names or indices of classes to sample; up to 10 of all")
-    group.add_argument("--num_validation_images", type=size, default=4, help="per label")
-    group.add_argument("--validation_guidance_scale", type=positive, default=1.5)
-    group.add_argument("--validation_inference_steps", type=size, default=250)
-    group.add_argument("--push_to_hub", action="store_true", help="upload the pipeline, and nothing else, at the end")
-    group.add_argument("--hub_model_id", help="where to; the name of --output_dir")
-    group.add_argument("--license", help="of the weights, as the Hub spells it; needed with --push_to_hub")
-    group.add_argument("--dry_run", action="store_true", help="check and print everything, and train nothing")
-    return parser
+
+def add_optimisation_flags(flags: Flags):
+    """Steps, their size, and how they are computed."""
+    add = flags.add
+    add("--train_batch_size", type=size, default=256, changeable=True, help="Samples at a time in each process.")
+    add(
+        "--gradient_accumulation_steps",
+        type=size,
+        default=1,
+        changeable=True,
+        help="Batches per optimiser step: the samples of a step are batch size x this x processes.",
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        changeable=True,
+        help="Compute activations twice in place of keeping them: less memory, a third more time.",
+    )
+    add(
+        "--num_train_epochs",
+        type=positive,
+        default=800.0,
+        on_card=False,  # --max_train_steps tells the length
+        is_length=True,
+        help="Length of the run in passes over the data.",
+    )
+    add("--max_train_steps", type=size, is_length=True, help="Length of the run in steps, in place of epochs.")
+    add("--learning_rate", type=positive, default=1e-4, help="Learning rate of the transformer.")
+    add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="How the learning rates change.")
+    add("--lr_warmup_steps", type=count, default=0, help="Steps in which they rise from 0; not for `constant`.")
+    add("--adam_beta1", type=probability, default=0.9, help="AdamW's decay of the gradients' mean.")
+    add("--adam_beta2", type=probability, default=0.999, help="AdamW's decay of the gradients' mean square.")
+    add("--adam_weight_decay", type=positive, default=0.0, help="AdamW's weight decay.")
+    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon.")
+    add("--max_grad_norm", type=positive, default=1.0, help="A longer gradient is scaled down to this norm.")
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Average the weights, and save and draw from the average; with --no-use_ema they are saved as they are.",
+    )
+    add(
+        "--ema_decay",
+        is_kept=True,
+        type=probability,
+        help="Decay of the average, constant if given (default: with --ema_warmup, and at most 0.9999: it looks back"
+        " over a ninth of the run, and no more than the paper's 10,000 steps).",
+    )
+    add(
+        "--ema_warmup",
+        is_kept=True,
+        action=argparse.BooleanOptionalAction,
+        help="Begin with a decay of (1 + step) / (10 + step), until that is the other (default: if --ema_decay is not"
+        " given).",
+    )
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        changeable=True,
+        help="Number format of the products; weights stay in float32 (default: as accelerate is configured).",
+    )
+    add(
+        "--allow_tf32",
+        action="store_true",
+        changeable=True,
+        help="Round the inputs of float32 products: faster.",
+    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="Of everything that is random.")
+    add(
+        "--num_cpu_threads",
+        type=size,
+        changeable=True,
+        on_card=False,
+        help="Threads of each process, on a CPU (default: this machine's cores, shared out).",
+    )
+
+
+def add_output_flags(flags: Flags):
+    """What is written, when and where."""
+    add, elsewhere = flags.add, {"changeable": True, "on_card": False}
+    add("--output_dir", default="lsep-model", **elsewhere, help="Where everything is written.")
+    add("--overwrite_output_dir", action="store_true", **elsewhere, help="Delete the run that is there first.")
+    add(
+        "--resume_from_checkpoint",
+        **elsewhere,
+        help="Continue a run: `latest`, or one of its checkpoints. If there is none yet, `latest` begins.",
+    )
+    add("--checkpointing_steps", type=size, default=5000, **elsewhere, help="Save a checkpoint every so many steps.")
+    add("--checkpoints_total_limit", type=size, **elsewhere, help="How many checkpoints to keep (default: all).")
+    add("--milestone_steps", type=size, **elsewhere, help="Keep those at multiples of it besides.")
+    add("--logging_steps", type=size, default=50, **elsewhere, help="Write metrics every so many steps.")
+    add("--logging_dir", default="logs", **elsewhere, help="Folder of the tracker, inside --output_dir.")
+    add(
+        "--report_to",
+        **elsewhere,
+        help="A tracker of accelerate, `all` or `none` (default: tensorboard if it is installed).",
+    )
+    add(
+        "--validation_steps",
+        type=size,
+        default=5000,
+        changeable=True,
+        help="Draw samples, and measure on held-out images, every so many steps.",
+    )
+    add(
+        "--validation_labels",
+        nargs="+",
+        changeable=True,
+        help="Classes to draw, by name or index (default: up to ten of all).",
+    )
+    add("--num_validation_images", type=size, default=4, changeable=True, help="Images to draw of each.")
+    add("--validation_guidance_scale", type=positive, default=1.5, changeable=True, help="Scale of their guidance.")
+    add("--validation_inference_steps", type=size, default=250, changeable=True, help="Steps of the sampler for them.")
+    add("--push_to_hub", action="store_true", **elsewhere, help="Upload the pipeline, and nothing else, at the end.")
+    add("--hub_model_id", **elsewhere, help="Where to (default: the name of --output_dir).")
+    add(
+        "--license",
+        **elsewhere,
+        help="Licence of the weights, as the Hub spells it; needed with --push_to_hub.",
+    )
+    add("--dry_run", action="store_true", **elsewhere, help="Check and print everything, and train nothing.")
 
 
 def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Namespace:
@@ -246,31 +451,3 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args
-
-
-def choose_recipe(args: argparse.Namespace, sources: list[str]) -> str | None:
-    """The argument list in `examples/configs` that the flags are read after, if they leave the model open."""
-    if not sources:
-        return "digits"
-    if sources == ["latents_dir"] or any(getattr(args, flag) is not None for flag in MODEL_FLAGS):
-        return None
-    begun = settings_of_the_run(args)
-    if begun is not None:  # also on another machine, or by a version that had no recipes
-        return begun.get("recipe")
-    if args.pretrained_vae_model_name_or_path is not None:
-        return "own-images-256-vae"
-    return "own-images-64" if has_gpu() else "own-images-32"
-
-
-def settings_of_the_run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The settings of the run that `--resume_from_checkpoint` names. [`find_run_to_continue`] finds what is wrong."""
-    if not args.resume_from_checkpoint:
-        return None
-    given = Path(args.resume_from_checkpoint)
-    folder = given if given.is_dir() else Path(args.output_dir, args.resume_from_checkpoint)
-    try:
-        if args.resume_from_checkpoint == "latest":
-            return json.loads(Path(args.output_dir, "training_args.json").read_text(encoding="utf-8"))
-        return read_state(folder)["settings"]
-    except (OSError, ValueError, KeyError):
-        return None

@@ -10,29 +10,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..command_line import with_values
 from ..data.moments_writer import UNREADABLE_FILE
-from .arguments import CHANGEABLE, DERIVED, LENGTH, build_parser
-from .checkpoints import choose_checkpoint, read_state
+from ..files import write_text
+from .arguments import build_parser, flags_that_are
+from .checkpoints import choose_checkpoint, read_state, remove_leftovers
 from .setup import follows_length
 
 
+SETTINGS_FILE = "training_args.json"
+
 # What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
 OUTPUTS = (
-    *("training_args.json", "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
+    *(SETTINGS_FILE, "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
     *(UNREADABLE_FILE, "model_index.json", "transformer", "scheduler", "vae", "probe", ".pipeline*"),
 )
 
 
 def find_run_to_continue(
-    args: argparse.Namespace, report: Callable[[str], None]
+    args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """Checks the output folder. Returns the checkpoint to continue from, and the settings of the run to continue."""
+    """
+    Looks into the output folder, for all processes.
+
+    Args:
+        args (`argparse.Namespace`): The flags.
+        accelerator (`Accelerator`): This process among the others.
+
+    Returns:
+        `tuple[Path | None, dict | None]`: the checkpoint to continue from, and the settings of the run to continue.
+
+    Raises:
+        `ValueError`: if the folder cannot be written, holds something else, or a run and no flag that says what to do
+        with it; or if there is no such checkpoint.
+    """
+    found = [look_for_run(args, accelerator.print) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
+
+
+def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:
+    """[`find_run_to_continue`] for one process."""
     output_dir = Path(args.output_dir)
     parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"`--output_dir` {args.output_dir!r} cannot be written: {str(parent)!r} is no such folder.")
     found = sorted(path.name for pattern in OUTPUTS for path in output_dir.glob(pattern))
-    settings_file = output_dir / "training_args.json"
+    settings_file = output_dir / SETTINGS_FILE
     problem = None
     if found and not settings_file.is_file():
         problem = (
@@ -57,6 +83,16 @@ def find_run_to_continue(
     return None, None
 
 
+def begin_output_folder(args: argparse.Namespace, settings: dict[str, Any]):
+    """Makes the output folder, or clears it of what a killed or an unwanted run has left, and writes the settings."""
+    output_dir = Path(args.output_dir)
+    if args.overwrite_output_dir:
+        remove_outputs(output_dir)
+    remove_leftovers(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+
+
 def remove_outputs(output_dir: Path):
     """Deletes what a run has written into its output folder, and nothing else."""
     for pattern in OUTPUTS:
@@ -67,22 +103,28 @@ def remove_outputs(output_dir: Path):
                 path.unlink()
 
 
-def keep_settings(args: argparse.Namespace, before: dict[str, Any]):
-    """Fills in what follows from other flags, and is not given, as it was in the run that is continued."""
-    for name in DERIVED:
-        if getattr(args, name) is None and not (name.startswith("ema") and follows_length(before)):
-            setattr(args, name, before.get(name))
+def keep_settings(args: argparse.Namespace, before: dict[str, Any]) -> argparse.Namespace:
+    """The flags, with what is not given and follows from others as it was in the run that is continued."""
+    names = [name for name in flags_that_are("is_kept") if getattr(args, name) is None]
+    if follows_length(before):
+        names = [name for name in names if not name.startswith("ema")]
+    return with_values(args, **{name: before.get(name) for name in names})
 
 
 def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: Callable[[str], None]):
     """Lists what differs from the run that is continued, and refuses what would change the method."""
-    may_change = CHANGEABLE | (LENGTH if settings["lr_scheduler"] in ("constant", "constant_with_warmup") else set())
+    may_change = flags_that_are("changeable") | {"recipe"}
+    if settings["lr_scheduler"] in ("constant", "constant_with_warmup"):
+        may_change |= flags_that_are("is_length")
     if follows_length(settings) and follows_length(before):
         may_change.add("ema_decay")  # no decay was reached yet that another length would not have
-    # An older version has left out what it did not know: its runs went by what is now the default.
-    before = {**vars(build_parser("").parse_args([])), **{name: settings[name] for name in DERIVED}, **before}
-    changed = {name for name, value in settings.items() if before.get(name) != value} - {"threads", "processes"}
-    lines = {name: f"{name}: {before.get(name)} -> {settings[name]}" for name in settings if name in changed}
+    # An older version has left out what it did not know: its runs went by what is now the default, where there is one.
+    defaults = vars(build_parser("").parse_args([]))
+    before = {**settings, **{k: v for k, v in defaults.items() if k not in flags_that_are("is_kept")}, **before}
+    changed = [
+        name for name, value in settings.items() if before[name] != value and name not in ("threads", "processes")
+    ]
+    lines = {name: f"{name}: {before[name]} -> {settings[name]}" for name in changed}
     refused = [line for name, line in lines.items() if name not in may_change]
     if refused:
         raise ValueError(
@@ -93,6 +135,6 @@ def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: C
     for line in lines.values():
         report(f"Changed since the checkpoint: {line}")
     for name in ("threads", "processes"):
-        if before.get(name) != settings[name]:
-            report(f"The checkpoint was made with {before.get(name)} {name}, now there are {settings[name]}: the last")
+        if before[name] != settings[name]:
+            report(f"The checkpoint was made with {before[name]} {name}, now there are {settings[name]}: the last")
             report("bits of the results may differ from those of an uninterrupted run.")

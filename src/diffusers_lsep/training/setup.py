@@ -11,109 +11,205 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
+from ..command_line import with_values
 from ..data.images import ImageSource, load_image_dataset, open_images
 from ..data.moments import MomentsDataset, OriginalMomentsDataset
 from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels
 from ..data.streamed import open_stream
+from ..files import hash_weights
 from ..objective import LinearProbe, LSEPObjective
 from ..transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
-from .fine_tuning import Start, add_lora, read_pretrained
+from .fine_tuning import PretrainedPipeline, Start, add_lora, read_pretrained
 from .repa import REPAEncoder, REPARegularizer
+
+
+@dataclass
+class TrainingData:
+    """What is trained on, and what is held out."""
+
+    source: SampleSource
+    held_out: SampleSource | None
+    names: list[str]  # of the classes
+    treatment: str | None = None  # what is done to the images, for the user
+    # The pixels of the same rows, where an encoder needs them beside moments:
+    images: SampleSource | None = None
+    held_out_images: SampleSource | None = None
 
 
 @dataclass
 class Setup:
     """What the flags come to."""
 
-    source: SampleSource
-    held_out: SampleSource | None
-    names: list[str]  # of the classes
+    args: argparse.Namespace  # the flags; those that were not given have the values that they come to
+    data: TrainingData
     config: dict[str, Any]  # of the transformer
     start: Start | None  # from a saved pipeline
     vae: AutoencoderKL | None
     encoder: REPAEncoder | None
-    images: SampleSource | None  # the pixels of the rows of `source`, where the encoder needs them beside moments
-    held_out_images: SampleSource | None
     samples_per_step: int
-    facts: dict[str, Any]  # what a resumed run has to have in common with its checkpoint, beside flags
-    treatment: str | None  # what is done to the images, for the user
+    facts: dict[str, Any]  # what a continued run has to have in common with its checkpoint, beside flags
 
     @property
     def steps_per_epoch(self) -> float:
-        return len(self.source.labels) / self.samples_per_step
+        return len(self.data.source.labels) / self.samples_per_step
 
 
 def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
-    """Loads data and model, and fills in the flags that depend on them."""
-    # 1. VAE
+    """
+    Loads data and models, and finds the values of flags that depend on them.
+
+    Args:
+        args (`argparse.Namespace`): The flags. They are not changed: [`Setup`] has others.
+        num_processes (`int`): How many processes train.
+
+    Raises:
+        `ValueError`: if something is missing, or does not fit the rest.
+    """
     latents = open_latents(args.latents_dir) if args.latents_dir is not None else None
     pretrained = None
     if args.pretrained_model_name_or_path is not None:
         pretrained = read_pretrained(args.pretrained_model_name_or_path)
-    vae, vae_options = None, {}
-    if pretrained is not None and pretrained.has_vae and args.pretrained_vae_model_name_or_path is None:
-        args.pretrained_vae_model_name_or_path = pretrained.name_or_path
-        vae_options = {"subfolder": "vae"}
-    elif latents is not None and args.pretrained_vae_model_name_or_path is None and hasattr(latents, "metadata"):
-        args.pretrained_vae_model_name_or_path = latents.metadata["vae"]
-        vae_options = {key: latents.metadata.get(f"vae_{key}") for key in ("subfolder", "revision")}
-    if args.pretrained_vae_model_name_or_path is not None:
-        try:
-            vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **vae_options)
-        except OSError as error:
-            path = args.pretrained_vae_model_name_or_path
-            raise ValueError(f"`--pretrained_vae_model_name_or_path` {path!r} cannot be loaded: {error}") from error
-        vae.requires_grad_(False).eval()
-        if isinstance(latents, MomentsDataset):
-            latents.check_vae(vae, f"`--pretrained_vae_model_name_or_path` {args.pretrained_vae_model_name_or_path!r}")
-    elif latents is not None:
-        raise ValueError("`--latents_dir` of this kind needs `--pretrained_vae_model_name_or_path` to make images.")
-    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+    vae, vae_name_or_path = open_vae(args, latents, pretrained)
+    args = with_values(args, pretrained_vae_model_name_or_path=vae_name_or_path)
+    config, resolution, image_channels = choose_architecture(args, latents, pretrained, vae)
+    data = open_data(args, config, latents, resolution, image_channels)
+    config = {**config, "num_classes": len(data.names)}
+    start = None
+    if pretrained is not None:
+        check_fit(args, config, pretrained.config, pretrained.path_type)
+        new_classes = args.new_classes or len(data.names) != pretrained.config["num_classes"]
+        start = Start(pretrained, config, data.names, new_classes)
+    encoder = None
+    if args.repa_encoder is not None:
+        encoder = REPAEncoder(args.repa_encoder, config["sample_size"] // config["patch_size"])
 
-    # 2. Architecture and size
-    preset = SIT_PRESETS[args.preset or "SiT-XL/2"]
-    config: dict[str, Any] = dict(preset)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    args = with_values(
+        args,
+        resolution=resolution,
+        image_channels=image_channels,
+        num_classes=len(data.names),
+        **choose_method(args, config),
+        **choose_length(args, len(data.source.labels), samples_per_step),
+    )
+    facts = {
+        "transformer": config,
+        "samples_per_step": samples_per_step,
+        "training_images": len(data.source.labels),
+        "training_labels": None if args.streaming else hash_labels(data.source.labels),
+        "class_names": zlib.crc32("\n".join(data.names).encode()),
+        "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
+        "repa_encoder_weights": hash_weights(encoder.model) if encoder is not None else None,
+    }
+    return Setup(args, data, config, start, vae, encoder, samples_per_step, facts)
+
+
+def open_latents(folder: str) -> MomentsDataset | OriginalMomentsDataset:
+    """The images that a VAE has encoded, in the layout of this package or of EDM2 and REPA."""
+    if (Path(folder) / "dataset.json").is_file():
+        return OriginalMomentsDataset(folder)
+    return MomentsDataset(folder)
+
+
+def open_vae(
+    args: argparse.Namespace,
+    latents: MomentsDataset | OriginalMomentsDataset | None,
+    pretrained: PretrainedPipeline | None,
+) -> tuple[AutoencoderKL | None, str | None]:
+    """Loads the VAE that is asked for, or else that of the pipeline to start from or of the latents; and its name."""
+    name_or_path, options = args.pretrained_vae_model_name_or_path, {}
+    if name_or_path is None and pretrained is not None and pretrained.has_vae:
+        name_or_path, options = pretrained.name_or_path, {"subfolder": "vae"}
+    elif name_or_path is None and isinstance(latents, MomentsDataset):
+        name_or_path = latents.metadata["vae"]
+        options = {key: latents.metadata.get(f"vae_{key}") for key in ("subfolder", "revision")}
+    if name_or_path is None and latents is not None:
+        raise ValueError("`--latents_dir` of this kind needs `--pretrained_vae_model_name_or_path` to make images.")
+    if name_or_path is None:
+        return None, None
+    flag = f"`--pretrained_vae_model_name_or_path` {name_or_path!r}"
+    try:
+        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
+    except OSError as error:
+        raise ValueError(f"{flag} cannot be loaded: {error}") from error
+    if isinstance(latents, MomentsDataset):
+        latents.check_vae(vae, flag)
+    return vae.requires_grad_(False).eval(), name_or_path
+
+
+def choose_architecture(
+    args: argparse.Namespace,
+    latents: MomentsDataset | OriginalMomentsDataset | None,
+    pretrained: PretrainedPipeline | None,
+    vae: AutoencoderKL | None,
+) -> tuple[dict[str, Any], int, int]:
+    """The config of the transformer, without its classes; the side of the images in pixels, and their channels."""
+    # 1. What flags and other models say: later ones win
+    config: dict[str, Any] = dict(SIT_PRESETS[args.preset or "SiT-XL/2"])
     if args.model_config_name_or_path is not None:
-        try:
-            loaded = SiTTransformer2DModel.load_config(args.model_config_name_or_path)
-        except (OSError, ValueError) as error:
-            path = args.model_config_name_or_path
-            raise ValueError(f"`--model_config_name_or_path` {path!r} cannot be loaded: {error}") from error
-        config |= {name: value for name, value in loaded.items() if not name.startswith("_") and value is not None}
+        config |= read_model_config(args.model_config_name_or_path)
     if pretrained is not None:
         # Data and flags decide about these two.
         config |= {k: v for k, v in pretrained.config.items() if k not in ("sample_size", "num_classes")}
         if latents is None and args.resolution is None:
             config["sample_size"] = pretrained.config["sample_size"]
-    config |= {name: getattr(args, name) for name in preset if getattr(args, name) is not None}
+    config |= {k: getattr(args, k) for k in SIT_PRESETS["SiT-XL/2"] if getattr(args, k) is not None}
     config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
-    model = "--pretrained_model_name_or_path" if pretrained is not None else "--model_config_name_or_path"
-    size_by = model if args.resolution is None and "sample_size" in config else "--resolution"
-    channels_by = "--image_channels" if args.image_channels is not None else model if vae is None else "the VAE"
+
+    # 2. Size
+    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+    resolution = args.resolution
     if latents is not None:
         config["sample_size"] = given(config, "sample_size", latents.moments_shape[-1], "`--latents_dir`")
-        args.resolution = given(vars(args), "resolution", config["sample_size"] * vae_factor, "`--latents_dir`")
-    args.resolution = args.resolution or config.get("sample_size", 256 // vae_factor) * vae_factor
-    if args.resolution % (vae_factor * config["patch_size"]):
+        resolution = given(vars(args), "resolution", config["sample_size"] * vae_factor, "`--latents_dir`")
+    resolution = resolution or config.get("sample_size", 256 // vae_factor) * vae_factor
+    step = vae_factor * config["patch_size"]
+    if resolution % step:
         raise ValueError(
-            f"`--resolution` has to be divisible by {vae_factor * config['patch_size']} (the VAE's factor {vae_factor}"
-            f" times the patch size {config['patch_size']}), but is {args.resolution}."
+            f"`--resolution` has to be divisible by {step} (the VAE's factor {vae_factor} times the patch size"
+            f" {config['patch_size']}), but is {resolution}."
         )
-    config["sample_size"] = given(config, "sample_size", args.resolution // vae_factor, "`--resolution`")
-    if vae is not None:
-        args.image_channels = given(vars(args), "image_channels", vae.config.in_channels, "the VAE")
-        config["in_channels"] = given(config, "in_channels", vae.config.latent_channels, "the VAE")
-    else:
-        if config.get("in_channels", 3) not in (1, 3):
-            raise ValueError(
-                f"`--pretrained_vae_model_name_or_path` is needed: the model has {config['in_channels']} channels,"
-                " which are latents and neither grey nor RGB."
-            )
-        args.image_channels = args.image_channels or config.get("in_channels", 3)
-        config["in_channels"] = given(config, "in_channels", args.image_channels, "`--image_channels`")
+    config["sample_size"] = given(config, "sample_size", resolution // vae_factor, "`--resolution`")
 
-    # 3. Data
+    # 3. Channels
+    if vae is not None:
+        config["in_channels"] = given(config, "in_channels", vae.config.latent_channels, "the VAE")
+        return config, resolution, given(vars(args), "image_channels", vae.config.in_channels, "the VAE")
+    if config.get("in_channels", 3) not in (1, 3):
+        raise ValueError(
+            f"`--pretrained_vae_model_name_or_path` is needed: the model has {config['in_channels']} channels, which"
+            " are latents and neither grey nor RGB."
+        )
+    image_channels = args.image_channels or config.get("in_channels", 3)
+    config["in_channels"] = given(config, "in_channels", image_channels, "`--image_channels`")
+    return config, resolution, image_channels
+
+
+def read_model_config(name_or_path: str) -> dict[str, Any]:
+    """The arguments of a saved transformer."""
+    try:
+        config = SiTTransformer2DModel.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--model_config_name_or_path` {name_or_path!r} cannot be loaded: {error}") from error
+    return {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
+
+
+def given(values: dict[str, Any], name: str, needed: int, by: str) -> int:
+    """The value that is needed, unless another one was asked for."""
+    if values.get(name) not in (None, needed):
+        raise ValueError(f"`{name}` is {values[name]}, but {by} needs {needed}.")
+    return needed
+
+
+def open_data(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    latents: MomentsDataset | OriginalMomentsDataset | None,
+    resolution: int,
+    image_channels: int,
+) -> TrainingData:
+    """Opens what is trained on and what is held out; the size and the channels are those of the images."""
     try:
         fraction, split = float(args.validation_split), None
     except (TypeError, ValueError):
@@ -123,109 +219,60 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     if args.num_classes is not None:
         given(config, "num_classes", args.num_classes, "`--num_classes`")
     num_classes = args.num_classes or config.get("num_classes")
-    treatment = None
+
+    size, columns = (resolution, image_channels), (args.image_column, args.label_column)
+    location = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     if latents is not None:
         if split is not None:
             raise ValueError(f"`--validation_split` of latents has to be a fraction such as 0.05, but is {split!r}.")
-        if args.random_flip and not latents.has_flips:
-            raise ValueError("`--random_flip` needs latents with mirror images, but `--latents_dir` has none.")
-        source, held_out, names = latents, None, [latents.id2label[i] for i in range(len(latents.id2label))]
-        if num_classes is not None and not len(names) <= num_classes:
-            raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
-        names += [str(index) for index in range(len(names), num_classes or 0)]
+        data = open_moments(args, latents, resolution, num_classes)
     elif args.streaming:
-        location = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
         splits = load_image_dataset(*location, streaming=True)
-        size, columns = (args.resolution, args.image_channels), (args.image_column, args.label_column)
-        source = open_stream(splits, args.seed, args.num_train_images, *size, *columns, num_classes)
-        held_out, names = None, source.names
+        stream = open_stream(splits, args.seed, args.num_train_images, *size, *columns, num_classes)
+        data = TrainingData(stream, None, stream.names)
     else:
-        splits = load_image_dataset(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
-        columns = (args.image_column, args.label_column)
-        source, held_out, names = open_images(
-            splits, args.resolution, args.image_channels, *columns, num_classes, split
-        )
-        treatment = check_images(source, size_by, channels_by)
+        data = TrainingData(*open_images(load_image_dataset(*location), *size, *columns, num_classes, split))
+        data.treatment = check_images(args, data.source)
     if fraction is not None:
-        source, held_out = cut_off(source, fraction, args.seed)
-    config["num_classes"] = args.num_classes = len(names)
-    start = None
-    if pretrained is not None:
-        check_fit(args, config, pretrained.config, pretrained.path_type)
-        new_classes = args.new_classes or len(names) != pretrained.config["num_classes"]
-        start = Start(pretrained, config, names, new_classes)
+        whole, images = data.source, data.images
+        data.source, data.held_out = cut_off(whole, fraction, args.seed)
+        if images is not None:
+            data.images = SourceSubset(images, data.source.source_rows)
+            data.held_out_images = SourceSubset(images, data.held_out.source_rows)
+    return data
 
-    # 4. Method: what is not given is the paper's for this size
-    shape = {name: config[name] for name in SIT_PRESETS["SiT-XL/2"]}
-    args.preset = next((name for name, preset in SIT_PRESETS.items() if preset == shape), None)
-    paper = {**PAPER_SETTINGS["SiT-XL"], "probe_depth": None}
-    paper = PAPER_SETTINGS.get(args.preset.partition("/")[0], paper) if args.preset is not None else paper
-    for name, value in paper.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.probe_depth = args.probe_depth or max(1, config["num_layers"] // 3)
-    args.repa_depth = args.repa_depth or paper["probe_depth"] or max(1, config["num_layers"] // 3)  # REPA has the same
-    grid_size = config["sample_size"] // config["patch_size"]
-    args.crop_size_min = args.crop_size_min or max(1, grid_size * 3 // 4)
-    if args.crop_size_min > grid_size:
-        raise ValueError(
-            f"`--crop_size_min` has to lie in 1..{grid_size}, the side of the grid of tokens, but is"
-            f" {args.crop_size_min}."
-        )
 
-    # 5. REPA
-    encoder, images, held_out_images = None, None, None
+def open_moments(
+    args: argparse.Namespace,
+    latents: MomentsDataset | OriginalMomentsDataset,
+    resolution: int,
+    num_classes: int | None,
+) -> TrainingData:
+    """Images that a VAE has encoded, as what is trained on; with their pixels, if REPA's encoder needs them."""
+    if args.random_flip and not latents.has_flips:
+        raise ValueError("`--random_flip` needs latents with mirror images, but `--latents_dir` has none.")
+    names = [latents.id2label[index] for index in range(len(latents.id2label))]
+    if num_classes is not None and not len(names) <= num_classes:
+        raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
+    data = TrainingData(latents, None, names + [str(index) for index in range(len(names), num_classes or 0)])
     if args.repa_encoder is not None:
-        if latents is not None:
-            try:
-                images = latents.open_images(args.resolution)
-            except ValueError as error:
-                raise ValueError(f"`--repa_encoder` needs pixels beside the latents, but {error}") from error
-            if fraction is not None:
-                held_out_images = SourceSubset(images, held_out.source_rows)
-                images = SourceSubset(images, source.source_rows)
-        encoder = REPAEncoder(args.repa_encoder, grid_size)
+        try:
+            data.images = latents.open_images(resolution)
+        except ValueError as error:
+            raise ValueError(f"`--repa_encoder` needs pixels beside the latents, but {error}") from error
+    return data
 
-    # 6. Length
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    epochs = args.num_train_epochs
-    args.max_train_steps = args.max_train_steps or math.ceil(epochs * len(source.labels) / samples_per_step)
-    if args.ema_decay is None:
-        args.ema_decay, args.ema_warmup = default_average(args.max_train_steps)
-    args.ema_warmup = bool(args.ema_warmup)
-    facts = {
-        "transformer": config,
-        "samples_per_step": samples_per_step,
-        "training_images": len(source.labels),
-        "training_labels": None if args.streaming else hash_labels(source.labels),
-        "class_names": zlib.crc32("\n".join(names).encode()),
-        "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
-    }
-    return Setup(
-        source=source,
-        held_out=held_out,
-        names=names,
-        config=config,
-        start=start,
-        vae=vae,
-        encoder=encoder,
-        images=images,
-        held_out_images=held_out_images,
-        samples_per_step=samples_per_step,
-        facts=facts,
-        treatment=treatment,
+
+def check_images(args: argparse.Namespace, source: ImageSource) -> str:
+    """What is done to the images. That colours are lost because a model is grey has to be asked for."""
+    model = args.pretrained_model_name_or_path or args.model_config_name_or_path
+    model_flag = (
+        "--pretrained_model_name_or_path" if args.pretrained_model_name_or_path else "--model_config_name_or_path"
     )
-
-
-def check_images(source: ImageSource, size_by: str, channels_by: str) -> str:
-    """
-    What is done to the images. That colours are lost because a model is grey has to be asked for.
-
-    Args:
-        source ([`~data.images.ImageSource`]): The images.
-        size_by (`str`): What decides about their size: a flag.
-        channels_by (`str`): And about their channels.
-    """
+    size_by = model_flag if args.resolution is None and model else "--resolution"
+    channels_by = "--image_channels" if args.image_channels else "the VAE"
+    if args.image_channels is None and args.pretrained_vae_model_name_or_path is None:
+        channels_by = model_flag
     side, grey = source.resolution, source.num_channels == 1
     sizes, has_colours = source.look()
     if has_colours and grey and channels_by != "--image_channels":
@@ -245,6 +292,35 @@ def check_images(source: ImageSource, size_by: str, channels_by: str) -> str:
         f" square, {scaled}{side} x {side}, in {'grey' if grey else 'colour'}"
         f"{f', as `{size_by}` says' if size_by != '--resolution' else ''}"
     )
+
+
+def choose_method(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the method; what is not given is the paper's for this size of model."""
+    shape = {name: config[name] for name in SIT_PRESETS["SiT-XL/2"]}
+    preset = next((name for name, values in SIT_PRESETS.items() if values == shape), None)
+    paper = PAPER_SETTINGS.get((preset or "").partition("/")[0], {**PAPER_SETTINGS["SiT-XL"], "probe_depth": None})
+    method = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in paper.items()}
+    third = max(1, config["num_layers"] // 3)
+    method["preset"] = preset
+    method["probe_depth"] = method["probe_depth"] or third
+    method["repa_depth"] = args.repa_depth or paper["probe_depth"] or third  # REPA has the same
+    grid_size = config["sample_size"] // config["patch_size"]
+    method["crop_size_min"] = args.crop_size_min or max(1, grid_size * 3 // 4)
+    if method["crop_size_min"] > grid_size:
+        raise ValueError(
+            f"`--crop_size_min` has to lie in 1..{grid_size}, the side of the grid of tokens, but is"
+            f" {args.crop_size_min}."
+        )
+    return method
+
+
+def choose_length(args: argparse.Namespace, num_images: int, samples_per_step: int) -> dict[str, Any]:
+    """The flags that follow from the length of the run, and the length in steps."""
+    steps = args.max_train_steps or math.ceil(args.num_train_epochs * num_images / samples_per_step)
+    decay, warmup = args.ema_decay, bool(args.ema_warmup)
+    if decay is None:
+        decay, warmup = default_average(steps)
+    return {"max_train_steps": steps, "ema_decay": decay, "ema_warmup": warmup}
 
 
 def default_average(max_train_steps: int) -> tuple[float, bool]:
@@ -277,15 +353,15 @@ def check_fit(args: argparse.Namespace, config: dict[str, Any], pretrained: dict
         )
 
 
-def build_objective(args: argparse.Namespace, setup: Setup, load: bool) -> LSEPObjective:
+def build_objective(setup: Setup, load: bool) -> LSEPObjective:
     """
     Makes transformer, probe and regularizers, ready to be trained.
 
     Args:
-        args (`argparse.Namespace`): The flags, after [`prepare`].
         setup ([`Setup`]): What they come to.
         load (`bool`): Whether to load the weights that the run starts from, if there are any.
     """
+    args = setup.args
     if setup.start is not None and load:
         transformer, probe = setup.start.load()
     else:
@@ -320,16 +396,3 @@ def build_objective(args: argparse.Namespace, setup: Setup, load: bool) -> LSEPO
         probe_fraction=args.probe_fraction,
         regularizers=regularizers,
     ).train()
-
-
-def given(values: dict[str, Any], name: str, needed: int, by: str) -> int:
-    """The value that is needed, unless another one was asked for."""
-    if values.get(name) not in (None, needed):
-        raise ValueError(f"`{name}` is {values[name]}, but {by} needs {needed}.")
-    return needed
-
-
-def open_latents(folder: str) -> MomentsDataset | OriginalMomentsDataset:
-    if (Path(folder) / "dataset.json").is_file():
-        return OriginalMomentsDataset(folder)
-    return MomentsDataset(folder)

@@ -4,9 +4,13 @@
 
 import argparse
 
+import torch
+from accelerate import Accelerator
+
 from ..objective import LSEPObjective
-from .arguments import RECIPES
-from .setup import Setup
+from .processes import memory_limit, processes_here
+from .recipes import RECIPES
+from .setup import Setup, build_objective
 
 
 # Of the weights of the start in the average: more than this shows in the samples.
@@ -26,17 +30,35 @@ def describe_initial_weights(args: argparse.Namespace) -> str | None:
     )
 
 
-def memory_needed(args: argparse.Namespace, setup: Setup, objective: LSEPObjective, num_shards: int = 1) -> list[int]:
+def report_summary(setup: Setup, accelerator: Accelerator) -> str | None:
+    """
+    Prints what a run comes to.
+
+    Args:
+        setup ([`Setup`]): What its flags come to.
+        accelerator (`Accelerator`): This process among the others.
+
+    Returns:
+        `str` or None: why it does not fit into memory, if it does not.
+    """
+    with torch.device("meta"):
+        objective = build_objective(setup, load=False)
+    needed = memory_needed(setup, objective, accelerator.num_processes if accelerator.is_fsdp2 else 1)
+    accelerator.print(describe(setup, objective, needed))
+    sharing = 1 if accelerator.device.type == "cuda" else processes_here(accelerator)
+    return describe_shortage(setup.args, needed, memory_limit(accelerator.device), sharing)
+
+
+def memory_needed(setup: Setup, objective: LSEPObjective, num_shards: int = 1) -> list[int]:
     """
     Bytes of memory that a process needs at least: for weights and all that belongs to them, and for activations.
 
     Args:
-        args (`argparse.Namespace`): The flags, after [`prepare`].
-        setup ([`Setup`]): What they come to.
+        setup ([`Setup`]): What its flags come to.
         objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
         num_shards (`int`, defaults to `1`): Among how many processes the weights are shared out.
     """
-    transformer = objective.transformer
+    args, transformer = setup.args, objective.transformer
     config, width = transformer.config, transformer.inner_dim
     tokens = (config.sample_size // config.patch_size) ** 2
     parameters = sum(p.numel() for p in transformer.parameters())
@@ -71,34 +93,33 @@ def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, 
     )
 
 
-def describe(args: argparse.Namespace, setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
+def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
     """
     What a run comes to, for the user.
 
     Args:
-        args (`argparse.Namespace`): The flags, after [`prepare`].
-        setup ([`Setup`]): What they come to.
+        setup ([`Setup`]): What its flags come to.
         objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
         needed (`list[int]`): Its memory, by [`memory_needed`].
     """
-    transformer = objective.transformer
+    args, data, transformer = setup.args, setup.data, objective.transformer
     config = transformer.config
     parameters = sum(p.numel() for p in transformer.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    held_out = len(setup.held_out.labels) if setup.held_out is not None else 0
+    held_out = len(data.held_out.labels) if data.held_out is not None else 0
     state, activations = (value / 1e9 for value in needed)
     average = f"decay {args.ema_decay:.6g}{', after a warm-up' if args.ema_warmup else ''}" if args.use_ema else "none"
     lines = [
         f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {transformer.inner_dim}",
         f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them",
         f"tokens: {(config.sample_size // config.patch_size) ** 2} per image",
-        f"images: {len(setup.source.labels):,} to train on, {held_out:,} held out, {len(setup.names)} classes",
+        f"images: {len(data.source.labels):,} to train on, {held_out:,} held out, {len(data.names)} classes",
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
         f"average of the weights: {average}",
         f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",
     ]
-    if setup.treatment is not None:
-        lines.insert(4, f"pixels: {setup.treatment}")
+    if data.treatment is not None:
+        lines.insert(4, f"pixels: {data.treatment}")
     if args.recipe is not None:
         why = f"since {RECIPES[args.recipe]}; flags that are given win"
         lines.insert(0, f"recipe: examples/configs/{args.recipe}, {why}")

@@ -1,0 +1,495 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: what a step does, what is reported, measured, drawn and saved."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DynamoBackend,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..data.moments import sample_posterior
+from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
+from ..data.stream import SampleStream, StreamBatches, keep_batch
+from ..data.streamed import StreamedSamples
+from ..figures import make_labeled_grid
+from ..files import whole_folder
+from ..hub.model_card import Gallery, write_model_card
+from ..labels import find_class_ids
+from ..objective import LSEPObjective
+from ..pipeline_lsep import LSEPPipeline
+from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
+from ..transformer_sit import SiTTransformer2DModel
+from .arguments import flags_that_are
+from .checkpoints import (
+    load_checkpoint,
+    named_averages,
+    read_state,
+    remove_old_checkpoints,
+    save_checkpoint,
+    whole_tensors,
+)
+from .fine_tuning import merge_lora
+from .log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
+from .processes import StopSignal
+from .setup import Setup, build_objective
+
+
+class Trainer:
+    """
+    Model, optimiser, average and stream of one run, and what is done with them: [`prepare_training`], [`train`] and
+    [`save_result`], called by all processes.
+
+    Args:
+        setup ([`Setup`]): What the flags come to.
+        accelerator (`Accelerator`): This process among the others.
+        settings (`dict`): What is to be kept in checkpoints, for a run that continues: flags and facts, as JSON.
+        load (`bool`): Whether to load the weights that the run starts from, if there are any.
+
+    Raises:
+        `ValueError`: if the data, the models or the classes to draw are not what the flags say.
+    """
+
+    def __init__(self, setup: Setup, accelerator: Accelerator, settings: dict[str, Any], load: bool):
+        args, data = setup.args, setup.data
+        self.args, self.accelerator, self.setup, self.settings = args, accelerator, setup, settings
+        self.output_dir = Path(args.output_dir)
+
+        # 1. Transformer, probe and objective
+        set_seed(args.seed)
+        self.objective = build_objective(setup, load=load)
+        transformer = self.objective.transformer
+        self.validation_labels = self.get_validation_labels()
+        if setup.vae is not None:
+            setup.vae.to(accelerator.device)
+            setup.vae.enable_slicing()
+        if setup.encoder is not None:
+            setup.encoder.to(accelerator.device)
+
+        # 2. The stream of samples
+        grid_size = transformer.config.sample_size // transformer.config.patch_size
+        latent_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
+        stream_options = {
+            "latent_shape": latent_shape,
+            "seed": args.seed,
+            "samples_per_step": setup.samples_per_step,
+            "grid_size": grid_size,
+            "crop_size_min": args.crop_size_min,
+            "class_dropout_prob": args.class_dropout_prob,
+            "probe_dropout_prob": args.probe_dropout_prob,
+            "coupled_dropout": args.coupled_dropout,
+            "probe_fraction": args.probe_fraction,
+            "path_type": args.path_type,
+            "timestep_sampling": args.timestep_sampling,
+            "random_flip": args.random_flip,
+            "posterior_noise": setup.vae is not None,
+            "replace_unreadable": args.max_errors > 0,
+        }
+        make_stream = StreamedSamples if args.streaming else SampleStream
+        self.stream = make_stream(data.source, **stream_options, image_source=data.images)
+        self.held_out = None
+        if data.held_out is not None:
+            self.held_out = SampleStream(data.held_out, **stream_options, image_source=data.held_out_images)
+        self.stream.__getitems__([0])  # to find now what would go wrong later
+        self.unreadable: dict[str, dict[str, str]] = {}  # in all processes
+        self.newly_unreadable: dict[str, dict[str, str]] = {}  # in this one
+
+    def get_validation_labels(self) -> list[int]:
+        """The classes of which samples are drawn; if none are asked for, up to ten, evenly spaced."""
+        num_classes = len(self.setup.data.names)
+        if self.args.validation_labels is None:
+            return np.linspace(0, num_classes - 1, min(10, num_classes)).round().astype(int).tolist()
+        names = dict(enumerate(self.setup.data.names))
+        return find_class_ids(self.args.validation_labels, names, num_classes, "--validation_labels")
+
+    def prepare_training(self, checkpoint: Path | None):
+        """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
+        args, accelerator, objective = self.args, self.accelerator, self.objective
+        objective.to(accelerator.device)
+        parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
+        groups = [{"params": [p for p in parameters if p.requires_grad], "lr": args.learning_rate}]
+        if objective.probe is not None:
+            groups.append({"params": list(objective.probe.parameters()), "lr": args.probe_learning_rate})
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+            fused=True,
+        )
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+        self.step, self.last_checkpoint = 0 if checkpoint is None else read_state(checkpoint)["step"], checkpoint
+        batches = StreamBatches(
+            args.train_batch_size,
+            start=self.step * self.setup.samples_per_step,
+            end=max(self.step, args.max_train_steps) * self.setup.samples_per_step,
+        )
+        loader = torch.utils.data.DataLoader(
+            self.stream,
+            batch_sampler=batches,
+            collate_fn=keep_batch,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
+        self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
+        if (self.output_dir / UNREADABLE_FILE).exists():
+            self.unreadable = {entry["id"]: entry for entry in read_metrics(self.output_dir / UNREADABLE_FILE)}
+        if accelerator.is_main_process:
+            self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", last_step=self.step)
+        self.ema = None
+        if args.use_ema:
+            min_decay = 0.0 if args.ema_warmup else args.ema_decay
+            self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
+            # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
+            self.ema.optimization_step = 0 if args.ema_warmup else 1
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, objective, self.optimizer, self.ema)
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+                group["lr"] = rate
+            if self.ema is not None:
+                self.ema.optimization_step = state["ema_step"]
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        self.probe_weight_scale = torch.ones((), device=accelerator.device)
+
+    @property
+    def saves(self) -> bool:
+        """Whether this process takes part in saving: all do where each has only a part of the weights."""
+        return self.accelerator.is_main_process or self.accelerator.is_fsdp2
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `accelerate launch --dynamo_backend ...` has the step compiled."""
+        return self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
+        self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
+        images, moments = batch.pop("images", None), batch.pop("moments", None)
+        noise = batch.pop("posterior_noise", None)
+        if self.compiled:
+            # Their number is another one in every step, which is better known before the first is compiled.
+            for name in ("separate_rows", "probe_rows"):
+                if name in batch:
+                    torch._dynamo.maybe_mark_dynamic(batch[name], 0)
+        if self.setup.encoder is not None:
+            with self.accelerator.autocast():
+                batch["targets"] = {"repa": self.setup.encoder(images)}
+        if noise is None:
+            return {"latents": images, **batch}
+        vae = self.setup.vae
+        if moments is None:
+            # In float32, also inside of autocast: in bfloat16 latents are off by 1 to 2 % of their deviation.
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                posterior = vae.encode(images).latent_dist
+            moments = torch.cat([posterior.mean, posterior.std], dim=1)
+        shift = vae.config.get("shift_factor")
+        return {"latents": sample_posterior(moments, noise, vae.config.scaling_factor, shift), **batch}
+
+    def train(self) -> bool:
+        """Trains to the end, and returns True, or until a signal arrives."""
+        args, accelerator = self.args, self.accelerator
+        stop = StopSignal(accelerator)
+        self.metrics = StepMetrics(accelerator, args.gradient_accumulation_steps)
+        self.progress = tqdm(
+            total=args.max_train_steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        batches = iter(self.loader)
+        self.collected_at = self.step
+        while self.step < args.max_train_steps:
+            self.take_step(batches)
+            self.progress.update()
+
+            # Reports and checkpoints. Nothing is saved or measured before all losses up to here are known.
+            last = self.step == args.max_train_steps
+            stopped = stop.arrived() and not last
+            saves = self.step % args.checkpointing_steps == 0 or last or stopped
+            validates = self.step % args.validation_steps == 0 or last
+            if self.step % args.logging_steps == 0 or saves or validates:
+                self.log()
+            if validates:
+                self.validate()
+            if saves:
+                self.save_checkpoint()
+            if stopped:
+                self.progress.close()
+                accelerator.print(
+                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.last_checkpoint} is complete."
+                    " Continue with the same flags and `--resume_from_checkpoint latest`."
+                )
+                return False
+        self.progress.close()
+        return True
+
+    def take_step(self, batches: Iterator[dict[str, torch.Tensor]]):
+        """One step of the optimiser, for which `gradient_accumulation_steps` batches are taken."""
+        args, accelerator = self.args, self.accelerator
+        # 1. The probe's weight: constant, or late in training an exponential decay (fractions of epochs count)
+        if args.probe_decay_start_epoch is not None:
+            late = self.step / self.setup.steps_per_epoch - args.probe_decay_start_epoch
+            self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
+
+        # 2. Gradients
+        for _ in range(args.gradient_accumulation_steps):
+            start = time.perf_counter()
+            batch = next(batches)
+            data_wait = time.perf_counter() - start
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():  # accelerate forgets it with FSDP2
+                    output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
+                accelerator.backward(output.loss)
+                rows = batch.get("probe_rows", slice(None))
+                self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    self.metrics.add_step(grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+        # 3. Learning rate and average
+        self.learning_rates = self.lr_scheduler.get_last_lr()
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            self.ema.step(self.trained_parameters())
+        self.step += 1
+
+    def log(self):
+        """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
+        accelerator = self.accelerator
+        self.count_unreadable()
+        metrics, losses, grad_norms = self.metrics.collect()
+        scaled = accelerator.scaler is not None  # The scaler skips steps whose gradient overflows.
+        for offset, (loss, grad_norm) in enumerate(zip(losses, grad_norms), start=1):
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled):
+                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", grad_norm)
+                good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
+                raise FloatingPointError(
+                    f"the {what} of step {self.collected_at + offset} is {value}; the last good checkpoint {good}."
+                )
+        self.collected_at = self.step
+        metrics["images_per_second"] = self.setup.samples_per_step / metrics["seconds_per_step"]
+        metrics["learning_rate"] = self.learning_rates[0]
+        if self.objective.probe is not None:
+            metrics["probe_learning_rate"] = self.learning_rates[1]
+        self.report(metrics)
+        shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
+        self.progress.set_postfix({label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics})
+
+    def count_unreadable(self):
+        """Lists what any process could not read, and stops all of them if it is too much."""
+        limit, before, path = self.args.max_errors, len(self.unreadable), self.output_dir / UNREADABLE_FILE
+        if limit == 0:  # The first one has stopped the run.
+            return
+        for entries in gather_object([self.newly_unreadable]):
+            self.unreadable |= entries
+        self.newly_unreadable = {}
+        if len(self.unreadable) == before:
+            return
+        if self.accelerator.is_main_process:
+            write_unreadable(self.output_dir, self.unreadable.values())
+        last = list(self.unreadable.values())[-1]
+        found = f"{len(self.unreadable)} unreadable images, listed in {path} (last: {last['id']}: {last['error']})"
+        if len(self.unreadable) > limit:
+            good = f"from {self.last_checkpoint}" if self.last_checkpoint is not None else "from the beginning"
+            raise RuntimeError(
+                f"{found} are more than `--max_errors {limit}`. Repair or remove them and start anew, or go on {good}"
+                " with a higher `--max_errors`."
+            )
+        self.accelerator.print(f"{found} are replaced by others.")
+
+    def report(self, metrics: dict[str, Any]):
+        if self.accelerator.is_main_process:
+            self.metrics_file.append({"step": self.step, "epoch": self.step / self.setup.steps_per_epoch, **metrics})
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        self.accelerator.log(scalars, step=self.step)
+
+    @contextmanager
+    def averaged_objective(self) -> Iterator[LSEPObjective]:
+        """The objective with the averaged weights, for a while, and whole on every process."""
+        if self.accelerator.is_fsdp2:
+            weights = self.objective.state_dict()
+            if self.ema is not None:
+                weights |= named_averages(self.objective, self.ema)
+            with self.accelerator.device:
+                objective = build_objective(self.setup, load=False)
+            objective.load_state_dict(whole_tensors(weights))
+            yield objective.eval()
+            return
+        parameters = self.trained_parameters()
+        if self.ema is not None:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        self.objective.eval()
+        try:
+            yield self.objective
+        finally:
+            self.objective.train()
+            if self.ema is not None:
+                self.ema.restore(parameters)
+
+    def validate(self):
+        """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
+        accelerator = self.accelerator
+        with self.averaged_objective() as objective, torch.no_grad():
+            if self.held_out is not None:
+                self.report(self.measure(objective))
+                self.count_unreadable()
+            if accelerator.is_main_process:
+                self.draw_samples(self.make_pipeline(objective.transformer))
+        if accelerator.is_main_process:
+            draw_curves(self.output_dir)
+        accelerator.wait_for_everyone()
+
+    def measure(self, objective: LSEPObjective) -> dict[str, float]:
+        """Losses and probe accuracy on the held-out images, which the processes share out."""
+        args, accelerator = self.args, self.accelerator
+        num_rows = len(self.held_out.source.labels)
+        rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
+        names = ["denoising_loss"]
+        if objective.probe is not None:
+            names += ["probe_loss", "probe_accuracy"]
+        names += [f"{name}_loss" for name in objective.regularizers]
+        sums = torch.zeros(len(names), device=accelerator.device)
+        for first in range(0, len(rows), args.train_batch_size):
+            batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
+            batch = send_to_device(batch, accelerator.device)
+            output = objective(**self.inputs(batch))
+            means = batch_means(output)
+            sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
+        means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
+        return {f"validation_{name}": mean for name, mean in zip(names, means)}
+
+    def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
+        pipeline = LSEPPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
+            vae=self.setup.vae,
+            id2label=dict(enumerate(self.setup.data.names)),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw_samples(self, pipeline: LSEPPipeline):
+        """Writes `samples/step-N.png`: the same classes and the same noise every time."""
+        args, labels = self.args, self.validation_labels
+        class_ids = labels * args.num_validation_images
+        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_ids))]
+        with self.accelerator.autocast():
+            images = pipeline(
+                class_ids,
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.validation_guidance_scale,
+                generator=generators,
+            ).images
+        grid = make_labeled_grid(images, columns=len(labels), labels=[self.setup.data.names[i] for i in class_ids])
+        path = self.output_dir / "samples" / f"step-{self.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        grid.save(partial, format="PNG")
+        os.replace(partial, path)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
+
+    def save_pipeline(self, folder: Path):
+        """Writes the averaged weights as a pipeline, and the probe beside it. A call for all processes."""
+        with self.averaged_objective() as objective:
+            if self.accelerator.is_main_process:
+                self.make_pipeline(merge_lora(objective.transformer)).save_pretrained(folder)
+                if objective.probe is not None:
+                    objective.probe.save_pretrained(folder / "probe")
+
+    def save_checkpoint(self):
+        args, accelerator = self.args, self.accelerator
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        state = {
+            "step": self.step,
+            "ema_step": self.ema.optimization_step if self.ema is not None else None,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "settings": self.settings,
+        }
+        try:
+            if self.saves:
+                main = accelerator.is_main_process
+                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, self.ema, main)
+        except Exception as error:  # A full disk, for one, shows in many ways.
+            good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
+            raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
+        if accelerator.is_main_process:
+            remove_old_checkpoints(self.output_dir, args.checkpoints_total_limit, args.milestone_steps)
+        self.last_checkpoint = folder
+        accelerator.wait_for_everyone()
+
+    def save_result(self):
+        """Writes the pipeline into the root of the output folder, `model_index.json` last, and its model card."""
+        args, source = self.args, self.output_dir / ".pipeline"
+        if not self.accelerator.is_main_process:
+            if self.saves:
+                self.save_pipeline(source)
+            return
+        with whole_folder(source) as partial:
+            self.save_pipeline(partial)
+        (self.output_dir / "model_index.json").unlink(missing_ok=True)
+        for path in sorted(source.iterdir(), key=lambda path: path.name == "model_index.json"):
+            target = self.output_dir / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        source.rmdir()
+
+        class_ids, on_card = self.validation_labels * args.num_validation_images, flags_that_are("on_card")
+        write_model_card(
+            self.output_dir,
+            repo_id=args.hub_model_id,
+            license=args.license,
+            source="training",
+            dataset=args.dataset_name,
+            base_model=args.pretrained_model_name_or_path,
+            training_args={name: value for name, value in vars(args).items() if name in on_card},
+            sampling={"guidance_scale": args.validation_guidance_scale},
+            gallery=Gallery(
+                image=f"samples/step-{self.step}.png",
+                class_labels=[self.setup.data.names[index] for index in class_ids],
+                seeds=[args.seed + index for index in range(len(class_ids))],
+            ),
+        )
+
+
+def draw_curves(output_dir: Path):
+    try:
+        plot_curves(read_metrics(output_dir / "metrics.jsonl"), output_dir / "curves.png")
+    except ImportError:
+        print("curves.png needs matplotlib: pip install 'diffusers_lsep[train]'", file=sys.stderr)
