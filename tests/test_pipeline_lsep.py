@@ -520,7 +520,7 @@ def test_samplers_of_the_scripts_have_their_order(saved_pipeline, name):
 
 
 def test_settings_that_a_scheduler_keeps_for_others_are_not_taken_for_its_own(make_pipeline):
-    pipe = make_pipeline(scheduler=DPMSolverMultistepScheduler(**FLOW))
+    pipe = make_pipeline(in_channels=3, scheduler=DPMSolverMultistepScheduler(**FLOW))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     assert pipe.scheduler.config.use_flow_sigmas
     with pytest.raises(ValueError, match="`scheduler` has to be a flow-matching scheduler, but DDIMScheduler"):
@@ -584,7 +584,7 @@ def test_every_scheduler_of_the_package_is_saved_and_loaded(make_pipeline, tmp_p
     [("linear", FlowMatchSDEMultistepScheduler), ("none", FlowMatchHeunODEScheduler)],
 )
 def test_old_pipelines_of_second_order_name_their_scheduler(make_pipeline, tmp_path, diffusion_form, successor):
-    make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form=diffusion_form)).save_pretrained(tmp_path)
+    make_pipeline(in_channels=3, scheduler=FlowMatchSDEScheduler(diffusion_form=diffusion_form)).save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "solver_order": 2}))
     with pytest.raises(ValueError, match=f"`solver_order` .* is {successor.__name__} now") as error:
