@@ -481,7 +481,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         main(arguments("--validation_data", str(few), *held_out[2:], data=images / "train"))
         results = read_results(tmp_path)
         assert results["accuracy"][0][0] == 1.0 and results["num_held_out_images"] == 8
-        # Latents of a run that was trained on as many
+        # A run that was trained on as many, with the same labels
         record = {"training_images": 8, "training_labels": hash_labels(np.repeat([1, 2], 4))}
         (tmp_path / "pipeline" / "training_args.json").write_text(json.dumps(record))
         assert "what the model was trained on" not in caplog.text
