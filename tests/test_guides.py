@@ -81,6 +81,8 @@ def folder(tmp_path, inception_weights):
                     Image.fromarray(pixels).resize((300, 260)).save(jpeg, "JPEG")
                     add(of_class, f"{synset}_{i}.JPEG", jpeg.getvalue())
             add(archive, f"{synset}.tar", inner.getvalue())
+            (tmp_path / "imagenet-val" / synset).mkdir(parents=True)
+            (tmp_path / "imagenet-val" / synset / "0.JPEG").write_bytes(jpeg.getvalue())
     np.savez(tmp_path / "reference.npz", arr_0=rng.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8))
     for name in ("ant", "bee", "cat"):
         (tmp_path / "my-images" / name).mkdir(parents=True)
