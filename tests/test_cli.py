@@ -81,6 +81,7 @@ def test_help_of_convert_names_its_flags(capsys):
         assert f"--{flag}" in text
 
 
+@pytest.mark.slow
 def test_only_the_module_of_the_command_is_imported():
     code = (
         "import sys; from diffusers_lsep.cli import main\n"
@@ -272,6 +273,7 @@ def test_convert_refuses_a_vae_of_other_latents(tmp_path, vae):
     assert not (tmp_path / "pipeline").exists()
 
 
+@pytest.mark.slow
 def test_convert_as_a_process(tmp_path):
     command = [sys.executable, "-m", "diffusers_lsep.cli", "convert", "--output_dir", str(tmp_path / "pipeline")]
     bad = subprocess.run([*command, "--checkpoint", "nowhere.pt"], capture_output=True, text=True)
@@ -286,6 +288,7 @@ def load_module(path):
     return module
 
 
+@pytest.mark.slow
 def test_convert_pushes(tmp_path):
     hub_server = load_module(Path(__file__).parent / "hub_server.py")
     command = [sys.executable, "-m", "diffusers_lsep.cli", "convert", "--checkpoint", str(LSEP)]
@@ -301,6 +304,7 @@ def test_convert_pushes(tmp_path):
     assert len(uploads) == 2, "the weights of the transformer and of the probe"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which only Linux has")
 def test_the_benchmark_of_full_size_runs_on_a_small_preset(tmp_path, monkeypatch, capsys):
     benchmark = load_module(Path(__file__).parents[1] / "benchmarks" / "convert_full_size.py")

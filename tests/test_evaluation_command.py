@@ -74,6 +74,7 @@ def read_results(tmp_path):
     return json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_metrics_against_a_reference_with_statistics(arguments, features, folder, tmp_path, capsys, caplog):
     # As ADM's VIRTUAL files: statistics that are not those of the images. Here they are the samples', moved, so that
     # the Frechet distances are known.
@@ -115,6 +116,7 @@ def test_all_metrics_against_a_reference_with_statistics(arguments, features, fo
     assert not any("no stored statistics" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_statistics_of_the_images_where_none_are_stored(folder, features, inception_weights, monkeypatch):
     # The distance itself is tested elsewhere: which moments it is given is what matters here
     monkeypatch.setattr(command, "frechet_distance", lambda *moments: [float(np.sum(m)) for m in moments])
@@ -183,6 +185,7 @@ def test_fd_dinov2(arguments, folder, tmp_path):
     assert any("FD-DINOv2 is published with facebook/dinov2-large, not" in note for note in results["notes"])
 
 
+@pytest.mark.slow
 def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path):
     for index, image in enumerate(make_images(8)):
         PIL.Image.fromarray(image).save(tmp_path / f"{index}.png")
@@ -198,6 +201,7 @@ def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path)
     assert from_folder["sampling"] is None
 
 
+@pytest.mark.slow
 def test_reference_is_cut_by_resolution(arguments, folder, tmp_path):
     (tmp_path / "photos").mkdir()
     for index in range(6):
@@ -272,6 +276,7 @@ def test_extras_that_are_missing_are_named(arguments, save_pipeline, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_results_are_replaced_only_on_request(arguments, tmp_path):
     main(arguments())
     (tmp_path / "out" / "eval_results.json").write_text("mine")
@@ -334,6 +339,7 @@ def test_update_card_needs_the_samples_of_its_pipeline(arguments, save_pipeline,
     assert "| KID |" in card and "The classes of the samples were drawn at random" in card
 
 
+@pytest.mark.slow
 def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsys):
     run = tmp_path / "run"
     for step in (200, 1000):
@@ -434,6 +440,7 @@ def test_table():
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_features_and_results(arguments, features, folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -502,6 +509,7 @@ class TestGenerationMetric:
     def options(self, folder, features, inception_weights):
         return {"inception_weights": inception_weights, "cache_dir": folder / "cache", "batch_size": 4}
 
+    @pytest.mark.slow
     def test_paths_give_the_command_s_numbers(self, metric, arguments, folder, options, tmp_path, monkeypatch):
         metrics = ["kid", "precision", "recall", "inception_score"]
         main(arguments(metrics=metrics))
@@ -511,6 +519,7 @@ class TestGenerationMetric:
         lists = {name: [path] for name, path in paths.items()}
         assert metric.compute(**lists, metrics=metrics, **options) == expected
 
+    @pytest.mark.slow
     def test_image_files(self, metric, arguments, options, tmp_path):
         files = {}
         for name, images in (("samples", make_images(8)), ("reference", make_images(6, seed=1))):
@@ -552,6 +561,7 @@ class TestGenerationMetric:
             metric.compute(predictions=np.zeros((0, 3)), references=pool[:, :3])
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_before_it_is_used():
     script = """
 import sys

@@ -33,6 +33,7 @@ def save_npz(path, **arrays):
 
 
 class TestInceptionFeatures:
+    @pytest.mark.slow
     def test_equals_torch_fidelity(self, inception_weights, inception):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -102,6 +103,7 @@ class TestInceptionFeatures:
         with pytest.raises(ValueError, match=r"must be finite, but \['fc.bias'\] hold NaN"):
             InceptionFeatures(tmp_path / "nan.pth")
 
+    @pytest.mark.slow
     def test_download(self, tmp_path, inception_weights, monkeypatch):
         import hashlib
         import http.server

@@ -129,6 +129,7 @@ def test_sweep_draws_nothing_twice(script, save_pipeline, reference, arguments, 
     assert scales == [(2, (0, 0.7))] * 3
 
 
+@pytest.mark.slow
 def test_sweep_by_two_processes(script, save_pipeline, reference, arguments, tmp_path):
     save_pipeline(in_channels=1)
     script.main(arguments("guidance-sweep", *TWO_SCALES))

@@ -230,6 +230,7 @@ def test_training_lora(train, pretrained, images, tmp_path, capsys):
     assert "base_model:" not in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_a_run_with_lora_continues_bit_for_bit(train, pretrained, images, tmp_path, capsys):
     flags = ["--lora_rank", 2, "--learning_rate", 1e-2]
     fine_tune(train, pretrained, images[1], *flags, output_dir=tmp_path / "whole")

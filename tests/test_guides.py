@@ -101,6 +101,7 @@ def environment():
     return {**os.environ, "PATH": search_path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
+@pytest.mark.slow
 def test_imagenet(folder, environment):
     run_blocks(read_blocks("docs/imagenet.md"), folder, environment, IMAGENET)
     for name, side in (("imagenet-256", 32), ("imagenet-512", 64)):
@@ -126,6 +127,7 @@ def test_imagenet(folder, environment):
     assert probed["layers"] == [8] and probed["training_probe"]["layer"] == 8
 
 
+@pytest.mark.slow
 def test_fine_tuning(folder, environment):
     run_blocks(read_blocks("docs/finetuning.md"), folder, environment, FINE_TUNING)
     pipe = DiffusionPipeline.from_pretrained(folder / "my-model")

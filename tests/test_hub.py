@@ -240,6 +240,7 @@ def test_server_keeps_connections_after_errors(hub):
     connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["upload", "commit"])
 def test_push_that_breaks_off_leaves_nothing_and_says_so(pushed, when):
     report, _ = pushed
@@ -251,6 +252,7 @@ def test_push_that_breaks_off_leaves_nothing_and_says_so(pushed, when):
     assert report[f"visible after {when}"] == [".gitattributes"]
 
 
+@pytest.mark.slow
 def test_pushing_again_completes_without_sending_twice(hub, pushed):
     report, _ = pushed
     assert report["again"] == report["oid"]  # nothing to do the third time
@@ -258,6 +260,7 @@ def test_pushing_again_completes_without_sending_twice(hub, pushed):
     assert len(sent) == len(set(sent))
 
 
+@pytest.mark.slow
 def test_pushes_the_pipeline_and_nothing_else(hub, pushed):
     weights = ["transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
     assert set(hub.files(REPO)) == {
@@ -274,6 +277,7 @@ def test_pushes_the_pipeline_and_nothing_else(hub, pushed):
     }
 
 
+@pytest.mark.slow
 def test_pushed_index_names_the_package(hub, pushed):
     index = json.loads(hub.files(REPO)["model_index.json"])
     assert index["_class_name"] == "LSEPPipeline"
@@ -281,11 +285,13 @@ def test_pushed_index_names_the_package(hub, pushed):
     assert index["scheduler"] == ["diffusers_lsep", "FlowMatchSDEScheduler"]
 
 
+@pytest.mark.slow
 def test_push_refuses_pickles(pushed):
     report, _ = pushed
     assert report["pickle"][:2] == ["ValueError", "`safe_serialization` has to be True for uploading, but is False."]
 
 
+@pytest.mark.slow
 def test_push_with_the_wrong_token(pushed):
     report, _ = pushed
     kind, message, _ = report["stranger"]
@@ -293,6 +299,7 @@ def test_push_with_the_wrong_token(pushed):
     assert "403 Forbidden" in message and "rights to write" in message
 
 
+@pytest.mark.slow
 def test_push_as_pull_request_leaves_the_branch(hub, pushed):
     report, _ = pushed
     assert report["pull request"].endswith("/discussions/1")
@@ -300,6 +307,7 @@ def test_push_as_pull_request_leaves_the_branch(hub, pushed):
     assert hub.files(REPO, "refs/pr/1")[weights] == hub.files(REPO, "v2")[weights] != hub.files(REPO)[weights]
 
 
+@pytest.mark.slow
 def test_push_removes_shards_of_an_earlier_push(hub, pushed):
     report, _ = pushed
     assert any("-00001-of-" in path for path in report["sharded"])
@@ -308,6 +316,7 @@ def test_push_removes_shards_of_an_earlier_push(hub, pushed):
     assert weights == ["transformer/diffusion_pytorch_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_push_keeps_what_was_written_on_the_hub(hub, pushed):
     card = ModelCard(hub.files("lsep/shards")["README.md"].decode())
     assert card.text.count("Written by hand.") == 1
@@ -316,6 +325,7 @@ def test_push_keeps_what_was_written_on_the_hub(hub, pushed):
     assert "No licence has been declared" not in card.text
 
 
+@pytest.mark.slow
 def test_push_of_other_weights_forgets_what_was_said_of_the_old_ones(hub, pushed):
     files, content = pushed[0]["measured"]
     measured = ModelCard(content)
@@ -332,24 +342,29 @@ def test_push_of_other_weights_forgets_what_was_said_of_the_old_ones(hub, pushed
     assert card.text.count("Written by hand.") == 1 and card.data.language == "en"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["main", "v2", "fp16"])
 def test_loads_from_the_hub_bit_for_bit(pushed, loaded, name):
     assert np.array_equal(loaded[1][name], pushed[1][name])
     assert not np.array_equal(pushed[1][name], pushed[1]["main" if name != "main" else "v2"])
 
 
+@pytest.mark.slow
 def test_loads_the_installed_class(loaded):
     assert loaded[0]["class"] == "diffusers_lsep.pipeline_lsep"
 
 
+@pytest.mark.slow
 def test_loads_the_transformer_alone(loaded):
     assert loaded[0]["subfolder"] is True
 
 
+@pytest.mark.slow
 def test_loads_what_replaced_the_shards(pushed, loaded):
     assert np.array_equal(loaded[1]["shards"], pushed[1]["v2"])
 
 
+@pytest.mark.slow
 def test_private_repository(pushed, loaded):
     for name in ("private", "private, stranger"):
         kind, message, cause = loaded[0][name]
@@ -358,12 +373,14 @@ def test_private_repository(pushed, loaded):
     assert np.array_equal(loaded[1]["private"], pushed[1]["v2"])
 
 
+@pytest.mark.slow
 def test_download_that_breaks_off(loaded):
     kind, message, _ = loaded[0]["download"]
     assert kind == "RemoteProtocolError"
     assert "peer closed connection without sending complete message body" in message
 
 
+@pytest.mark.slow
 def test_without_the_import_diffusers_cannot_know_the_pipeline(loaded):
     # The card and the README put the import first because this is all that diffusers can say.
     assert loaded[0]["not imported, local"][:2] == ["AttributeError", "module diffusers has no attribute LSEPPipeline"]
@@ -381,6 +398,7 @@ def card_code(card):
     return code
 
 
+@pytest.mark.slow
 def test_offline_after_a_warm_cache_and_the_code_of_the_card(hub, pushed, loaded, tmp_path):
     code = card_code(hub.files(REPO)["README.md"].decode())
     assert code.startswith("import diffusers_lsep")

@@ -311,6 +311,7 @@ class TestEncoding:
         script.main(arguments(images_dir, tmp_path / "old", *flags, "--apply_exif", dtype="fp16"))
         assert "nothing is left to do" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_two_processes_killed_and_continued(self, arguments, script, images_dir, encoded, tmp_path):
         source = tmp_path / "many"
         for copy in range(16):

@@ -374,6 +374,7 @@ class TestCommand:
         assert results["training_probe"]["layer"] == 2 and len(results["training_probe"]["accuracy"]) == 2
         assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_pipeline_on_the_hub(self, arguments, images, tmp_path):
         """The probe is found beside the pipeline, with its depth; a pipeline without one says so."""
         torch.manual_seed(0)
@@ -500,6 +501,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         with pytest.raises(SystemExit, match=r"has to name a split .*, one of \['train'\], but is 'val'"):
             main(arguments(*held_out, "--validation_split", "val", data=images / "train"))
 
+    @pytest.mark.slow
     def test_noise_with_random_labels_is_not_recognised(self, train, tmp_path, caplog):
         """The model remembers the labels of its training images. Those that the run held out show that it does."""
         rng, folder, run = np.random.default_rng(0), tmp_path / "noise", tmp_path / "run"

@@ -289,6 +289,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32(make_objective):
     torch.testing.assert_close(output.loss, objective(**draws).loss, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_step_compiles_to_one_graph(make_objective):
     """One graph means that nothing is read back by the host and that no loop depends on the data."""
     objective, draws = make_objective(), batch()
@@ -301,6 +302,7 @@ def test_step_compiles_to_one_graph(make_objective):
         compiled(**batch(seed=1), probe_weight_scale=scale * 0.5)
 
 
+@pytest.mark.slow
 def test_compiled_step_takes_any_number_of_separate_rows(make_objective):
     objective, draws = make_objective(), batch()
     separate = draws["class_dropout_mask"] != draws["probe_dropout_mask"]

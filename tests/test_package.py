@@ -28,6 +28,7 @@ def imported_modules(statement: str) -> set[str]:
     return set(result.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_import_loads_no_package_that_diffusers_does_not_load():
     extra = imported_modules("import diffusers_lsep") - imported_modules("from diffusers import DiffusionPipeline")
     packages = {module.partition(".")[0] for module in extra} - set(sys.stdlib_module_names)
@@ -140,6 +141,7 @@ def run_ci(tmp_path: Path, readme: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_ci_runs_the_readme_command_in_a_fresh_environment_and_clone(tmp_path):
     code = "import sys; print('*' * 3, 'pytest in', sys.prefix)"
     readme = f'# Title\n```bash\npip install --help > /dev/null && python -c "{code}"\npytest again\n```\n'
@@ -158,6 +160,7 @@ def test_ci_runs_the_readme_command_in_a_fresh_environment_and_clone(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_ci_fails_with_the_tests(tmp_path):
     result = run_ci(tmp_path, "pip install --help > /dev/null && sh -c 'exit 3' pytest\n")
     assert result.returncode == 3

@@ -540,6 +540,7 @@ def test_own_sigmas(make_pipeline):
 # --- saving and loading ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vae", [False, True])
 def test_a_new_process_generates_the_same_images(make_pipeline, tmp_path, vae):
     pipe = make_pipeline(vae=vae, in_channels=4 if vae else 3)

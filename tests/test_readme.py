@@ -70,6 +70,7 @@ def folder(tmp_path, tiny_transformer):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_readme_runs(folder, inception_weights):
     (folder / "inception.pth").symlink_to(inception_weights)

@@ -151,6 +151,7 @@ def loaded(hub, folders, tmp_path_factory):
     return report, dict(np.load(work / "images.npz"))
 
 
+@pytest.mark.slow
 def test_the_package_is_not_there(loaded):
     assert loaded[0]["imported"] == "ModuleNotFoundError: No module named 'diffusers_lsep'"
     assert loaded[0]["modules"] == [
@@ -160,25 +161,30 @@ def test_the_package_is_not_there(loaded):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "cosine", "multistep", "heun", "euler"])
 def test_same_images_from_a_folder(loaded, expected, name):
     assert np.array_equal(loaded[1][name], expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "multistep", "heun"])
 def test_same_images_from_the_hub(loaded, expected, name):
     assert np.array_equal(loaded[1][f"{name}, hub"], expected[name])
 
 
+@pytest.mark.slow
 def test_checks_work_without_the_package(loaded):
     # The scheduler is recognised although its class is not the one that the pipeline's code saw.
     assert loaded[0]["wrong path"].startswith("ValueError: `scheduler` has `path_type='cosine'`")
 
 
+@pytest.mark.slow
 def test_loads_without_warnings(loaded):
     assert loaded[0]["records"] == []
 
 
+@pytest.mark.slow
 def test_code_is_run_on_request_only(loaded):
     for where in ("local", "hub"):
         message = loaded[0][f"not trusted, {where}"]
@@ -186,6 +192,7 @@ def test_code_is_run_on_request_only(loaded):
         assert "contains custom code in pipeline.py" in message and "`trust_remote_code=True`" in message
 
 
+@pytest.mark.slow
 def test_layout(folders, hub, loaded):
     index = json.loads((folders / "linear" / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "LSEPPipeline"]
@@ -203,6 +210,7 @@ def test_layout(folders, hub, loaded):
         assert json.loads(hub.files(f"lsep/{name}")["model_index.json"])["scheduler"][0] == module
 
 
+@pytest.mark.slow
 def test_card_says_that_the_repository_brings_code(hub, loaded):
     card = hub.files("lsep/linear")["README.md"].decode()
     assert 'DiffusionPipeline.from_pretrained("lsep/linear", trust_remote_code=True)' in card

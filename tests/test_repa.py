@@ -263,6 +263,7 @@ def test_regularizers_read_the_main_stream_in_the_one_pass(tiny_transformer, wit
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_objective_with_regularizers_compiles_to_one_graph(tiny_transformer):
     objective, batch = make_objective(tiny_transformer), make_batch()
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
@@ -364,6 +365,7 @@ def test_images_of_latents_are_those_of_the_rows(own_images, latents, original_l
         torch.testing.assert_close(source.load(rows, flips), images.load(rows, flips), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_training_with_repa(train, dinov2, tmp_path):
     """Grey pixels: the digits. Everything is reported and saved but the encoder."""
     run = tmp_path / "run"
@@ -388,6 +390,7 @@ def test_training_with_repa(train, dinov2, tmp_path):
     assert "no external encoder" not in card and str(dinov2) not in card
 
 
+@pytest.mark.slow
 def test_a_run_with_repa_continues_bit_for_bit(train, dinov2, tmp_path):
     flags = ["--repa_encoder", dinov2, *REPA, "--ema_decay", 0.9]
     train(*flags, output_dir=tmp_path / "whole")
@@ -403,6 +406,7 @@ def test_a_run_with_repa_continues_bit_for_bit(train, dinov2, tmp_path):
         train(*flags, "--repa_weight", 0.5, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_repa_alone(train, dinov2, tmp_path):
     train("--repa_encoder", dinov2, *REPA, "--no_lsep")
     line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
@@ -413,6 +417,7 @@ def test_repa_alone(train, dinov2, tmp_path):
     assert "checkpoint" not in card.partition("## Usage")[0] and "Trained with LSEP" not in card
 
 
+@pytest.mark.slow
 def test_every_source_of_pixels_gives_the_same_loss(train, dinov2, own_images, latents, original_layout, tmp_path):
     vae = MomentsDataset(latents / "with").metadata["vae"]
     sources = {

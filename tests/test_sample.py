@@ -160,6 +160,7 @@ def test_seeds_differ_and_batch_size_hardly_matters(run):
     assert (arrays[0] != arrays[2]).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeline_dir, tmp_path):
     arguments = ["--num_images", 11, "--batch_size", 2]
     expected = run("whole", *arguments)
@@ -250,6 +251,7 @@ def test_an_unfinished_run_goes_on_with_the_same_weights_from_anywhere(run, inte
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["transformer", "vae"])
 @pytest.mark.parametrize("kind", ["--num_images", "--class_labels"])
 def test_an_unfinished_run_does_not_go_on_with_other_weights(
@@ -365,6 +367,7 @@ def test_unknown_classes_are_refused(run, tmp_path, label, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_draw_the_same_images(run, sample, monkeypatch):
     """With and without guidance, and a last batch that is not full: two sizes, each compiled once."""
     compile_blocks, options = SiTTransformer2DModel.compile_repeated_blocks, {}

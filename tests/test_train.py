@@ -138,6 +138,7 @@ def assert_same_weights(one: Path, other: Path):
 # --- What a run writes
 
 
+@pytest.mark.slow
 def test_the_default_command(tmp_path):
     """No data flag and no launcher flags: the digits, with `examples/configs/digits`, only shorter and silent."""
     accelerate = Path(sys.executable).parent / "accelerate"
@@ -227,6 +228,7 @@ def test_folders_named_by_numbers(train, own_images, tmp_path, capsys):
     assert pipeline.get_label_ids(["1", "10", "2, two", "2"]) == [0, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_streaming(train, own_images, tmp_path):
     # `datasets` takes seconds to drop a file that was not read to its end: few runs.
     flags = ("--streaming", "--max_train_steps", 3)
@@ -307,6 +309,7 @@ def coloured_images(tmp_path_factory):
 COLOURS = {"grass": (60, 170, 50), "sky": (80, 140, 230), "tomato": (220, 60, 40)}
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_images, tmp_path, capsys):
     """The command of the README, with fewer steps: the samples have the colours of their classes."""
     shorter = ["--max_train_steps", 60, "--lr_warmup_steps", 5, "--validation_steps", 60]
@@ -351,6 +354,7 @@ def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys,
         assert settings["train_batch_size"] == 3 and config["qk_norm"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp_path, monkeypatch, capsys):
     """Also on another machine, and a run of a version without recipes with the paper's values."""
     shorter = ["--train_data_dir", own_images, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 1]
@@ -421,6 +425,7 @@ def test_model_config_and_cosine_path(train, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_averages(train, script, tmp_path):
     """The saved weights are the average that the flags ask for."""
     recorded = []
@@ -484,6 +489,7 @@ def test_the_average_follows_from_the_length(train, capsys):
     assert average("--ema_decay", 0.99, "--ema_warmup") == (0.99, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", 0.25, "--seed", 5]])
 def test_accumulation_and_checkpointing_give_the_same_gradients(train, tmp_path, probe):
     variants = {
@@ -531,6 +537,7 @@ def test_metrics_weigh_each_sample_of_the_probe_the_same(train):
     assert found["probe_loss_by_time"] == [value and pytest.approx(value) for value in expected]
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
     assert train("--mixed_precision", "bf16", "--validation_steps", 2) == 0
     assert {tensor.dtype for tensor in final_weights(tmp_path / "run").values()} == {torch.float32}
@@ -541,6 +548,7 @@ def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
     assert lines[0]["loss"] != exact[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True])
 def test_a_compiled_step_is_compiled_once_and_the_same(train, tmp_path, monkeypatch, regional):
     """As with `accelerate launch --dynamo_backend`, which hands on its flags like this."""
@@ -581,6 +589,7 @@ def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     np.testing.assert_allclose(factors, [1, 0.1, 0.01, 0.001], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_push_to_hub(tmp_path):
     """The pipeline, its probe and its card go to the Hub, and nothing else."""
     with HubServer(tmp_path / "hub", {"hf_owner": "lsep"}) as hub:
@@ -604,6 +613,7 @@ def test_push_to_hub(tmp_path):
     assert str(ROOT) not in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_the_card_of_a_new_run_says_nothing_of_the_old_one(tmp_path):
     """After `--overwrite_output_dir`; the second run starts from the first one's pipeline on the Hub."""
     run = tmp_path / "run"
@@ -783,6 +793,7 @@ def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused(train, tmp_path):
     run = tmp_path / "run"
     train()
@@ -812,6 +823,7 @@ def test_what_is_no_run_is_never_touched(train, tmp_path, flag):
 # --- Continuing
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(train, tmp_path, capsys):
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     train("--max_train_steps", 3, output_dir=parts)
@@ -858,6 +870,7 @@ def test_a_run_is_not_continued_with_another_method(train, tmp_path, capsys, fla
         train("--resume_from_checkpoint", "latest", *flags)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_given_average_can_be_made_longer(train, tmp_path, capsys):
     """The average follows from the length, but is that of a run that was planned so long."""
     flags = [*OWN_DIGITS, *TINY_MODEL, *TINY_RUN]
@@ -938,6 +951,7 @@ def test_memory_and_cores_on_macos(monkeypatch):
     assert 1 <= usable_cores() <= os.cpu_count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signals_save_and_stop(train, script, tmp_path, capsys, monkeypatch, name):
     log = script.Trainer.log
@@ -959,6 +973,7 @@ def test_signals_save_and_stop(train, script, tmp_path, capsys, monkeypatch, nam
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_intact(train, script, tmp_path, monkeypatch):
     """Files may not grow beyond a limit: the system refuses to write, as on a full disk."""
     log = script.Trainer.log
@@ -995,6 +1010,7 @@ def cut(path: Path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_replaced_and_listed(train, coloured_images, tmp_path, capsys):
     images, run = tmp_path / "images", tmp_path / "run"
     shutil.copytree(coloured_images, images)

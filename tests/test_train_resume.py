@@ -91,6 +91,7 @@ def kill_after(process: subprocess.Popen, run: Path, step: int):
     kill(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, kill_at", [(1, 19), (2, 23)])
 def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_at):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -126,6 +127,7 @@ def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_
         assert [line.get(name) for line in one] == [line.get(name) for line in other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", "0.3"]])
 def test_two_processes_see_the_samples_of_one(images, tmp_path, probe):
     """A run continued on another number of processes, or with accumulation, has the same gradients."""

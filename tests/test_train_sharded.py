@@ -94,6 +94,7 @@ def encoder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_environment, encoder):
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
     repa = ("--repa_encoder", encoder, "--repa_depth", 2)
