@@ -13,6 +13,8 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from image_folders import save_images
+from tiny_models import make_dinov2, make_pipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -169,12 +171,9 @@ def test_features_of_the_cache_are_used(arguments, monkeypatch, tmp_path):
 
 
 def test_fd_dinov2(arguments, folder, tmp_path):
-    from transformers import Dinov2Config, Dinov2Model
-
     from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 
-    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
-    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    make_dinov2(image_size=224, patch_size=14, initializer_range=0.2).save_pretrained(tmp_path / "dinov2")
     main(arguments("--dinov2_model", str(tmp_path / "dinov2"), metrics=["fd_dinov2"]))
     results = read_results(tmp_path)
     extractor = DINOv2Features(str(tmp_path / "dinov2"))
@@ -187,8 +186,7 @@ def test_fd_dinov2(arguments, folder, tmp_path):
 
 @pytest.mark.slow
 def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path):
-    for index, image in enumerate(make_images(8)):
-        PIL.Image.fromarray(image).save(tmp_path / f"{index}.png")
+    save_images(tmp_path, make_images(8))
     (folder / "samples.json").write_text(json.dumps({"seed": 3, "class_labels": "balanced over all classes"}))
     main(arguments())
     from_npz = read_results(tmp_path)
@@ -203,10 +201,8 @@ def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path)
 
 @pytest.mark.slow
 def test_reference_is_cut_by_resolution(arguments, folder, tmp_path):
-    (tmp_path / "photos").mkdir()
-    for index in range(6):
-        pixels = np.random.default_rng(index).integers(0, 256, (20 + index, 24, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    rng = np.random.default_rng(0)
+    save_images(tmp_path / "photos", [rng.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8) for i in range(6)])
     with pytest.raises(SystemExit, match="`reference` .* must hold images of one size, but has 6 sizes"):
         main(arguments(reference=tmp_path / "photos"))
     main(arguments("--resolution", "8", reference=tmp_path / "photos"))
@@ -290,10 +286,10 @@ def test_results_are_replaced_only_on_request(arguments, tmp_path):
 
 
 @pytest.fixture
-def save_pipeline(tiny_transformer):
+def save_pipeline():
     def save(path, seed=0):
-        transformer = tiny_transformer(seed, in_channels=1, patch_size=4, num_layers=1)
-        LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label={0: "zero"}).save_pretrained(path)
+        config = {"in_channels": 1, "patch_size": 4, "num_layers": 1}
+        make_pipeline(id2label={0: "zero"}, seed=seed, **config).save_pretrained(path)
 
     return save
 
@@ -523,9 +519,7 @@ class TestGenerationMetric:
     def test_image_files(self, metric, arguments, options, tmp_path):
         files = {}
         for name, images in (("samples", make_images(8)), ("reference", make_images(6, seed=1))):
-            files[name] = [tmp_path / f"{name}-{index}.png" for index in range(len(images))]
-            for path, image in zip(files[name], images):
-                PIL.Image.fromarray(image).save(path)
+            files[name] = sorted(save_images(tmp_path / name, images).iterdir())
         main(arguments())
         result = metric.compute(
             predictions=files["samples"], references=files["reference"], metrics=["kid"], **options

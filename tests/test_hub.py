@@ -5,20 +5,18 @@
 import http.client
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
+from client_process import run_client
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from PIL import Image
+from tiny_models import make_pipeline, make_vae
 
-from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep import LinearProbe
 from diffusers_lsep.hub.model_card import Gallery, write_model_card
 from diffusers_lsep.hub.push import push_folder
 
@@ -28,12 +26,11 @@ REPO = "lsep/sit-tiny"
 
 # What the clients in other processes share. The client's waits between its attempts are left out.
 PRELUDE = """
-import json, os, sys, time
+import os, sys, time
 import urllib.request
 import numpy as np
 
 time.sleep = lambda seconds: None
-REPORT = {}
 
 def fault(**arguments):
     body = json.dumps(arguments).encode() if arguments else b""
@@ -56,32 +53,9 @@ def generate(pipe):
 """
 
 
-def run_client(code, environment, cwd):
-    """Runs code after `PRELUDE` and returns its `REPORT`."""
-    code = f"{PRELUDE}\n{code}\nprint('REPORT', json.dumps(REPORT))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.rpartition("REPORT ")[2])
-
-
-def make_pipeline(seed=0):
-    torch.manual_seed(seed)
-    transformer = SiTTransformer2DModel(
-        sample_size=4, num_layers=2, num_attention_heads=4, attention_head_dim=8, num_classes=4
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[4, 8],
-        norm_num_groups=4,
-        latent_channels=4,
-    )
+def make_named_pipeline():
     labels = {0: "a, x", 1: "b", 2: "c, x", 3: "d"}
-    return LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=vae, id2label=labels)
+    return make_pipeline(vae=make_vae(), id2label=labels, sample_size=4, num_classes=4)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +69,7 @@ def hub(tmp_path_factory):
 def folder(tmp_path_factory):
     """A training run's output: a pipeline with a probe, and things that are nobody else's business."""
     folder = tmp_path_factory.mktemp("run") / "sit-tiny"
-    make_pipeline().save_pretrained(folder)
+    make_named_pipeline().save_pretrained(folder)
     LinearProbe(32, 4).save_pretrained(folder / "probe")
     for private in ("checkpoint-10/optimizer.bin", "logs/events.out", "training_state.pt", "notes.txt", ".env"):
         (folder / private).parent.mkdir(exist_ok=True)
@@ -113,8 +87,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 import diffusers_lsep
-from diffusers_lsep.hub import push_folder
-from diffusers_lsep.model_card import SavedPipeline, update_evaluation
+from diffusers_lsep.hub.push import push_folder
+from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 
 folder, work = os.environ["FOLDER"], os.environ["WORK"]
 pipe = DiffusionPipeline.from_pretrained(folder)
@@ -180,7 +154,7 @@ def pushed(hub, folder, tmp_path_factory):
     """Pushes everything. Returns the report and the images that the pipelines gave before they were pushed."""
     work = tmp_path_factory.mktemp("push")
     environment = hub.environment(work / "home", FOLDER=str(folder), WORK=str(work))
-    report = run_client(PUSH, environment, work)
+    report = run_client(PRELUDE + PUSH, environment, work)
     return report, dict(np.load(work / "images.npz"))
 
 
@@ -222,7 +196,7 @@ def loaded(hub, pushed, folder, tmp_path_factory):
     """Loads everything in a fresh process with an empty cache."""
     work = tmp_path_factory.mktemp("load")
     environment = hub.environment(work / "home", FOLDER=str(folder), WORK=str(work))
-    report = run_client(LOAD, environment, work)
+    report = run_client(PRELUDE + LOAD, environment, work)
     return report, dict(np.load(work / "images.npz")), work / "home"
 
 
@@ -411,7 +385,7 @@ images = {{"main": generate(DiffusionPipeline.from_pretrained("{REPO}"))}}
 images["v2"] = generate(DiffusionPipeline.from_pretrained("{REPO}", revision="v2"))
 np.savez("images.npz", **images)
 """
-    run_client(code + offline, hub.environment(loaded[2], HF_HUB_OFFLINE="1"), tmp_path)
+    run_client(PRELUDE + code + offline, hub.environment(loaded[2], HF_HUB_OFFLINE="1"), tmp_path)
     assert Image.open(tmp_path / "image_1.png").size == (8, 8)
     images = np.load(tmp_path / "images.npz")
     assert np.array_equal(images["main"], pushed[1]["main"])
@@ -453,7 +427,7 @@ def test_push_folder_checks_before_it_sends(tmp_path):
         ValueError, match="`folder` has to hold a saved LSEPPipeline, but there is no model_index.json"
     ):
         push_folder(tmp_path, REPO, "mit")
-    make_pipeline().save_pretrained(tmp_path)
+    make_named_pipeline().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Repo id must"):
         push_folder(tmp_path, "a/b/c", "mit")
     (tmp_path / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")

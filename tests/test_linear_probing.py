@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from hub_server import HubServer
+from tiny_models import make_pipeline, make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -127,20 +128,13 @@ class BrightSource:
 
 
 @pytest.fixture
-def pipe(tiny_transformer):
-    pipe = LSEPPipeline(tiny_transformer(in_channels=1, num_layers=3, num_classes=3), FlowMatchSDEScheduler())
-    return pipe
+def pipe():
+    return make_pipeline(in_channels=1, num_layers=3, num_classes=3)
 
 
 @pytest.fixture
 def tiny_vae():
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2, scaling_factor=0.5,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, shift_factor=0.25,
-    ).eval()  # fmt: skip
+    return make_vae(latent_channels=2, scaling_factor=0.5, shift_factor=0.25)
 
 
 class TestHiddenStates:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import make_batch
 
 from diffusers_lsep import LinearProbe, LSEPObjective
 from diffusers_lsep.interpolants import get_interpolant
@@ -26,12 +27,8 @@ def make_objective(tiny_transformer):
 
 
 def batch(batch_size=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
     return {
-        "latents": torch.randn(batch_size, 4, 8, 8, generator=generator),
-        "class_labels": torch.randint(0, 10, (batch_size,), generator=generator),
-        "noise": torch.randn(batch_size, 4, 8, 8, generator=generator),
-        "timesteps": torch.rand(batch_size, generator=generator),
+        **make_batch(seed, batch_size),
         "class_dropout_mask": torch.tensor([False, True, False, False, True, False])[:batch_size],
         "probe_dropout_mask": torch.tensor([True, True, False, True, False, False])[:batch_size],
         "crop_window": torch.tensor([[0, 0, 3], [1, 0, 3], [0, 1, 3], [1, 1, 3], [1, 0, 3], [0, 0, 3]])[:batch_size],

@@ -5,7 +5,6 @@
 Most runs are a call of its `main` in this process; `test_train_resume.py` kills real ones.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -21,11 +20,12 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from image_folders import save_class_folders
 from safetensors.torch import load_file
+from tiny_run import TINY_MODEL, TINY_RUN
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
@@ -38,77 +38,16 @@ from diffusers_lsep.training.processes import usable_cores
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_lsep.py"
 
-TINY_MODEL = [
-    "--patch_size",
-    "2",
-    "--num_layers",
-    "2",
-    "--num_attention_heads",
-    "2",
-    "--attention_head_dim",
-    "4",
-    "--probe_depth",
-    "1",
-]
-TINY_RUN = [
-    "--train_batch_size",
-    "4",
-    "--max_train_steps",
-    "4",
-    "--checkpointing_steps",
-    "2",
-    "--logging_steps",
-    "1",
-    "--validation_steps",
-    "100",
-    "--validation_inference_steps",
-    "2",
-    "--num_validation_images",
-    "1",
-    "--num_cpu_threads",
-    "1",
-    "--report_to",
-    "none",
-]
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_lsep", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def train(script, tmp_path):
-    """Calls the script's `main` with a tiny model, by default on the digits and into `tmp_path / "run"`."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-
-    def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run") -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])
-
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def script(load_example):
+    return load_example("train_lsep")
 
 
 @pytest.fixture(scope="module")
 def own_images(tmp_path_factory):
     """Six colour images of two classes, neither square nor of one size."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        path = folder / ("ant", "bee")[i % 2] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(path)
-    return folder
+    return save_class_folders(tmp_path_factory.mktemp("images"), ["ant", "bee"], [(20 + i, 30) for i in range(6)])
 
 
 # The digits as one's own images: without the flags of their recipe.
@@ -339,9 +278,9 @@ def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_image
         (["--num_layers", "2", "--resolution", "16"], False, None, (16, 2, 3)),
     ],
 )
-def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys, flags, gpu, recipe, model):
+def test_which_recipe_is_taken(train, own_images, tiny_vae_folder, monkeypatch, capsys, flags, gpu, recipe, model):
     monkeypatch.setattr("diffusers_lsep.training.arguments.has_gpu", lambda: gpu)
-    flags = [tiny_vae if flag == "tiny-vae" else flag for flag in flags]
+    flags = [tiny_vae_folder if flag == "tiny-vae" else flag for flag in flags]
     assert train("--train_data_dir", own_images, *flags, "--dry_run", "--mixed_precision", "no", tiny=()) == 0
     output = capsys.readouterr().out
     settings = json.JSONDecoder().raw_decode(output)[0]
@@ -647,30 +586,15 @@ def test_the_card_of_a_new_run_says_nothing_of_the_old_one(tmp_path):
 # --- Through a VAE
 
 
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.5,
-    ).save_pretrained(folder)
-    return folder
-
-
-def test_through_a_vae(train, own_images, tiny_vae, tmp_path):
-    vae = ("--pretrained_vae_model_name_or_path", tiny_vae)
+def test_through_a_vae(train, own_images, tiny_vae_folder, tmp_path):
+    vae = ("--pretrained_vae_model_name_or_path", tiny_vae_folder)
     assert train("--train_data_dir", own_images, "--resolution", 16, *vae, "--random_flip") == 0
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.transformer.config.sample_size == 8 and pipeline.transformer.config.in_channels == 4
     assert pipeline("bee", num_inference_steps=2).images[0].size == (16, 16)
 
 
-def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monkeypatch):
+def test_the_vae_computes_in_float32(train, own_images, tiny_vae_folder, tmp_path, monkeypatch):
     """In training and in validation, whatever the rest does."""
     for name in ("_encode", "_decode"):
         compute = getattr(AutoencoderKL, name)
@@ -683,17 +607,17 @@ def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monk
         monkeypatch.setattr(AutoencoderKL, name, check)
     computed = []
     flags = ("--resolution", 16, "--mixed_precision", "bf16", "--validation_steps", 4, "--validation_split", 0.2)
-    flags += ("--pretrained_vae_model_name_or_path", tiny_vae)
+    flags += ("--pretrained_vae_model_name_or_path", tiny_vae_folder)
     assert train("--train_data_dir", own_images, *flags) == 0
     assert {"_encode", "_decode"} == set(computed)
 
 
-def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae, tmp_path):
+def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae_folder, tmp_path):
     """The same moments, from the VAE at every step or from files, are the same run."""
     from diffusers_lsep.data.images import load_image_dataset, open_images
 
     source, _, _ = open_images(load_image_dataset(train_data_dir=own_images), 16, 3)
-    vae = AutoencoderKL.from_pretrained(tiny_vae)
+    vae = AutoencoderKL.from_pretrained(tiny_vae_folder)
     with torch.no_grad():
         posterior = vae.encode(source.load(np.arange(6), np.zeros(6, dtype=bool))).latent_dist
     moments = torch.cat([posterior.mean, posterior.std], dim=1).numpy()
@@ -705,7 +629,7 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
         labels.append([f"00000/img-mean-std-{row:08d}.npy", label])
     (tmp_path / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
 
-    flags = ["--pretrained_vae_model_name_or_path", tiny_vae, "--logging_steps", 4]
+    flags = ["--pretrained_vae_model_name_or_path", tiny_vae_folder, "--logging_steps", 4]
     train("--train_data_dir", own_images, "--resolution", 16, *flags, output_dir=tmp_path / "images")
     train("--latents_dir", tmp_path / "vae-sd", *flags, output_dir=tmp_path / "latents")
     losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("images", "latents")]
@@ -778,8 +702,8 @@ def test_wrong_values_stop_the_run_before_it_writes(train, tmp_path, flags, mess
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
-    vae = ("--train_data_dir", own_images, "--pretrained_vae_model_name_or_path", tiny_vae)
+def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae_folder, tmp_path):
+    vae = ("--train_data_dir", own_images, "--pretrained_vae_model_name_or_path", tiny_vae_folder)
     with pytest.raises(ValueError, match="`--resolution` has to be divisible by 4 .the VAE's factor 2 .* but is 18"):
         train(*vae, "--resolution", 18)
     with pytest.raises(ValueError, match="`image_channels` is 1, but the VAE needs 3"):

@@ -9,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import psutil
 import pytest
 import torch
+from image_folders import save_class_folders
 from safetensors.torch import load_file
 
 from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
@@ -37,12 +36,8 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(NUM_IMAGES * 5 // 4):  # a fifth is held out
-        path = folder / "abc"[i % 3] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(path)
+    sizes = [(9, 8)] * (NUM_IMAGES * 5 // 4)  # a fifth is held out
+    folder = save_class_folders(tmp_path_factory.mktemp("images"), ["a", "b", "c"], sizes)
     for name in UNREADABLE:
         (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     return folder

@@ -95,7 +95,7 @@ def evaluate_images(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     asked, metrics = metrics, _check_metrics(samples, reference, metrics)
     assert samples.size is not None  # `_check_metrics` refuses what has no images
-    notes = _comparability_notes(samples, samples.size, reference, metrics, dinov2_model)
+    notes = _comparability_notes(samples, reference, metrics, dinov2_model)
     missing = [METRICS[name] for name in DEFAULT_METRICS if asked is None and name not in metrics]
     if missing:
         notes.append(f"not measured, for want of images: {', '.join(missing)}")
@@ -243,11 +243,7 @@ def _check_metrics(
 
 
 def _comparability_notes(
-    samples: ImageSet,
-    size: tuple[int, int],
-    reference: NpzImages | EncodedImages,
-    metrics: Sequence[str],
-    dinov2_model: str,
+    samples: ImageSet, reference: NpzImages | EncodedImages, metrics: Sequence[str], dinov2_model: str
 ) -> list[str]:
     """What makes the numbers hard to compare with those in papers."""
     notes = [*samples.notes, *reference.notes]
@@ -256,9 +252,10 @@ def _comparability_notes(
             f"`samples` holds {samples.count:,} images, the protocol asks for {PROTOCOL_IMAGES:,}: FID and sFID fall "
             "and Inception Score rises with their number"
         )
-    if size[0] != size[1] or size[0] not in PROTOCOL_RESOLUTIONS:
+    assert samples.size is not None
+    if samples.size[0] != samples.size[1] or samples.size[0] not in PROTOCOL_RESOLUTIONS:
         notes.append(
-            f"images are {size[0]} x {size[1]}, published numbers for ImageNet are for "
+            f"images are {samples.size[0]} x {samples.size[1]}, published numbers for ImageNet are for "
             f"{' or '.join(f'{size} x {size}' for size in PROTOCOL_RESOLUTIONS)}"
         )
     for name in ("fid", "sfid"):
