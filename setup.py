@@ -11,7 +11,7 @@ VERSION = "0.1.0.dev0"
 extras = {}
 extras["train"] = ["matplotlib>=3.9", "tensorboard>=2.16"]
 extras["eval"] = ["matplotlib>=3.9", "torch-fidelity>=0.4", "torchvision>=0.21"]
-extras["quality"] = ["ruff>=0.9"]
+extras["quality"] = ["mypy>=2", "ruff>=0.9"]
 extras["test"] = [
     *extras["train"],
     *extras["eval"],
@@ -56,6 +56,8 @@ setup(
         "Operating System :: MacOS",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

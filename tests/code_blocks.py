@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,15 +47,3 @@ def run_blocks(
         )
         assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
     assert used == substitutions.keys(), "a substitution that nothing needs"
-
-
-def tiny_vae() -> AutoencoderKL:
-    """With the shape of Stable Diffusion's: four channels, and an eighth of the side."""
-    return AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=1,
-    )

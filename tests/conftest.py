@@ -1,13 +1,16 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import importlib.util
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import TINY_MODEL, TINY_RUN
 
 
 # The libraries read these when they are imported, and the processes that tests start inherit them.
@@ -23,54 +26,31 @@ os.environ["HF_HOME"] = hf_home.name
 
 @pytest.fixture
 def tiny_transformer():
-    """Makes `SiTTransformer2DModel`s with random weights everywhere: fresh ones give zero."""
-    from diffusers_lsep import SiTTransformer2DModel
+    """Makes `SiTTransformer2DModel`s with random weights everywhere."""
+    from tiny_models import make_transformer
 
-    def make(seed=0, **config):
-        defaults = {
-            "sample_size": 8,
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "attention_head_dim": 8,
-            "num_classes": 10,
-        }
-        model = SiTTransformer2DModel(**{**defaults, **config})
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                offset = 1.0 if "norm_q.weight" in name or "norm_k.weight" in name else 0.0
-                parameter.copy_(offset + torch.randn(parameter.shape, generator=generator) * 0.2)
-        return model.eval()
-
-    return make
+    return make_transformer
 
 
 @pytest.fixture(scope="session")
 def tiny_vae_folder(tmp_path_factory):
     """A VAE with four latent channels that halves the side of images."""
-    from diffusers import AutoencoderKL
+    from tiny_models import make_vae
 
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.5,
-    ).save_pretrained(folder)
+    make_vae(scaling_factor=0.5).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def load_example():
-    """Imports a script of `examples/` by its name."""
+    """Imports a script of `examples/`, or of another folder, by its name; the same module every time."""
 
-    def load(name):
-        path = Path(__file__).resolve().parents[1] / "examples" / f"{name}.py"
+    @functools.cache
+    def load(name, folder="examples"):
+        path = Path(__file__).resolve().parents[1] / folder / f"{name}.py"
         spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
@@ -86,16 +66,10 @@ def train(load_example, tmp_path):
     from accelerate.state import AcceleratorState, GradientState
 
     script = load_example("train_lsep")
-    tiny = [
-        *("--patch_size", "2", "--num_layers", "2", "--num_attention_heads", "2", "--attention_head_dim", "4"),
-        *("--probe_depth", "1", "--train_batch_size", "4", "--max_train_steps", "4", "--checkpointing_steps", "2"),
-        *("--logging_steps", "1", "--validation_steps", "100", "--validation_inference_steps", "2"),
-        *("--num_validation_images", "1", "--num_cpu_threads", "1", "--report_to", "none"),
-    ]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     threads = torch.get_num_threads()
 
-    def train(*arguments, tiny=tiny, output_dir=tmp_path / "run") -> int:
+    def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run") -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from hub_server import HubServer
 from huggingface_hub import ModelCard
+from tiny_models import make_vae
 
 from diffusers_lsep import LinearProbe, __version__, convert_original_checkpoint
 from diffusers_lsep.cli import COMMANDS, main
@@ -39,11 +40,8 @@ def error_of(function, *args, **kwargs):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    config = {"block_out_channels": (4, 4), "norm_num_groups": 2, "layers_per_block": 1}
-    types = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    AutoencoderKL(latent_channels=4, **config, **types).save_pretrained(folder)
+    make_vae().save_pretrained(folder)
     return folder
 
 
@@ -81,6 +79,7 @@ def test_help_of_convert_names_its_flags(capsys):
         assert f"--{flag}" in text
 
 
+@pytest.mark.slow
 def test_only_the_module_of_the_command_is_imported():
     code = (
         "import sys; from diffusers_lsep.cli import main\n"
@@ -272,6 +271,7 @@ def test_convert_refuses_a_vae_of_other_latents(tmp_path, vae):
     assert not (tmp_path / "pipeline").exists()
 
 
+@pytest.mark.slow
 def test_convert_as_a_process(tmp_path):
     command = [sys.executable, "-m", "diffusers_lsep.cli", "convert", "--output_dir", str(tmp_path / "pipeline")]
     bad = subprocess.run([*command, "--checkpoint", "nowhere.pt"], capture_output=True, text=True)
@@ -279,19 +279,12 @@ def test_convert_as_a_process(tmp_path):
     assert "diffusers-lsep convert: error: `checkpoint_path` has to be a file" in bad.stderr
 
 
-def load_module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
+@pytest.mark.slow
 def test_convert_pushes(tmp_path):
-    hub_server = load_module(Path(__file__).parent / "hub_server.py")
     command = [sys.executable, "-m", "diffusers_lsep.cli", "convert", "--checkpoint", str(LSEP)]
     command += ["--output_dir", str(tmp_path / "pipeline"), "--num_attention_heads", "4"]
     command += ["--push_to_hub", "me/model", "--license", "mit"]
-    with hub_server.HubServer(tmp_path / "hub", {"secret": "me"}) as server:
+    with HubServer(tmp_path / "hub", {"secret": "me"}) as server:
         # The client reads these once, when it is imported.
         env = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": "secret", "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(command, env={**env, "HF_HOME": str(tmp_path)}, capture_output=True, text=True)
@@ -301,9 +294,10 @@ def test_convert_pushes(tmp_path):
     assert len(uploads) == 2, "the weights of the transformer and of the probe"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc, which only Linux has")
-def test_the_benchmark_of_full_size_runs_on_a_small_preset(tmp_path, monkeypatch, capsys):
-    benchmark = load_module(Path(__file__).parents[1] / "benchmarks" / "convert_full_size.py")
+def test_the_benchmark_of_full_size_runs_on_a_small_preset(load_example, tmp_path, monkeypatch, capsys):
+    benchmark = load_example("convert_full_size", "benchmarks")
     # The interpreter alone is larger than these weights, so the ratio says nothing here.
     monkeypatch.setattr(benchmark, "ALLOWED_RATIO", float("inf"))
     monkeypatch.setattr(sys, "argv", ["convert_full_size.py", "--preset", "SiT-S/8", "--work_dir", str(tmp_path)])

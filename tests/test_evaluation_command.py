@@ -13,6 +13,8 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from image_folders import save_images
+from tiny_models import make_dinov2, make_pipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -74,6 +76,7 @@ def read_results(tmp_path):
     return json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_metrics_against_a_reference_with_statistics(arguments, features, folder, tmp_path, capsys, caplog):
     # As ADM's VIRTUAL files: statistics that are not those of the images. Here they are the samples', moved, so that
     # the Frechet distances are known.
@@ -115,6 +118,7 @@ def test_all_metrics_against_a_reference_with_statistics(arguments, features, fo
     assert not any("no stored statistics" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_statistics_of_the_images_where_none_are_stored(folder, features, inception_weights, monkeypatch):
     # The distance itself is tested elsewhere: which moments it is given is what matters here
     monkeypatch.setattr(command, "frechet_distance", lambda *moments: [float(np.sum(m)) for m in moments])
@@ -167,12 +171,9 @@ def test_features_of_the_cache_are_used(arguments, monkeypatch, tmp_path):
 
 
 def test_fd_dinov2(arguments, folder, tmp_path):
-    from transformers import Dinov2Config, Dinov2Model
-
     from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 
-    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
-    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    make_dinov2(image_size=224, patch_size=14, initializer_range=0.2).save_pretrained(tmp_path / "dinov2")
     main(arguments("--dinov2_model", str(tmp_path / "dinov2"), metrics=["fd_dinov2"]))
     results = read_results(tmp_path)
     extractor = DINOv2Features(str(tmp_path / "dinov2"))
@@ -183,9 +184,9 @@ def test_fd_dinov2(arguments, folder, tmp_path):
     assert any("FD-DINOv2 is published with facebook/dinov2-large, not" in note for note in results["notes"])
 
 
+@pytest.mark.slow
 def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path):
-    for index, image in enumerate(make_images(8)):
-        PIL.Image.fromarray(image).save(tmp_path / f"{index}.png")
+    save_images(tmp_path, make_images(8))
     (folder / "samples.json").write_text(json.dumps({"seed": 3, "class_labels": "balanced over all classes"}))
     main(arguments())
     from_npz = read_results(tmp_path)
@@ -198,11 +199,10 @@ def test_samples_of_a_folder_and_settings(arguments, features, folder, tmp_path)
     assert from_folder["sampling"] is None
 
 
+@pytest.mark.slow
 def test_reference_is_cut_by_resolution(arguments, folder, tmp_path):
-    (tmp_path / "photos").mkdir()
-    for index in range(6):
-        pixels = np.random.default_rng(index).integers(0, 256, (20 + index, 24, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    rng = np.random.default_rng(0)
+    save_images(tmp_path / "photos", [rng.integers(0, 256, (20 + i, 24, 3), dtype=np.uint8) for i in range(6)])
     with pytest.raises(SystemExit, match="`reference` .* must hold images of one size, but has 6 sizes"):
         main(arguments(reference=tmp_path / "photos"))
     main(arguments("--resolution", "8", reference=tmp_path / "photos"))
@@ -272,6 +272,7 @@ def test_extras_that_are_missing_are_named(arguments, save_pipeline, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_results_are_replaced_only_on_request(arguments, tmp_path):
     main(arguments())
     (tmp_path / "out" / "eval_results.json").write_text("mine")
@@ -285,10 +286,10 @@ def test_results_are_replaced_only_on_request(arguments, tmp_path):
 
 
 @pytest.fixture
-def save_pipeline(tiny_transformer):
+def save_pipeline():
     def save(path, seed=0):
-        transformer = tiny_transformer(seed, in_channels=1, patch_size=4, num_layers=1)
-        LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label={0: "zero"}).save_pretrained(path)
+        config = {"in_channels": 1, "patch_size": 4, "num_layers": 1}
+        make_pipeline(id2label={0: "zero"}, seed=seed, **config).save_pretrained(path)
 
     return save
 
@@ -334,6 +335,7 @@ def test_update_card_needs_the_samples_of_its_pipeline(arguments, save_pipeline,
     assert "| KID |" in card and "The classes of the samples were drawn at random" in card
 
 
+@pytest.mark.slow
 def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsys):
     run = tmp_path / "run"
     for step in (200, 1000):
@@ -434,6 +436,7 @@ def test_table():
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_features_and_results(arguments, features, folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -502,6 +505,7 @@ class TestGenerationMetric:
     def options(self, folder, features, inception_weights):
         return {"inception_weights": inception_weights, "cache_dir": folder / "cache", "batch_size": 4}
 
+    @pytest.mark.slow
     def test_paths_give_the_command_s_numbers(self, metric, arguments, folder, options, tmp_path, monkeypatch):
         metrics = ["kid", "precision", "recall", "inception_score"]
         main(arguments(metrics=metrics))
@@ -511,12 +515,11 @@ class TestGenerationMetric:
         lists = {name: [path] for name, path in paths.items()}
         assert metric.compute(**lists, metrics=metrics, **options) == expected
 
+    @pytest.mark.slow
     def test_image_files(self, metric, arguments, options, tmp_path):
         files = {}
         for name, images in (("samples", make_images(8)), ("reference", make_images(6, seed=1))):
-            files[name] = [tmp_path / f"{name}-{index}.png" for index in range(len(images))]
-            for path, image in zip(files[name], images):
-                PIL.Image.fromarray(image).save(path)
+            files[name] = sorted(save_images(tmp_path / name, images).iterdir())
         main(arguments())
         result = metric.compute(
             predictions=files["samples"], references=files["reference"], metrics=["kid"], **options
@@ -552,6 +555,7 @@ class TestGenerationMetric:
             metric.compute(predictions=np.zeros((0, 3)), references=pool[:, :3])
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_before_it_is_used():
     script = """
 import sys

@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from image_folders import save_images
+from tiny_models import make_dinov2
 
 from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 from diffusers_lsep.evaluation.features import PixelFeatures, extract_features
@@ -33,6 +35,7 @@ def save_npz(path, **arrays):
 
 
 class TestInceptionFeatures:
+    @pytest.mark.slow
     def test_equals_torch_fidelity(self, inception_weights, inception):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -102,6 +105,7 @@ class TestInceptionFeatures:
         with pytest.raises(ValueError, match=r"must be finite, but \['fc.bias'\] hold NaN"):
             InceptionFeatures(tmp_path / "nan.pth")
 
+    @pytest.mark.slow
     def test_download(self, tmp_path, inception_weights, monkeypatch):
         import hashlib
         import http.server
@@ -144,19 +148,9 @@ class TestInceptionFeatures:
 
 @pytest.fixture(scope="module")
 def dinov2_folder(tmp_path_factory):
-    from transformers import Dinov2Config, Dinov2Model
-
     folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=14,
-        image_size=224,
-        initializer_range=0.2,
-    )
-    Dinov2Model(config).save_pretrained(folder)
+    config = {"hidden_size": 24, "num_hidden_layers": 2, "patch_size": 14, "image_size": 224}
+    make_dinov2(**config, initializer_range=0.2).save_pretrained(folder)
     return folder
 
 
@@ -334,13 +328,6 @@ class TestNpzImages:
             open_images(tmp_path / "x.npz", resolution=8)
         with pytest.raises(ValueError, match="`resolution` must be at least 1, got 0"):
             open_images(tmp_path / "x.npz", resolution=0)
-
-
-def save_images(folder, pixels, **kwargs):
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(pixels):
-        PIL.Image.fromarray(image).save(folder / f"{index:03d}.png", **kwargs)
-    return folder
 
 
 class TestEncodedImages:

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from image_folders import save_images
 from PIL import Image
+from tiny_models import make_dinov2, make_pipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.evaluation.metrics import feature_statistics
@@ -30,11 +32,11 @@ def script(load_example):
 
 
 @pytest.fixture
-def save_pipeline(tiny_transformer, tmp_path):
+def save_pipeline(tmp_path):
     def save(vae=None, **config):
-        transformer = tiny_transformer(num_layers=1, patch_size=4, **config)
         names = {i: f"digit {i}, {i}th" for i in range(10)}
-        LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=vae, id2label=names).save_pretrained(tmp_path / "model")
+        pipe = make_pipeline(vae=vae, id2label=names, num_layers=1, patch_size=4, **config)
+        pipe.save_pretrained(tmp_path / "model")
 
     return save
 
@@ -42,10 +44,8 @@ def save_pipeline(tiny_transformer, tmp_path):
 @pytest.fixture
 def reference(tmp_path):
     """Grey images in a folder."""
-    (tmp_path / "reference").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / "reference" / f"{i}.png")
+    save_images(tmp_path / "reference", pixels)
     return pixels
 
 
@@ -129,6 +129,7 @@ def test_sweep_draws_nothing_twice(script, save_pipeline, reference, arguments, 
     assert scales == [(2, (0, 0.7))] * 3
 
 
+@pytest.mark.slow
 def test_sweep_by_two_processes(script, save_pipeline, reference, arguments, tmp_path):
     save_pipeline(in_channels=1)
     script.main(arguments("guidance-sweep", *TWO_SCALES))
@@ -145,18 +146,14 @@ def test_sweep_by_two_processes(script, save_pipeline, reference, arguments, tmp
 
 
 def test_sweep_with_a_network(script, save_pipeline, reference, arguments, tmp_path):
-    from transformers import Dinov2Config, Dinov2Model
-
     from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 
-    config = Dinov2Config(hidden_size=4, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.2)
-    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    make_dinov2(image_size=224, patch_size=14, initializer_range=0.2).save_pretrained(tmp_path / "dinov2")
     save_pipeline(in_channels=3)
     network = ("--features", "dinov2", "--dinov2_model", tmp_path / "dinov2")
     # An .npz is taken as it is; a folder is cut to the pipeline's size.
     large = np.random.default_rng(1).integers(0, 256, (9, 20, 16, 3), dtype=np.uint8)
-    for i, image in enumerate(large):
-        Image.fromarray(image).save(tmp_path / "reference" / f"{i}.png")
+    save_images(tmp_path / "reference", large)
     script.main(arguments("guidance-sweep", "--guidance_scales", 1, *network))
     assert read_sweep(tmp_path)["num_reference_images"] == 9
     pixels = np.repeat(reference[..., None], 3, axis=3)

@@ -7,12 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from image_folders import save_class_folders
 from safetensors.torch import load_file
+from tiny_models import make_pipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.training.fine_tuning import LORA_TARGETS, add_lora, merge_lora, read_pretrained, replace_classes
@@ -28,12 +28,7 @@ SHORT = [
 
 
 def make_images(folder: Path, names: list[str], size: int = 8) -> Path:
-    rng = np.random.default_rng(0)
-    for i in range(2 * len(names)):
-        path = folder / names[i % len(names)] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
-    return folder
+    return save_class_folders(folder, names, [(size, size)] * (2 * len(names)))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +41,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def pretrained(tiny_transformer, tmp_path):
     """A pipeline of three classes on pixels, with a probe."""
-    transformer = tiny_transformer(in_channels=3, num_classes=3)
-    pipeline = LSEPPipeline(transformer, FlowMatchSDEScheduler(), id2label=dict(enumerate(NAMES)))
+    pipeline = make_pipeline(id2label=dict(enumerate(NAMES)), in_channels=3, num_classes=3)
     pipeline.save_pretrained(tmp_path / "pretrained")
     torch.manual_seed(0)
     LinearProbe(32, 3).save_pretrained(tmp_path / "pretrained" / "probe")
@@ -230,6 +224,7 @@ def test_training_lora(train, pretrained, images, tmp_path, capsys):
     assert "base_model:" not in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_a_run_with_lora_continues_bit_for_bit(train, pretrained, images, tmp_path, capsys):
     flags = ["--lora_rank", 2, "--learning_rate", 1e-2]
     fine_tune(train, pretrained, images[1], *flags, output_dir=tmp_path / "whole")

@@ -11,12 +11,12 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
-from code_blocks import ROOT, read_blocks, run_blocks, tiny_vae
+from code_blocks import ROOT, read_blocks, run_blocks
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from image_folders import save_class_folders
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model
+from tiny_models import make_dinov2, make_vae
 
 from diffusers_lsep.data.moments import MomentsDataset
 from diffusers_lsep.files import hash_saved_weights, hash_weights
@@ -61,14 +61,12 @@ def folder(tmp_path, inception_weights):
     (tmp_path / "inception.pth").symlink_to(inception_weights)
     shutil.copy(ROOT / "tests" / "reference" / "lsep_tiny.pt", tmp_path)
     # One encoder and two decoders. A folder of this name goes before the Hub's repository.
-    torch.manual_seed(0)
-    vae = tiny_vae()
+    vae = make_vae(blocks=4)
     vae.save_pretrained(tmp_path / "stabilityai" / "sd-vae-ft-mse")
     for parameter in (*vae.decoder.parameters(), *vae.post_quant_conv.parameters()):
         parameter.data.mul_(0.9)
     vae.save_pretrained(tmp_path / "stabilityai" / "sd-vae-ft-ema")
-    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=28)
-    Dinov2Model(config).save_pretrained(tmp_path / "facebook" / "dinov2-base")
+    make_dinov2(patch_size=14).save_pretrained(tmp_path / "facebook" / "dinov2-base")
 
     rng = np.random.default_rng(0)
     with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as archive:
@@ -84,11 +82,7 @@ def folder(tmp_path, inception_weights):
             (tmp_path / "imagenet-val" / synset).mkdir(parents=True)
             (tmp_path / "imagenet-val" / synset / "0.JPEG").write_bytes(jpeg.getvalue())
     np.savez(tmp_path / "reference.npz", arr_0=rng.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8))
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "my-images" / name).mkdir(parents=True)
-        for i in range(7):  # a twentieth is held out
-            pixels = rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "my-images" / name / f"{i}.png")
+    save_class_folders(tmp_path / "my-images", ["ant", "bee", "cat"], [(70, 80)] * 21)  # a twentieth is held out
     return tmp_path
 
 
@@ -104,6 +98,7 @@ def environment():
     return {**os.environ, "PATH": search_path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
+@pytest.mark.slow
 def test_imagenet(folder, environment):
     run_blocks(read_blocks("docs/imagenet.md"), folder, environment, IMAGENET)
     for name, side in (("imagenet-256", 32), ("imagenet-512", 64)):
@@ -129,6 +124,7 @@ def test_imagenet(folder, environment):
     assert probed["layers"] == [8] and probed["training_probe"]["layer"] == 8
 
 
+@pytest.mark.slow
 def test_fine_tuning(folder, environment):
     run_blocks(read_blocks("docs/finetuning.md"), folder, environment, FINE_TUNING)
     pipe = DiffusionPipeline.from_pretrained(folder / "my-model")

@@ -5,20 +5,18 @@
 import http.client
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
+from client_process import run_client
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 from PIL import Image
+from tiny_models import make_pipeline, make_vae
 
-from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
+from diffusers_lsep import LinearProbe
 from diffusers_lsep.hub.model_card import Gallery, write_model_card
 from diffusers_lsep.hub.push import push_folder
 
@@ -28,12 +26,11 @@ REPO = "lsep/sit-tiny"
 
 # What the clients in other processes share. The client's waits between its attempts are left out.
 PRELUDE = """
-import json, os, sys, time
+import os, sys, time
 import urllib.request
 import numpy as np
 
 time.sleep = lambda seconds: None
-REPORT = {}
 
 def fault(**arguments):
     body = json.dumps(arguments).encode() if arguments else b""
@@ -56,32 +53,9 @@ def generate(pipe):
 """
 
 
-def run_client(code, environment, cwd):
-    """Runs code after `PRELUDE` and returns its `REPORT`."""
-    code = f"{PRELUDE}\n{code}\nprint('REPORT', json.dumps(REPORT))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.rpartition("REPORT ")[2])
-
-
-def make_pipeline(seed=0):
-    torch.manual_seed(seed)
-    transformer = SiTTransformer2DModel(
-        sample_size=4, num_layers=2, num_attention_heads=4, attention_head_dim=8, num_classes=4
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[4, 8],
-        norm_num_groups=4,
-        latent_channels=4,
-    )
+def make_named_pipeline():
     labels = {0: "a, x", 1: "b", 2: "c, x", 3: "d"}
-    return LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=vae, id2label=labels)
+    return make_pipeline(vae=make_vae(), id2label=labels, sample_size=4, num_classes=4)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +69,7 @@ def hub(tmp_path_factory):
 def folder(tmp_path_factory):
     """A training run's output: a pipeline with a probe, and things that are nobody else's business."""
     folder = tmp_path_factory.mktemp("run") / "sit-tiny"
-    make_pipeline().save_pretrained(folder)
+    make_named_pipeline().save_pretrained(folder)
     LinearProbe(32, 4).save_pretrained(folder / "probe")
     for private in ("checkpoint-10/optimizer.bin", "logs/events.out", "training_state.pt", "notes.txt", ".env"):
         (folder / private).parent.mkdir(exist_ok=True)
@@ -113,8 +87,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 import diffusers_lsep
-from diffusers_lsep.hub import push_folder
-from diffusers_lsep.model_card import SavedPipeline, update_evaluation
+from diffusers_lsep.hub.push import push_folder
+from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 
 folder, work = os.environ["FOLDER"], os.environ["WORK"]
 pipe = DiffusionPipeline.from_pretrained(folder)
@@ -180,7 +154,7 @@ def pushed(hub, folder, tmp_path_factory):
     """Pushes everything. Returns the report and the images that the pipelines gave before they were pushed."""
     work = tmp_path_factory.mktemp("push")
     environment = hub.environment(work / "home", FOLDER=str(folder), WORK=str(work))
-    report = run_client(PUSH, environment, work)
+    report = run_client(PRELUDE + PUSH, environment, work)
     return report, dict(np.load(work / "images.npz"))
 
 
@@ -222,7 +196,7 @@ def loaded(hub, pushed, folder, tmp_path_factory):
     """Loads everything in a fresh process with an empty cache."""
     work = tmp_path_factory.mktemp("load")
     environment = hub.environment(work / "home", FOLDER=str(folder), WORK=str(work))
-    report = run_client(LOAD, environment, work)
+    report = run_client(PRELUDE + LOAD, environment, work)
     return report, dict(np.load(work / "images.npz")), work / "home"
 
 
@@ -240,6 +214,7 @@ def test_server_keeps_connections_after_errors(hub):
     connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["upload", "commit"])
 def test_push_that_breaks_off_leaves_nothing_and_says_so(pushed, when):
     report, _ = pushed
@@ -251,6 +226,7 @@ def test_push_that_breaks_off_leaves_nothing_and_says_so(pushed, when):
     assert report[f"visible after {when}"] == [".gitattributes"]
 
 
+@pytest.mark.slow
 def test_pushing_again_completes_without_sending_twice(hub, pushed):
     report, _ = pushed
     assert report["again"] == report["oid"]  # nothing to do the third time
@@ -258,6 +234,7 @@ def test_pushing_again_completes_without_sending_twice(hub, pushed):
     assert len(sent) == len(set(sent))
 
 
+@pytest.mark.slow
 def test_pushes_the_pipeline_and_nothing_else(hub, pushed):
     weights = ["transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
     assert set(hub.files(REPO)) == {
@@ -274,6 +251,7 @@ def test_pushes_the_pipeline_and_nothing_else(hub, pushed):
     }
 
 
+@pytest.mark.slow
 def test_pushed_index_names_the_package(hub, pushed):
     index = json.loads(hub.files(REPO)["model_index.json"])
     assert index["_class_name"] == "LSEPPipeline"
@@ -281,11 +259,13 @@ def test_pushed_index_names_the_package(hub, pushed):
     assert index["scheduler"] == ["diffusers_lsep", "FlowMatchSDEScheduler"]
 
 
+@pytest.mark.slow
 def test_push_refuses_pickles(pushed):
     report, _ = pushed
     assert report["pickle"][:2] == ["ValueError", "`safe_serialization` has to be True for uploading, but is False."]
 
 
+@pytest.mark.slow
 def test_push_with_the_wrong_token(pushed):
     report, _ = pushed
     kind, message, _ = report["stranger"]
@@ -293,6 +273,7 @@ def test_push_with_the_wrong_token(pushed):
     assert "403 Forbidden" in message and "rights to write" in message
 
 
+@pytest.mark.slow
 def test_push_as_pull_request_leaves_the_branch(hub, pushed):
     report, _ = pushed
     assert report["pull request"].endswith("/discussions/1")
@@ -300,6 +281,7 @@ def test_push_as_pull_request_leaves_the_branch(hub, pushed):
     assert hub.files(REPO, "refs/pr/1")[weights] == hub.files(REPO, "v2")[weights] != hub.files(REPO)[weights]
 
 
+@pytest.mark.slow
 def test_push_removes_shards_of_an_earlier_push(hub, pushed):
     report, _ = pushed
     assert any("-00001-of-" in path for path in report["sharded"])
@@ -308,6 +290,7 @@ def test_push_removes_shards_of_an_earlier_push(hub, pushed):
     assert weights == ["transformer/diffusion_pytorch_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_push_keeps_what_was_written_on_the_hub(hub, pushed):
     card = ModelCard(hub.files("lsep/shards")["README.md"].decode())
     assert card.text.count("Written by hand.") == 1
@@ -316,6 +299,7 @@ def test_push_keeps_what_was_written_on_the_hub(hub, pushed):
     assert "No licence has been declared" not in card.text
 
 
+@pytest.mark.slow
 def test_push_of_other_weights_forgets_what_was_said_of_the_old_ones(hub, pushed):
     files, content = pushed[0]["measured"]
     measured = ModelCard(content)
@@ -332,24 +316,29 @@ def test_push_of_other_weights_forgets_what_was_said_of_the_old_ones(hub, pushed
     assert card.text.count("Written by hand.") == 1 and card.data.language == "en"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["main", "v2", "fp16"])
 def test_loads_from_the_hub_bit_for_bit(pushed, loaded, name):
     assert np.array_equal(loaded[1][name], pushed[1][name])
     assert not np.array_equal(pushed[1][name], pushed[1]["main" if name != "main" else "v2"])
 
 
+@pytest.mark.slow
 def test_loads_the_installed_class(loaded):
     assert loaded[0]["class"] == "diffusers_lsep.pipeline_lsep"
 
 
+@pytest.mark.slow
 def test_loads_the_transformer_alone(loaded):
     assert loaded[0]["subfolder"] is True
 
 
+@pytest.mark.slow
 def test_loads_what_replaced_the_shards(pushed, loaded):
     assert np.array_equal(loaded[1]["shards"], pushed[1]["v2"])
 
 
+@pytest.mark.slow
 def test_private_repository(pushed, loaded):
     for name in ("private", "private, stranger"):
         kind, message, cause = loaded[0][name]
@@ -358,12 +347,14 @@ def test_private_repository(pushed, loaded):
     assert np.array_equal(loaded[1]["private"], pushed[1]["v2"])
 
 
+@pytest.mark.slow
 def test_download_that_breaks_off(loaded):
     kind, message, _ = loaded[0]["download"]
     assert kind == "RemoteProtocolError"
     assert "peer closed connection without sending complete message body" in message
 
 
+@pytest.mark.slow
 def test_without_the_import_diffusers_cannot_know_the_pipeline(loaded):
     # The card and the README put the import first because this is all that diffusers can say.
     assert loaded[0]["not imported, local"][:2] == ["AttributeError", "module diffusers has no attribute LSEPPipeline"]
@@ -381,6 +372,7 @@ def card_code(card):
     return code
 
 
+@pytest.mark.slow
 def test_offline_after_a_warm_cache_and_the_code_of_the_card(hub, pushed, loaded, tmp_path):
     code = card_code(hub.files(REPO)["README.md"].decode())
     assert code.startswith("import diffusers_lsep")
@@ -393,7 +385,7 @@ images = {{"main": generate(DiffusionPipeline.from_pretrained("{REPO}"))}}
 images["v2"] = generate(DiffusionPipeline.from_pretrained("{REPO}", revision="v2"))
 np.savez("images.npz", **images)
 """
-    run_client(code + offline, hub.environment(loaded[2], HF_HUB_OFFLINE="1"), tmp_path)
+    run_client(PRELUDE + code + offline, hub.environment(loaded[2], HF_HUB_OFFLINE="1"), tmp_path)
     assert Image.open(tmp_path / "image_1.png").size == (8, 8)
     images = np.load(tmp_path / "images.npz")
     assert np.array_equal(images["main"], pushed[1]["main"])
@@ -435,7 +427,7 @@ def test_push_folder_checks_before_it_sends(tmp_path):
         ValueError, match="`folder` has to hold a saved LSEPPipeline, but there is no model_index.json"
     ):
         push_folder(tmp_path, REPO, "mit")
-    make_pipeline().save_pretrained(tmp_path)
+    make_named_pipeline().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Repo id must"):
         push_folder(tmp_path, "a/b/c", "mit")
     (tmp_path / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")

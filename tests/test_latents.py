@@ -1,6 +1,5 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-import importlib.util
 import io
 import json
 import os
@@ -20,6 +19,7 @@ import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny_models import make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -37,17 +37,8 @@ CLASSES = ["n01", "n02", "n03"]
 
 @pytest.fixture(scope="module")
 def vae_dir(tmp_path_factory):
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        norm_num_groups=2,
-        latent_channels=2,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    ).save_pretrained(folder)
+    make_vae(latent_channels=2, scaling_factor=0.5, shift_factor=0.25).save_pretrained(folder)
     return folder
 
 
@@ -74,12 +65,8 @@ def images_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("encode_latents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_example):
+    return load_example("encode_latents")
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +298,7 @@ class TestEncoding:
         script.main(arguments(images_dir, tmp_path / "old", *flags, "--apply_exif", dtype="fp16"))
         assert "nothing is left to do" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_two_processes_killed_and_continued(self, arguments, script, images_dir, encoded, tmp_path):
         source = tmp_path / "many"
         for copy in range(16):

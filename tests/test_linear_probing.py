@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from hub_server import HubServer
+from tiny_models import make_pipeline, make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -127,20 +128,13 @@ class BrightSource:
 
 
 @pytest.fixture
-def pipe(tiny_transformer):
-    pipe = LSEPPipeline(tiny_transformer(in_channels=1, num_layers=3, num_classes=3), FlowMatchSDEScheduler())
-    return pipe
+def pipe():
+    return make_pipeline(in_channels=1, num_layers=3, num_classes=3)
 
 
 @pytest.fixture
 def tiny_vae():
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=2, norm_num_groups=2, scaling_factor=0.5,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, shift_factor=0.25,
-    ).eval()  # fmt: skip
+    return make_vae(latent_channels=2, scaling_factor=0.5, shift_factor=0.25)
 
 
 class TestHiddenStates:
@@ -374,6 +368,7 @@ class TestCommand:
         assert results["training_probe"]["layer"] == 2 and len(results["training_probe"]["accuracy"]) == 2
         assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_pipeline_on_the_hub(self, arguments, images, tmp_path):
         """The probe is found beside the pipeline, with its depth; a pipeline without one says so."""
         torch.manual_seed(0)
@@ -500,6 +495,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         with pytest.raises(SystemExit, match=r"has to name a split .*, one of \['train'\], but is 'val'"):
             main(arguments(*held_out, "--validation_split", "val", data=images / "train"))
 
+    @pytest.mark.slow
     def test_noise_with_random_labels_is_not_recognised(self, train, tmp_path, caplog):
         """The model remembers the labels of its training images. Those that the run held out show that it does."""
         rng, folder, run = np.random.default_rng(0), tmp_path / "noise", tmp_path / "run"

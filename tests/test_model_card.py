@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny_models import make_pipeline
 
 from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.evaluation.protocol import METRICS
@@ -32,7 +33,7 @@ def save(tiny_transformer, tmp_path):
     """Saves a tiny pipeline."""
 
     def save(variant=None, id2label=None, max_shard_size="10GB", **config):
-        pipe = LSEPPipeline(tiny_transformer(**config), FlowMatchSDEScheduler(), id2label=id2label)
+        pipe = make_pipeline(id2label=id2label, **config)
         pipe.save_pretrained(tmp_path / "sit-tiny", variant=variant, max_shard_size=max_shard_size)
         return tmp_path / "sit-tiny"
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import make_batch
 
 from diffusers_lsep import LinearProbe, LSEPObjective
 from diffusers_lsep.interpolants import get_interpolant
@@ -26,12 +27,8 @@ def make_objective(tiny_transformer):
 
 
 def batch(batch_size=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
     return {
-        "latents": torch.randn(batch_size, 4, 8, 8, generator=generator),
-        "class_labels": torch.randint(0, 10, (batch_size,), generator=generator),
-        "noise": torch.randn(batch_size, 4, 8, 8, generator=generator),
-        "timesteps": torch.rand(batch_size, generator=generator),
+        **make_batch(seed, batch_size),
         "class_dropout_mask": torch.tensor([False, True, False, False, True, False])[:batch_size],
         "probe_dropout_mask": torch.tensor([True, True, False, True, False, False])[:batch_size],
         "crop_window": torch.tensor([[0, 0, 3], [1, 0, 3], [0, 1, 3], [1, 1, 3], [1, 0, 3], [0, 0, 3]])[:batch_size],
@@ -289,6 +286,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32(make_objective):
     torch.testing.assert_close(output.loss, objective(**draws).loss, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_step_compiles_to_one_graph(make_objective):
     """One graph means that nothing is read back by the host and that no loop depends on the data."""
     objective, draws = make_objective(), batch()
@@ -301,6 +299,7 @@ def test_step_compiles_to_one_graph(make_objective):
         compiled(**batch(seed=1), probe_weight_scale=scale * 0.5)
 
 
+@pytest.mark.slow
 def test_compiled_step_takes_any_number_of_separate_rows(make_objective):
     objective, draws = make_objective(), batch()
     separate = draws["class_dropout_mask"] != draws["probe_dropout_mask"]

@@ -28,6 +28,7 @@ def imported_modules(statement: str) -> set[str]:
     return set(result.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_import_loads_no_package_that_diffusers_does_not_load():
     extra = imported_modules("import diffusers_lsep") - imported_modules("from diffusers import DiffusionPipeline")
     packages = {module.partition(".")[0] for module in extra} - set(sys.stdlib_module_names)
@@ -83,11 +84,15 @@ def test_metadata():
     }
 
 
-def test_classifiers_name_the_systems_that_it_runs_on():
+@pytest.mark.slow
+def test_classifiers_name_what_it_runs_on():
     command = [sys.executable, "setup.py", "--classifiers"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     systems = [line for line in output.splitlines() if line.startswith("Operating System ::")]
     assert systems == ["Operating System :: POSIX :: Linux", "Operating System :: MacOS"]
+    pythons = re.findall(r"^Programming Language :: Python :: (3\.\d+)$", output, re.MULTILINE)
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert pythons == sorted(set(re.findall(r'"(3\.\d+)"', workflow)), key=lambda version: int(version[2:]))
 
 
 def test_command_line_entry_point():
@@ -106,6 +111,45 @@ def test_constraints_pin_every_dependency():
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in constraints.txt"
         assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} forbids {pins[name]}"
+
+
+def test_what_contributors_are_told_to_run_exists(pytestconfig):
+    """The commands of CONTRIBUTING.md and of the workflows: targets of the Makefile, markers, extras, files."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").iterdir()]
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\| `(.+?)` \|", contributing, re.MULTILINE)
+    assert len(commands) >= 4 and "pytest" in commands
+    text = "\n".join([*texts, contributing])
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    called = set(re.findall(r"(?:`|run: |pytest && )make ([\w-]+)", text))
+    assert {"quality", "style", "upstream"} <= called <= targets
+    markers = {line.partition(":")[0] for line in pytestconfig.getini("markers")}
+    used = set(re.findall(r'-m "(?:not )?(\w+)"', text)) | set(re.findall(r"@pytest\.mark\.(\w+)", contributing))
+    assert used == {"slow"} and used <= markers
+    extras = set(importlib.metadata.metadata("diffusers_lsep").get_all("Provides-Extra"))
+    assert set(re.findall(r'-e "\.\[(\w+)\]"', text)) == {"test"} and "test" in extras
+    for path in {*re.findall(r"bash (\S+?)`", text), "constraints.txt", "tests/upstream"}:
+        assert (ROOT / path).exists(), path
+
+
+def test_settings_for_github_and_pre_commit_are_yaml():
+    paths = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    assert len(paths) >= 6
+    documents = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths}
+    # YAML 1.1 reads the key `on` as true.
+    assert all(documents[name][True] and documents[name]["jobs"] for name in ("tests.yml", "upstream.yml"))
+    hooks = {hook["id"]: hook["entry"] for hook in documents[".pre-commit-config.yaml"]["repos"][0]["hooks"]}
+    assert hooks.keys() == {"ruff-check", "ruff-format", "mypy"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for entry in hooks.values():
+        assert f"\t{' '.join(word for word in entry.split() if not word.startswith('--'))}" in makefile
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_make_upstream_needs_a_checkout(tmp_path, folder):
+    command = ["make", "upstream", f"DIFFUSERS={tmp_path / folder}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and "is not a checkout of diffusers: make upstream DIFFUSERS=path" in result.stderr
 
 
 def test_every_source_file_names_its_license():
@@ -140,6 +184,7 @@ def run_ci(tmp_path: Path, readme: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_ci_runs_the_readme_command_in_a_fresh_environment_and_clone(tmp_path):
     code = "import sys; print('*' * 3, 'pytest in', sys.prefix)"
     readme = f'# Title\n```bash\npip install --help > /dev/null && python -c "{code}"\npytest again\n```\n'
@@ -158,6 +203,7 @@ def test_ci_runs_the_readme_command_in_a_fresh_environment_and_clone(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_ci_fails_with_the_tests(tmp_path):
     result = run_ci(tmp_path, "pip install --help > /dev/null && sh -c 'exit 3' pytest\n")
     assert result.returncode == 3

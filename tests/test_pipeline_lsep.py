@@ -10,9 +10,9 @@ import accelerate
 import diffusers
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -42,19 +42,8 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 @pytest.fixture
 def make_pipeline(tiny_transformer):
     def make(vae=False, scheduler=None, path_type=None, id2label=ID2LABEL, vae_config=None, **config):
-        if vae:
-            torch.manual_seed(0)
-            vae_config = {"scaling_factor": 0.5, **(vae_config or {})}
-            vae = AutoencoderKL(
-                block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **two_blocks(), **vae_config
-            )
-        pipe = LSEPPipeline(
-            transformer=tiny_transformer(**config),
-            scheduler=scheduler or FlowMatchSDEScheduler(),
-            vae=vae or None,
-            id2label=id2label,
-            path_type=path_type,
-        )
+        vae = tiny_models.make_vae(**{"scaling_factor": 0.5, **(vae_config or {})}) if vae else None
+        pipe = tiny_models.make_pipeline(scheduler, vae, id2label, path_type, **config)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -520,7 +509,7 @@ def test_samplers_of_the_scripts_have_their_order(saved_pipeline, name):
 
 
 def test_settings_that_a_scheduler_keeps_for_others_are_not_taken_for_its_own(make_pipeline):
-    pipe = make_pipeline(in_channels=3, scheduler=DPMSolverMultistepScheduler(**FLOW))
+    pipe = make_pipeline(scheduler=DPMSolverMultistepScheduler(**FLOW), in_channels=3)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     assert pipe.scheduler.config.use_flow_sigmas
     with pytest.raises(ValueError, match="`scheduler` has to be a flow-matching scheduler, but DDIMScheduler"):
@@ -540,6 +529,7 @@ def test_own_sigmas(make_pipeline):
 # --- saving and loading ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vae", [False, True])
 def test_a_new_process_generates_the_same_images(make_pipeline, tmp_path, vae):
     pipe = make_pipeline(vae=vae, in_channels=4 if vae else 3)
@@ -584,7 +574,9 @@ def test_every_scheduler_of_the_package_is_saved_and_loaded(make_pipeline, tmp_p
     [("linear", FlowMatchSDEMultistepScheduler), ("none", FlowMatchHeunODEScheduler)],
 )
 def test_old_pipelines_of_second_order_name_their_scheduler(make_pipeline, tmp_path, diffusion_form, successor):
-    make_pipeline(in_channels=3, scheduler=FlowMatchSDEScheduler(diffusion_form=diffusion_form)).save_pretrained(tmp_path)
+    make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form=diffusion_form), in_channels=3).save_pretrained(
+        tmp_path
+    )
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "solver_order": 2}))
     with pytest.raises(ValueError, match=f"`solver_order` .* is {successor.__name__} now") as error:

@@ -7,14 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from code_blocks import ROOT, read_blocks, run_blocks, tiny_vae
+from code_blocks import ROOT, read_blocks, run_blocks
 from hub_server import HubServer
+from image_folders import save_class_folders
 from PIL import Image
-
-from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from tiny_models import make_pipeline, make_vae
 
 
 # What is replaced in the README's blocks before they run: things that are not here, and sizes. All else runs as it is.
@@ -52,24 +51,19 @@ SUBSTITUTIONS = {
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_transformer):
+def folder(tmp_path):
     """A folder with what the substitutions name."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = rng.integers(0, 256, (140, 160, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
-    tiny_vae().save_pretrained(tmp_path / "tiny-vae")
+    save_class_folders(tmp_path / "images", ["cat", "dog"], [(140, 160)] * 6)
+    make_vae(blocks=4).save_pretrained(tmp_path / "tiny-vae")
     id2label = {i: f"class {i}" for i in range(100)} | {3: "golden retriever", 5: "macaw, Ara"}
-    transformer = tiny_transformer(num_classes=100)
-    pipe = LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae(), id2label=id2label)
+    pipe = make_pipeline(vae=make_vae(blocks=4), id2label=id2label, num_classes=100)
     pipe.save_pretrained(tmp_path / "tiny-imagenet-pipeline")
     (tmp_path / "lsep_tiny.pt").write_bytes((ROOT / "tests" / "reference" / "lsep_tiny.pt").read_bytes())
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_readme_runs(folder, inception_weights):
     (folder / "inception.pth").symlink_to(inception_weights)

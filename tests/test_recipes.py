@@ -17,8 +17,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from diffusers import AutoencoderKL
 from PIL import Image
+from tiny_models import make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.cli import COMMANDS
@@ -42,15 +42,7 @@ METHOD = {
 def vae(tmp_path_factory):
     """A small VAE that makes images eight times smaller, as Stable Diffusion's."""
     folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        norm_num_groups=2,
-        latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=1,
-    ).save_pretrained(folder)
+    make_vae(blocks=4).save_pretrained(folder)
     return folder
 
 

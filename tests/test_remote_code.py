@@ -4,21 +4,20 @@
 
 import ast
 import json
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
+from client_process import run_client
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from hub_server import HubServer
+from tiny_models import make_pipeline
 
 from diffusers_lsep import (
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
-    LSEPPipeline,
     SiTTransformer2DModel,
 )
 from diffusers_lsep.hub.remote_code import add_code
@@ -26,9 +25,9 @@ from diffusers_lsep.hub.remote_code import add_code
 
 # Both processes start with this. The images do not depend on the process, only on the number of threads.
 COMMON = """
-import json, logging, os, sys
+import logging, os, sys
 
-REPORT, IMAGES, RECORDS = {}, {}, []
+IMAGES, RECORDS = {}, []
 
 def error_of(function, *arguments, **kwargs):
     try:
@@ -86,23 +85,8 @@ np.savez("images.npz", **IMAGES)
 """
 
 
-def run(code, environment, cwd):
-    code = f"{COMMON}\n{code}\nprint('REPORT', json.dumps(REPORT))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.rpartition("REPORT ")[2])
-
-
 @pytest.fixture(scope="module")
 def pipelines():
-    torch.manual_seed(0)
-    transformer = SiTTransformer2DModel(
-        sample_size=4, in_channels=3, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=3
-    )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
     id2label = {0: "a", 1: "b", 2: "c"}
     schedulers = {
         "linear": FlowMatchSDEScheduler(),
@@ -111,7 +95,10 @@ def pipelines():
         "heun": FlowMatchHeunODEScheduler(),
         "euler": FlowMatchEulerDiscreteScheduler(),
     }
-    return {name: LSEPPipeline(transformer, scheduler, id2label=id2label) for name, scheduler in schedulers.items()}
+    return {
+        name: make_pipeline(scheduler, id2label=id2label, sample_size=4, in_channels=3, num_classes=3)
+        for name, scheduler in schedulers.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +133,14 @@ def hub(tmp_path_factory):
 def loaded(hub, folders, tmp_path_factory):
     """Pushes with the package, loads without it."""
     work = tmp_path_factory.mktemp("work")
-    run(PUSH, hub.environment(work / "home", FOLDERS=str(folders)), work)
-    report = run(LOAD_WITHOUT_PACKAGE, hub.environment(work / "other home", FOLDERS=str(folders)), work)
+    run_client(COMMON + PUSH, hub.environment(work / "home", FOLDERS=str(folders)), work)
+    report = run_client(
+        COMMON + LOAD_WITHOUT_PACKAGE, hub.environment(work / "other home", FOLDERS=str(folders)), work
+    )
     return report, dict(np.load(work / "images.npz"))
 
 
+@pytest.mark.slow
 def test_the_package_is_not_there(loaded):
     assert loaded[0]["imported"] == "ModuleNotFoundError: No module named 'diffusers_lsep'"
     assert loaded[0]["modules"] == [
@@ -160,25 +150,30 @@ def test_the_package_is_not_there(loaded):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "cosine", "multistep", "heun", "euler"])
 def test_same_images_from_a_folder(loaded, expected, name):
     assert np.array_equal(loaded[1][name], expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "multistep", "heun"])
 def test_same_images_from_the_hub(loaded, expected, name):
     assert np.array_equal(loaded[1][f"{name}, hub"], expected[name])
 
 
+@pytest.mark.slow
 def test_checks_work_without_the_package(loaded):
     # The scheduler is recognised although its class is not the one that the pipeline's code saw.
     assert loaded[0]["wrong path"].startswith("ValueError: `scheduler` has `path_type='cosine'`")
 
 
+@pytest.mark.slow
 def test_loads_without_warnings(loaded):
     assert loaded[0]["records"] == []
 
 
+@pytest.mark.slow
 def test_code_is_run_on_request_only(loaded):
     for where in ("local", "hub"):
         message = loaded[0][f"not trusted, {where}"]
@@ -186,6 +181,7 @@ def test_code_is_run_on_request_only(loaded):
         assert "contains custom code in pipeline.py" in message and "`trust_remote_code=True`" in message
 
 
+@pytest.mark.slow
 def test_layout(folders, hub, loaded):
     index = json.loads((folders / "linear" / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "LSEPPipeline"]
@@ -203,6 +199,7 @@ def test_layout(folders, hub, loaded):
         assert json.loads(hub.files(f"lsep/{name}")["model_index.json"])["scheduler"][0] == module
 
 
+@pytest.mark.slow
 def test_card_says_that_the_repository_brings_code(hub, loaded):
     card = hub.files("lsep/linear")["README.md"].decode()
     assert 'DiffusionPipeline.from_pretrained("lsep/linear", trust_remote_code=True)' in card

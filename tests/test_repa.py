@@ -11,7 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
+from image_folders import save_class_folders
 from safetensors.torch import load_file
+from tiny_models import make_batch, make_dinov2
 from transformers import (
     BertConfig,
     BertModel,
@@ -41,8 +43,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def dinov2(tmp_path_factory):
     """A small random DINOv2 with its image processor's file, which normalises otherwise than ImageNet's usual."""
     folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(folder)
+    make_dinov2(**SIZES).save_pretrained(folder)
     processing = {
         "image_processor_type": "BitImageProcessor",
         "image_mean": [0.5, 0.4, 0.3],
@@ -213,15 +214,10 @@ def make_objective(tiny_transformer, with_probe=True, repa_depth=2, size_depth=3
     )
 
 
-def make_batch(seed=0, batch_size=5):
-    generator = torch.Generator().manual_seed(seed)
+def make_repa_batch(seed=0, batch_size=5):
+    generator = torch.Generator().manual_seed(seed + 100)
     return {
-        "latents": torch.randn(batch_size, 4, 8, 8, generator=generator),
-        "class_labels": torch.randint(0, 10, (batch_size,), generator=generator),
-        "noise": torch.randn(batch_size, 4, 8, 8, generator=generator),
-        "timesteps": torch.rand(batch_size, generator=generator),
-        "class_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
-        "probe_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
+        **make_batch(seed, batch_size),
         "targets": {
             "repa": torch.randn(batch_size, 16, 6, generator=generator),
             "size": torch.rand(batch_size, generator=generator),
@@ -233,7 +229,7 @@ def make_batch(seed=0, batch_size=5):
 @pytest.mark.parametrize("depths", [(1, 2, 2), (2, 2, 2), (4, 1, 3), (3, 4, 4)])
 def test_regularizers_read_the_main_stream_in_the_one_pass(tiny_transformer, with_probe, depths):
     objective = make_objective(tiny_transformer, with_probe, *depths)
-    batch = make_batch()
+    batch = make_repa_batch()
     calls = []
     for block in objective.transformer.transformer_blocks:
         block.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
@@ -263,14 +259,15 @@ def test_regularizers_read_the_main_stream_in_the_one_pass(tiny_transformer, wit
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_objective_with_regularizers_compiles_to_one_graph(tiny_transformer):
-    objective, batch = make_objective(tiny_transformer), make_batch()
+    objective, batch = make_objective(tiny_transformer), make_repa_batch()
     compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
     output = compiled(**batch)
     output.loss.backward()
     torch.testing.assert_close(output.loss, objective(**batch).loss, rtol=1e-5, atol=1e-5)
     with torch.compiler.set_stance("fail_on_recompile"):
-        compiled(**make_batch(seed=1))
+        compiled(**make_repa_batch(seed=1))
 
 
 def test_only_the_projector_is_saved_with_the_objective(tiny_transformer):
@@ -281,7 +278,7 @@ def test_only_the_projector_is_saved_with_the_objective(tiny_transformer):
 
 
 def test_losses_of_regularizers_stay_in_float32_under_autocast(tiny_transformer):
-    objective, batch = make_objective(tiny_transformer), make_batch()
+    objective, batch = make_objective(tiny_transformer), make_repa_batch()
     with torch.autocast("cpu", torch.bfloat16):
         output = objective(**batch)
     assert output.loss.dtype == output.regularizer_losses["repa"].dtype == torch.float32
@@ -293,7 +290,7 @@ def test_regularizers_and_targets_have_to_fit(tiny_transformer):
         make_objective(tiny_transformer, repa_depth=5)
     with pytest.raises(ValueError, match=r"`depth` of the regularizer `size` has to lie in 1\.\.4, .* but is 0"):
         make_objective(tiny_transformer, with_probe=False, size_depth=0)
-    batch = make_batch()
+    batch = make_repa_batch()
     objective = make_objective(tiny_transformer)
     with pytest.raises(ValueError, match=r"`targets` has to be given for \['repa', 'size'\], but is for \['repa'\]"):
         objective(**{**batch, "targets": {"repa": batch["targets"]["repa"]}})
@@ -310,13 +307,7 @@ REPA = ["--repa_depth", "1", "--repa_weight", "0.25"]
 @pytest.fixture(scope="module")
 def own_images(tmp_path_factory):
     """Ten colour images of two classes, neither square nor of one size."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        path = folder / ("ant", "bee")[i % 2] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(path)
-    return folder
+    return save_class_folders(tmp_path_factory.mktemp("images"), ["ant", "bee"], [(20 + i, 30) for i in range(10)])
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +355,7 @@ def test_images_of_latents_are_those_of_the_rows(own_images, latents, original_l
         torch.testing.assert_close(source.load(rows, flips), images.load(rows, flips), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_training_with_repa(train, dinov2, tmp_path):
     """Grey pixels: the digits. Everything is reported and saved but the encoder."""
     run = tmp_path / "run"
@@ -388,6 +380,7 @@ def test_training_with_repa(train, dinov2, tmp_path):
     assert "no external encoder" not in card and str(dinov2) not in card
 
 
+@pytest.mark.slow
 def test_a_run_with_repa_continues_bit_for_bit(train, dinov2, tmp_path):
     flags = ["--repa_encoder", dinov2, *REPA, "--ema_decay", 0.9]
     train(*flags, output_dir=tmp_path / "whole")
@@ -403,6 +396,7 @@ def test_a_run_with_repa_continues_bit_for_bit(train, dinov2, tmp_path):
         train(*flags, "--repa_weight", 0.5, "--resume_from_checkpoint", "latest", output_dir=tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_repa_alone(train, dinov2, tmp_path):
     train("--repa_encoder", dinov2, *REPA, "--no_lsep")
     line = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
@@ -413,6 +407,7 @@ def test_repa_alone(train, dinov2, tmp_path):
     assert "checkpoint" not in card.partition("## Usage")[0] and "Trained with LSEP" not in card
 
 
+@pytest.mark.slow
 def test_every_source_of_pixels_gives_the_same_loss(train, dinov2, own_images, latents, original_layout, tmp_path):
     vae = MomentsDataset(latents / "with").metadata["vae"]
     sources = {

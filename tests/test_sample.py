@@ -1,6 +1,5 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-import importlib.util
 import json
 import os
 import re
@@ -13,11 +12,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from tiny_models import make_pipeline
 
 from diffusers_lsep import (
     FlowMatchHeunODEScheduler,
     FlowMatchSDEScheduler,
-    LSEPPipeline,
     SiTTransformer2DModel,
 )
 from diffusers_lsep.files import hash_weights
@@ -29,21 +28,16 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "sample.py"
 
 
 @pytest.fixture(scope="module")
-def sample():
+def sample(load_example):
     """The script as a module: its `main` in this process, where a new one is not the point."""
-    spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("sample")
 
 
 @pytest.fixture
-def save_pipeline(tiny_transformer, tmp_path):
+def save_pipeline(tmp_path):
     def save(names=None, vae=None, name="pipeline", **config):
         names = names or {i: f"digit {i}" for i in range(10)}
-        transformer = tiny_transformer(num_layers=1, **config)
-        pipe = LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=vae, id2label=names)
-        pipe.save_pretrained(tmp_path / name)
+        make_pipeline(vae=vae, id2label=names, num_layers=1, **config).save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return save
@@ -160,6 +154,7 @@ def test_seeds_differ_and_batch_size_hardly_matters(run):
     assert (arrays[0] != arrays[2]).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeline_dir, tmp_path):
     arguments = ["--num_images", 11, "--batch_size", 2]
     expected = run("whole", *arguments)
@@ -250,6 +245,7 @@ def test_an_unfinished_run_goes_on_with_the_same_weights_from_anywhere(run, inte
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["transformer", "vae"])
 @pytest.mark.parametrize("kind", ["--num_images", "--class_labels"])
 def test_an_unfinished_run_does_not_go_on_with_other_weights(
@@ -365,6 +361,7 @@ def test_unknown_classes_are_refused(run, tmp_path, label, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_draw_the_same_images(run, sample, monkeypatch):
     """With and without guidance, and a last batch that is not full: two sizes, each compiled once."""
     compile_blocks, options = SiTTransformer2DModel.compile_repeated_blocks, {}

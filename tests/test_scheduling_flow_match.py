@@ -86,6 +86,7 @@ def test_sde_converges_with_order_one_before_its_last_step(path_type, diffusion_
         assert before / after == pytest.approx(2, abs=0.25) or before < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 @pytest.mark.parametrize("diffusion_form", SDE_FORMS)
 def test_second_order_sde_converges_with_order_two_before_its_last_step(path_type, diffusion_form):
@@ -191,6 +192,7 @@ def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama(path_type, d
     assert max(ratios[1:]) < 0.5 and ratio < 0.4
 
 
+@pytest.mark.slow
 def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama_on_a_mixture():
     """benchmarks/solver_order.py has more of it."""
     path, count = get_interpolant("linear"), 120_000

@@ -5,7 +5,6 @@
 Most runs are a call of its `main` in this process; `test_train_resume.py` kills real ones.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -21,11 +20,12 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from image_folders import save_class_folders
 from safetensors.torch import load_file
+from tiny_run import TINY_MODEL, TINY_RUN
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
@@ -39,77 +39,16 @@ from diffusers_lsep.training.processes import usable_cores
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_lsep.py"
 
-TINY_MODEL = [
-    "--patch_size",
-    "2",
-    "--num_layers",
-    "2",
-    "--num_attention_heads",
-    "2",
-    "--attention_head_dim",
-    "4",
-    "--probe_depth",
-    "1",
-]
-TINY_RUN = [
-    "--train_batch_size",
-    "4",
-    "--max_train_steps",
-    "4",
-    "--checkpointing_steps",
-    "2",
-    "--logging_steps",
-    "1",
-    "--validation_steps",
-    "100",
-    "--validation_inference_steps",
-    "2",
-    "--num_validation_images",
-    "1",
-    "--num_cpu_threads",
-    "1",
-    "--report_to",
-    "none",
-]
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_lsep", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def train(script, tmp_path):
-    """Calls the script's `main` with a tiny model, by default on the digits and into `tmp_path / "run"`."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-
-    def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run") -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])
-
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def script(load_example):
+    return load_example("train_lsep")
 
 
 @pytest.fixture(scope="module")
 def own_images(tmp_path_factory):
     """Six colour images of two classes, neither square nor of one size."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        path = folder / ("ant", "bee")[i % 2] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(path)
-    return folder
+    return save_class_folders(tmp_path_factory.mktemp("images"), ["ant", "bee"], [(20 + i, 30) for i in range(6)])
 
 
 # The digits as one's own images: without the flags of their recipe.
@@ -139,6 +78,7 @@ def assert_same_weights(one: Path, other: Path):
 # --- What a run writes
 
 
+@pytest.mark.slow
 def test_the_default_command(tmp_path):
     """No data flag and no launcher flags: the digits, with `examples/configs/digits`, only shorter and silent."""
     accelerate = Path(sys.executable).parent / "accelerate"
@@ -228,6 +168,7 @@ def test_folders_named_by_numbers(train, own_images, tmp_path, capsys):
     assert pipeline.get_label_ids(["1", "10", "2, two", "2"]) == [0, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_streaming(train, own_images, tmp_path):
     # `datasets` takes seconds to drop a file that was not read to its end: few runs.
     flags = ("--streaming", "--max_train_steps", 3)
@@ -308,6 +249,7 @@ def coloured_images(tmp_path_factory):
 COLOURS = {"grass": (60, 170, 50), "sky": (80, 140, 230), "tomato": (220, 60, 40)}
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_images, tmp_path, capsys):
     """The command of the README, with fewer steps: the samples have the colours of their classes."""
     shorter = ["--max_train_steps", 60, "--lr_warmup_steps", 5, "--validation_steps", 60]
@@ -337,9 +279,9 @@ def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_image
         (["--num_layers", "2", "--resolution", "16"], False, None, (16, 2, 3)),
     ],
 )
-def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys, flags, gpu, recipe, model):
+def test_which_recipe_is_taken(train, own_images, tiny_vae_folder, monkeypatch, capsys, flags, gpu, recipe, model):
     monkeypatch.setattr("diffusers_lsep.training.recipes.has_gpu", lambda: gpu)
-    flags = [tiny_vae if flag == "tiny-vae" else flag for flag in flags]
+    flags = [tiny_vae_folder if flag == "tiny-vae" else flag for flag in flags]
     assert train("--train_data_dir", own_images, *flags, "--dry_run", "--mixed_precision", "no", tiny=()) == 0
     output = capsys.readouterr().out
     settings = json.JSONDecoder().raw_decode(output)[0]
@@ -352,6 +294,7 @@ def test_which_recipe_is_taken(train, own_images, tiny_vae, monkeypatch, capsys,
         assert settings["train_batch_size"] == 3 and config["qk_norm"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp_path, monkeypatch, capsys):
     """Also on another machine, and a run of a version without recipes with the paper's values."""
     shorter = ["--train_data_dir", own_images, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 1]
@@ -422,6 +365,7 @@ def test_model_config_and_cosine_path(train, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_averages(train, tmp_path):
     """The saved weights are the average that the flags ask for."""
     recorded = []
@@ -490,6 +434,7 @@ def test_the_average_follows_from_the_length(train, capsys):
     assert average("--ema_decay", 0.99, "--ema_warmup") == (0.99, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", 0.25, "--seed", 5]])
 def test_accumulation_and_checkpointing_give_the_same_gradients(train, tmp_path, probe):
     variants = {
@@ -537,6 +482,7 @@ def test_metrics_weigh_each_sample_of_the_probe_the_same(train):
     assert found["probe_loss_by_time"] == [value and pytest.approx(value) for value in expected]
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
     assert train("--mixed_precision", "bf16", "--validation_steps", 2) == 0
     assert {tensor.dtype for tensor in final_weights(tmp_path / "run").values()} == {torch.float32}
@@ -547,6 +493,7 @@ def test_mixed_precision_keeps_weights_in_float32(train, tmp_path):
     assert lines[0]["loss"] != exact[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regional", [False, True])
 def test_a_compiled_step_is_compiled_once_and_the_same(train, tmp_path, monkeypatch, regional):
     """As with `accelerate launch --dynamo_backend`, which hands on its flags like this."""
@@ -587,6 +534,7 @@ def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     np.testing.assert_allclose(factors, [1, 0.1, 0.01, 0.001], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_push_to_hub(tmp_path):
     """The pipeline, its probe and its card go to the Hub, and nothing else."""
     with HubServer(tmp_path / "hub", {"hf_owner": "lsep"}) as hub:
@@ -610,6 +558,7 @@ def test_push_to_hub(tmp_path):
     assert str(ROOT) not in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_the_card_of_a_new_run_says_nothing_of_the_old_one(tmp_path):
     """After `--overwrite_output_dir`; the second run starts from the first one's pipeline on the Hub."""
     run = tmp_path / "run"
@@ -643,30 +592,15 @@ def test_the_card_of_a_new_run_says_nothing_of_the_old_one(tmp_path):
 # --- Through a VAE
 
 
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        latent_channels=4,
-        scaling_factor=0.5,
-    ).save_pretrained(folder)
-    return folder
-
-
-def test_through_a_vae(train, own_images, tiny_vae, tmp_path):
-    vae = ("--pretrained_vae_model_name_or_path", tiny_vae)
+def test_through_a_vae(train, own_images, tiny_vae_folder, tmp_path):
+    vae = ("--pretrained_vae_model_name_or_path", tiny_vae_folder)
     assert train("--train_data_dir", own_images, "--resolution", 16, *vae, "--random_flip") == 0
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.transformer.config.sample_size == 8 and pipeline.transformer.config.in_channels == 4
     assert pipeline("bee", num_inference_steps=2).images[0].size == (16, 16)
 
 
-def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monkeypatch):
+def test_the_vae_computes_in_float32(train, own_images, tiny_vae_folder, tmp_path, monkeypatch):
     """In training and in validation, whatever the rest does."""
     for name in ("_encode", "_decode"):
         compute = getattr(AutoencoderKL, name)
@@ -679,17 +613,17 @@ def test_the_vae_computes_in_float32(train, own_images, tiny_vae, tmp_path, monk
         monkeypatch.setattr(AutoencoderKL, name, check)
     computed = []
     flags = ("--resolution", 16, "--mixed_precision", "bf16", "--validation_steps", 4, "--validation_split", 0.2)
-    flags += ("--pretrained_vae_model_name_or_path", tiny_vae)
+    flags += ("--pretrained_vae_model_name_or_path", tiny_vae_folder)
     assert train("--train_data_dir", own_images, *flags) == 0
     assert {"_encode", "_decode"} == set(computed)
 
 
-def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae, tmp_path):
+def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae_folder, tmp_path):
     """The same moments, from the VAE at every step or from files, are the same run."""
     from diffusers_lsep.data.images import load_image_dataset, open_images
 
     source, _, _ = open_images(load_image_dataset(train_data_dir=own_images), 16, 3)
-    vae = AutoencoderKL.from_pretrained(tiny_vae)
+    vae = AutoencoderKL.from_pretrained(tiny_vae_folder)
     with torch.no_grad():
         posterior = vae.encode(source.load(np.arange(6), np.zeros(6, dtype=bool))).latent_dist
     moments = torch.cat([posterior.mean, posterior.std], dim=1).numpy()
@@ -701,7 +635,7 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
         labels.append([f"00000/img-mean-std-{row:08d}.npy", label])
     (tmp_path / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
 
-    flags = ["--pretrained_vae_model_name_or_path", tiny_vae, "--logging_steps", 4]
+    flags = ["--pretrained_vae_model_name_or_path", tiny_vae_folder, "--logging_steps", 4]
     train("--train_data_dir", own_images, "--resolution", 16, *flags, output_dir=tmp_path / "images")
     train("--latents_dir", tmp_path / "vae-sd", *flags, output_dir=tmp_path / "latents")
     losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("images", "latents")]
@@ -774,8 +708,8 @@ def test_wrong_values_stop_the_run_before_it_writes(train, tmp_path, flags, mess
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
-    vae = ("--train_data_dir", own_images, "--pretrained_vae_model_name_or_path", tiny_vae)
+def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae_folder, tmp_path):
+    vae = ("--train_data_dir", own_images, "--pretrained_vae_model_name_or_path", tiny_vae_folder)
     with pytest.raises(ValueError, match="`--resolution` has to be divisible by 4 .the VAE's factor 2 .* but is 18"):
         train(*vae, "--resolution", 18)
     with pytest.raises(ValueError, match="`image_channels` is 1, but the VAE needs 3"):
@@ -789,6 +723,7 @@ def test_sizes_that_the_vae_does_not_fit(train, own_images, tiny_vae, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused(train, tmp_path):
     run = tmp_path / "run"
     train()
@@ -818,6 +753,7 @@ def test_what_is_no_run_is_never_touched(train, tmp_path, flag):
 # --- Continuing
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(train, tmp_path, capsys):
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     train("--max_train_steps", 3, output_dir=parts)
@@ -864,6 +800,7 @@ def test_a_run_is_not_continued_with_another_method(train, tmp_path, capsys, fla
         train("--resume_from_checkpoint", "latest", *flags)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_given_average_can_be_made_longer(train, tmp_path, capsys):
     """The average follows from the length, but is that of a run that was planned so long."""
     flags = [*OWN_DIGITS, *TINY_MODEL, *TINY_RUN]
@@ -944,6 +881,7 @@ def test_memory_and_cores_on_macos(monkeypatch):
     assert 1 <= usable_cores() <= os.cpu_count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     log = trainer.Trainer.log
@@ -965,6 +903,7 @@ def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_intact(train, tmp_path, monkeypatch):
     """Files may not grow beyond a limit: the system refuses to write, as on a full disk."""
     log = trainer.Trainer.log
@@ -1001,6 +940,7 @@ def cut(path: Path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_replaced_and_listed(train, coloured_images, tmp_path, capsys):
     images, run = tmp_path / "images", tmp_path / "run"
     shutil.copytree(coloured_images, images)

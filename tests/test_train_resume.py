@@ -9,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import psutil
 import pytest
 import torch
+from image_folders import save_class_folders
 from safetensors.torch import load_file
 
 from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
@@ -37,12 +36,8 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(NUM_IMAGES * 5 // 4):  # a fifth is held out
-        path = folder / "abc"[i % 3] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        PIL.Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(path)
+    sizes = [(9, 8)] * (NUM_IMAGES * 5 // 4)  # a fifth is held out
+    folder = save_class_folders(tmp_path_factory.mktemp("images"), ["a", "b", "c"], sizes)
     for name in UNREADABLE:
         (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     return folder
@@ -91,6 +86,7 @@ def kill_after(process: subprocess.Popen, run: Path, step: int):
     kill(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, kill_at", [(1, 19), (2, 23)])
 def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_at):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -126,6 +122,7 @@ def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_
         assert [line.get(name) for line in one] == [line.get(name) for line in other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", "0.3"]])
 def test_two_processes_see_the_samples_of_one(images, tmp_path, probe):
     """A run continued on another number of processes, or with accumulation, has the same gradients."""

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from transformers import Dinov2Config, Dinov2Model
+from tiny_models import make_dinov2
 
 from diffusers_lsep.training import processes
 from diffusers_lsep.training.arguments import parse_args
@@ -91,14 +91,11 @@ def train_sharded(tmp_path, launch_environment, *flags):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=1
-    )
-    Dinov2Model(config).save_pretrained(folder)
+    make_dinov2(mlp_ratio=1).save_pretrained(folder)
     return folder
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_environment, encoder):
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
     repa = ("--repa_encoder", encoder, "--repa_depth", 2)

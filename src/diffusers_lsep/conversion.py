@@ -153,7 +153,7 @@ def convert_original_checkpoint(
         raise ValueError(f"`checkpoint_path` {path}: {error}") from None
 
     # 5. Convert. Copies, because a mapped file that somebody writes to would change the model.
-    weights_of = {transformer: {}, probe: {}}
+    weights_of: dict[torch.nn.Module | None, dict[str, torch.Tensor]] = {transformer: {}, probe: {}}
     for name, (model, parameters) in targets.items():
         tensors = _convert_tensor(name, state_dict[name].detach(), source, doubled, transformer.config.patch_size)
         for parameter, tensor in zip(parameters, tensors):
@@ -325,7 +325,8 @@ def _find_heads(
     overrides: dict[str, Any],
 ) -> dict[str, int]:
     """No weight but those of `qk_norm` has a shape that depends on the number of heads."""
-    heads, head_dim = overrides.get("num_attention_heads"), overrides.get("attention_head_dim")
+    heads: Any = overrides.get("num_attention_heads")
+    head_dim: Any = overrides.get("attention_head_dim")
     if heads is None and head_dim is None:
         query_norm = state_dict.get("blocks.0.attn.q_norm.weight")
         if query_norm is not None and query_norm.numel() > 0:
@@ -382,8 +383,9 @@ def _find_targets(
     if probe is not None:
         modules.update({original: (probe, ours) for original, ours in _PROBE_MODULES.items()})
 
+    parameters: dict[torch.nn.Module, dict[str, torch.Tensor]]
     parameters = {model: dict(model.named_parameters()) for model in (transformer, probe) if model is not None}
-    targets = {}
+    targets: dict[str, tuple[torch.nn.Module, dict[str, torch.Tensor]]] = {}
     for original, (model, ours) in modules.items():
         for kind in ("weight", "bias"):
             names = [f"{name}.{kind}" for name in ours]

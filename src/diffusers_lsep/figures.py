@@ -172,8 +172,8 @@ def plot_denoising_strip(
         ):
             figure.text(0.53 / width, (bottom + 0.5) / height, name, ha="center", va="center", fontsize=12)
             for column, image in enumerate(images[:, i]):
-                position = (left + column * (1 + gap), bottom, 1, 1)
-                axis = figure.add_axes([x / side for x, side in zip(position, (width, height) * 2)])
+                x = left + column * (1 + gap)
+                axis = figure.add_axes((x / width, bottom / height, 1 / width, 1 / height))
                 axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
                 axis.set_axis_off()
                 if i == 0 and images is states:

@@ -7,11 +7,12 @@ Every function takes `t` as a `float` or as a tensor that broadcasts against the
 
 import math
 from abc import ABC, abstractmethod
+from typing import TypeVar
 
 import torch
 
 
-Time = float | torch.Tensor
+Time = TypeVar("Time", float, torch.Tensor)
 
 
 def _sin(t: Time) -> Time:
@@ -42,10 +43,10 @@ class Interpolant(ABC):
     def sigma(self, t: Time) -> Time: ...
 
     @abstractmethod
-    def d_alpha(self, t: Time) -> Time: ...
+    def d_alpha(self, t: Time) -> float | Time: ...
 
     @abstractmethod
-    def d_sigma(self, t: Time) -> Time: ...
+    def d_sigma(self, t: Time) -> float | Time: ...
 
     @abstractmethod
     def time_of_ratio(self, ratio: Time) -> Time:
@@ -79,10 +80,10 @@ class LinearInterpolant(Interpolant):
     def sigma(self, t: Time) -> Time:
         return t
 
-    def d_alpha(self, t: Time) -> Time:
+    def d_alpha(self, t: Time) -> float | Time:
         return -1.0
 
-    def d_sigma(self, t: Time) -> Time:
+    def d_sigma(self, t: Time) -> float | Time:
         return 1.0
 
     def time_of_ratio(self, ratio: Time) -> Time:
@@ -100,10 +101,10 @@ class CosineInterpolant(Interpolant):
     def sigma(self, t: Time) -> Time:
         return _sin(t * (math.pi / 2))
 
-    def d_alpha(self, t: Time) -> Time:
+    def d_alpha(self, t: Time) -> float | Time:
         return -(math.pi / 2) * self.sigma(t)
 
-    def d_sigma(self, t: Time) -> Time:
+    def d_sigma(self, t: Time) -> float | Time:
         return (math.pi / 2) * self.alpha(t)
 
     def time_of_ratio(self, ratio: Time) -> Time:

@@ -49,7 +49,9 @@ def find_class_ids(
     Raises:
         `ValueError`: if there is no such class, or if several classes have the name.
     """
-    ids, ids_of_name = [], find_names(id2label)
+    ids: list[int] = []
+    id2label = id2label or {}
+    ids_of_name = find_names(id2label)
     for label in class_labels:
         if isinstance(label, str):
             candidates = ids_of_name.get(label, [])
@@ -61,14 +63,14 @@ def find_class_ids(
             class_id = candidates[0] if candidates else int(label)
         else:
             try:
+                if isinstance(label, bool):
+                    raise TypeError
                 class_id = operator.index(label)  # integers of all kinds, numpy's too
             except TypeError:
-                class_id = None
-            if class_id is None or isinstance(label, bool):
                 raise ValueError(
                     f"`{argument}` has to be a class id, the name of a class, or a list of these, but holds"
                     f" {label!r} of type {type(label).__name__}."
-                )
+                ) from None
         if not 0 <= class_id < num_classes:
             is_digits = isinstance(label, str) and not candidates
             hint = f" {_describe_names(label, ids_of_name)}" if is_digits and ids_of_name else ""
@@ -90,10 +92,10 @@ def _describe_names(name: str, ids_of_name: dict[str, list[int]]) -> str:
 
 def describe_classes(class_ids: Iterable[int], id2label: dict[int, str] | None) -> str:
     """What is drawn, to be printed: each class by id and name, with the number of its images; of many, a summary."""
-    counts = Counter(map(int, class_ids))
+    counts, names = Counter(map(int, class_ids)), id2label or {}
 
     def describe(class_id: int) -> str:
-        return f"class {class_id}, {id2label[class_id]!r}" if class_id in (id2label or {}) else f"class {class_id}"
+        return f"class {class_id}, {names[class_id]!r}" if class_id in names else f"class {class_id}"
 
     total = f"images to draw: {counts.total():,}"
     if len(counts) > NUM_LISTED:

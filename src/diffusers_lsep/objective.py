@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -116,10 +117,10 @@ class LSEPObjectiveOutput(BaseOutput):
 
     loss: torch.Tensor
     # Defaults, so that accelerate's mixed precision can rebuild the output from a dict.
-    denoising_loss: torch.Tensor | None = None
-    probe_loss: torch.Tensor | None = None
+    denoising_loss: torch.Tensor = None  # type: ignore[assignment]
+    probe_loss: torch.Tensor = None  # type: ignore[assignment]
     probe_accuracy: torch.Tensor | None = None
-    denoising_losses: torch.Tensor | None = None
+    denoising_losses: torch.Tensor = None  # type: ignore[assignment]
     probe_losses: torch.Tensor | None = None
     regularizer_losses: dict[str, torch.Tensor] | None = None
 
@@ -162,6 +163,9 @@ class LSEPObjective(nn.Module):
     Raises:
         `ValueError`: if an argument is outside these ranges or does not fit the transformer.
     """
+
+    probe_weights: torch.Tensor
+    regularizers: Any  # a `ModuleDict`, whose modules have `depth` and `weight`
 
     def __init__(
         self,
@@ -253,6 +257,8 @@ class LSEPObjective(nn.Module):
     ) -> torch.Tensor:
         """Draws the windows `(top, left, size)` of a batch, `[B, 3]`: one size for all, a position for each."""
         grid_size = self.transformer.config.sample_size // self.transformer.config.patch_size
+        if self.crop_size is None:
+            raise ValueError("`crop_size` has to be (low, high) for windows to be drawn, but is None.")
         low, high = self.crop_size
         size = torch.randint(low, high + 1, (1, 1), generator=generator, device=device).expand(batch_size, 1)
         uniform = torch.rand(batch_size, 2, generator=generator, device=device, dtype=torch.float64)
@@ -335,7 +341,7 @@ class LSEPObjective(nn.Module):
         # 3. Network
         null_class = self.transformer.config.num_classes
         labels, probe_labels = torch.where(class_dropout_mask, null_class, class_labels), None
-        if self.probe is not None:
+        if self.probe is not None and probe_dropout_mask is not None:
             probe_labels = torch.where(probe_dropout_mask, null_class, class_labels)
         velocity, tokens_at, probe_tokens = self._forward_streams(
             noisy_latents, timesteps, labels, probe_labels, separate_rows
@@ -345,7 +351,7 @@ class LSEPObjective(nn.Module):
         denoising_losses = (velocity.float() - target).square().flatten(1).mean(dim=1)
         loss = denoising_loss = denoising_losses.mean()
         probe_loss, probe_losses, probe_accuracy = torch.zeros_like(denoising_loss), None, None
-        if self.probe is not None:
+        if self.probe is not None and probe_tokens is not None:
             if probe_rows is not None:
                 probe_tokens, timesteps, class_labels = (
                     x[probe_rows] for x in (probe_tokens, timesteps, class_labels)

@@ -321,7 +321,7 @@ class LSEPPipeline(DiffusionPipeline):
         takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
         if sigmas is None and takes_sigmas and not self._scheduler_has_path and not self._scheduler_uses_flow_sigmas:
             # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
         if sigmas is not None:
             # Some schedulers calculate with them as they are, which takes an array.
             scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float64), device=device)
@@ -429,8 +429,8 @@ class LSEPPipeline(DiffusionPipeline):
             `ValueError`: if an argument is none of the above, before any work.
         """
         # 1. Check inputs
-        class_ids = self.get_label_ids(class_labels)
-        batch_size = len(class_ids)
+        label_ids = self.get_label_ids(class_labels)
+        batch_size = len(label_ids)
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -455,7 +455,7 @@ class LSEPPipeline(DiffusionPipeline):
 
         # 3. Latents and classes
         latents = self.prepare_latents(batch_size, device, generator, latents)
-        class_ids = torch.tensor(class_ids, device=device)
+        class_ids = torch.tensor(label_ids, device=device)
         null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
 
         # 4. Denoising loop

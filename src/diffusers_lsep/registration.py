@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes diffusers know this package. The only file that touches diffusers' internals."""
 
+from typing import Any
+
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 
@@ -25,7 +27,7 @@ def register_with_diffusers(*classes: type):
     Raises:
         `ImportError`: if this version of diffusers keeps its loadable classes elsewhere.
     """
-    loadable_classes = getattr(pipeline_loading_utils, "LOADABLE_CLASSES", None)
+    loadable_classes: Any = getattr(pipeline_loading_utils, "LOADABLE_CLASSES", None)
     try:
         base_classes = {name: list(loadable_classes["diffusers"][name]) for name in ("ModelMixin", "SchedulerMixin")}
     except (KeyError, TypeError) as error:

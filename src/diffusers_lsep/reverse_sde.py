@@ -67,6 +67,6 @@ class ReverseSDE:
                 return 0.25 * (norm * math.cos(math.pi * (1 - t)) + 1) ** 2
             case "increasing-decreasing":
                 return norm * math.sin(math.pi * (1 - t)) ** 2
-            case "sbdm":
-                # sigma sigma' - sigma^2 alpha' / alpha
+            case _:
+                # "sbdm": sigma sigma' - sigma^2 alpha' / alpha
                 return norm * path.sigma(t) * path.wronskian / path.alpha(t)

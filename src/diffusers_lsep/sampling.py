@@ -206,7 +206,8 @@ class DrawnSamples:
 
         pipe.check_decodable()
         config = pipe.transformer.config
-        self.name, self.count, self.statistics = name, num_images, {}
+        self.name, self.count = name, num_images
+        self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.size = (config.sample_size * pipe.vae_scale_factor,) * 2
         self.notes = []
         if pipe.vae is None and config.in_channels == 1:
@@ -234,8 +235,8 @@ class DrawnSamples:
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """Images `start` to `stop` as uint8 `[B, H, W, 3]`."""
         drawn = self.settings["batch_size"]
-        arguments = ("num_inference_steps", "guidance_scale", "guidance_interval")
-        arguments = {name: self.settings[name] for name in arguments}
+        names = ("num_inference_steps", "guidance_scale", "guidance_interval")
+        arguments = {name: self.settings[name] for name in names}
         rest = np.empty((0, *self.size, 3), np.uint8)
         for batch in range(start // drawn, math.ceil(stop / drawn)):
             images = draw_batch(self._pipe, self._class_ids, batch, drawn, self.settings["seed"], **arguments)

@@ -52,13 +52,16 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
     init_noise_sigma = 1.0
     """Standard deviation of the initial noise."""
 
+    _step_index: int | None
+    _begin_index: int | None
+
     def __init__(self, num_train_timesteps: int, path_type: str):
         self.path = get_interpolant(path_type)
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` has to be at least 1, but is {num_train_timesteps}.")
 
         # As in the schedulers of diffusers: a full grid until `set_timesteps` is called.
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self._set_grid(torch.linspace(self._start, 0, num_train_timesteps + 1, dtype=torch.float64), device=None)
 
     @abstractmethod
@@ -199,15 +202,14 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         indices = (schedule_timesteps == timestep).nonzero()
         if len(indices) == 0:
             raise ValueError(f"`timestep` has to be one of the scheduler's `timesteps`, but is {timestep}.")
-        return indices[min(1, len(indices) - 1)].item()
+        return int(indices[min(1, len(indices) - 1)])
 
-    def _init_step_index(self, timestep: float | torch.Tensor):
-        if self.begin_index is None:
-            if isinstance(timestep, torch.Tensor):
-                timestep = timestep.to(self.timesteps.device)
-            self._step_index = self.index_for_timestep(timestep)
-        else:
-            self._step_index = self._begin_index
+    def _first_step_index(self, timestep: float | torch.Tensor) -> int:
+        if self._begin_index is not None:
+            return self._begin_index
+        if isinstance(timestep, torch.Tensor):
+            timestep = timestep.to(self.timesteps.device)
+        return self.index_for_timestep(timestep)
 
     def step(
         self,
@@ -238,9 +240,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             or if `variance_noise` is not of the shape of `sample`.
         """
         self._check_step(timestep, sample, variance_noise)
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        if self.step_index >= len(self.timesteps):
+        step_index = self._first_step_index(timestep) if self._step_index is None else self._step_index
+        if step_index >= len(self.timesteps):
             raise ValueError(
                 f"All {len(self.timesteps)} steps of this schedule are done. Call `set_timesteps` before another run."
             )
@@ -250,11 +251,11 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         velocity, state = model_output.to(dtype), sample.to(dtype)
 
         # 2. Step
-        time, next_time = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
+        time, next_time = self.sigmas[step_index].item(), self.sigmas[step_index + 1].item()
         prev_sample = self._step(velocity, state, time, next_time, generator, variance_noise)
 
         # 3. The next step starts from here.
-        self._step_index += 1
+        self._step_index = step_index + 1
 
         prev_sample = prev_sample.to(sample.dtype)
         if not return_dict:

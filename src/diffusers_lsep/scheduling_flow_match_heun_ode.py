@@ -43,7 +43,7 @@ class FlowMatchHeunODEScheduler(FlowMatchScheduler):
 
     def _set_grid(self, times: torch.Tensor, device: str | torch.device | None):
         super()._set_grid(torch.cat([times[:1], times[1:-1].repeat_interleave(2), times[-1:]]), device)
-        self._first_evaluation = None
+        self._first_evaluation: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     def _step(
         self,
@@ -54,7 +54,7 @@ class FlowMatchHeunODEScheduler(FlowMatchScheduler):
         generator: torch.Generator | list[torch.Generator] | None,
         variance_noise: torch.Tensor | None,
     ) -> torch.Tensor:
-        if not self.state_in_first_order:
+        if self._first_evaluation is not None:
             first_velocity, first_sample, dt = self._first_evaluation
             self._first_evaluation = None
             return first_sample + 0.5 * (first_velocity + velocity) * dt

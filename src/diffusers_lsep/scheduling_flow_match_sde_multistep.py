@@ -100,7 +100,8 @@ class FlowMatchSDEMultistepScheduler(FlowMatchScheduler):
 
     def _set_grid(self, times: torch.Tensor, device: str | torch.device | None):
         super()._set_grid(times, device)
-        self._previous_step = None  # what has to be known of the step before
+        # What has to be known of the step before: its time, data prediction, extrapolation and weight of correction.
+        self._previous_step: tuple[float, torch.Tensor, torch.Tensor | float, float] | None = None
 
     def _step(
         self,
@@ -116,7 +117,7 @@ class FlowMatchSDEMultistepScheduler(FlowMatchScheduler):
 
         # 1. Correct the step before, of which this sample is the prediction. As a difference: what was done to the
         # sample in the meantime stays.
-        extrapolation = 0.0
+        extrapolation: torch.Tensor | float = 0.0
         if self._previous_step is not None:
             previous_time, previous_original, previous_extrapolation, correction_weight = self._previous_step
             self._previous_step = None

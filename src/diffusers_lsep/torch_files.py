@@ -27,7 +27,7 @@ def load_checkpoint(path: Path) -> Any:
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
 
-    storages = {}
+    storages: dict[int, int] = {}
 
     def keep_on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
         storages[storage.data_ptr()] = max(storage.nbytes(), storages.get(storage.data_ptr(), 0))
@@ -35,7 +35,13 @@ def load_checkpoint(path: Path) -> Any:
 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location=keep_on_cpu, weights_only=True, mmap=is_zip)
+            # Its annotation is of the storages before torch 2.
+            checkpoint = torch.load(
+                path,
+                map_location=keep_on_cpu,  # type: ignore[arg-type]
+                weights_only=True,
+                mmap=is_zip,
+            )
         if is_zip:
             _check_storages(path, storages)
     # None is chained: torch's own messages tell how to load such a file with its code.

@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class SiTAttnProcessor:
         key = key.unflatten(-1, (-1, attn.head_dim))
         value = value.unflatten(-1, (-1, attn.head_dim))
 
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             # The norms come out in float32 under autocast; attention kernels want one dtype.
             query = attn.norm_q(query).to(value.dtype)
             key = attn.norm_k(key).to(value.dtype)
@@ -73,6 +74,12 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = SiTAttnProcessor
     _available_processors = [SiTAttnProcessor]
+
+    # Of the mixin. A type checker would take them for submodules.
+    fused_projections: bool
+    processor: SiTAttnProcessor
+    set_processor: Callable[[SiTAttnProcessor], None]
+    to_qkv: nn.Linear
 
     def __init__(
         self,

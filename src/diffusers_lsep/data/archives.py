@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -185,7 +186,7 @@ def walk_files(folder: str | os.PathLike) -> Iterable[str]:
     def refuse(error: OSError) -> None:  # by default, a folder that cannot be read is passed over in silence
         raise error
 
-    for root, _, files in os.walk(folder, onerror=refuse, followlinks=True):
+    for root, _, files in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
         prefix = os.path.relpath(root, folder).replace(os.sep, "/")
         for name in files:
             yield name if prefix == "." else f"{prefix}/{name}"
@@ -212,7 +213,7 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
     """
     try:
         entries = json.loads(dataset_json)["labels"]
-        listed = [str(name).replace("\\", "/") for name, _ in entries]
+        listed: list[Any] = [str(name).replace("\\", "/") for name, _ in entries]
         labels = [label for _, label in entries]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
@@ -223,9 +224,10 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
         raise ValueError(f"dataset.json must give each file a class >= 0, got {_some(bad)}.")
 
     if {os.path.splitext(name)[1] for name in listed}.isdisjoint({os.path.splitext(name)[1] for name in names}):
-        keys, listed = [_number(name) for name in names], [_number(name) for name in listed]
+        keys: list[Any] = list(map(_number, names))
+        listed = list(map(_number, listed))
     else:
-        keys = names
+        keys = list(names)
     for what, side in (("dataset.json names", listed), ("the folder holds", keys)):
         twice = [str(key) for key, count in Counter(side).items() if count > 1]
         if twice:

@@ -4,7 +4,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -93,6 +93,7 @@ def load_image_dataset(
             "exactly one of `dataset_name` and `train_data_dir` has to be given, but they are"
             f" {dataset_name!r} and {str(train_data_dir) if train_data_dir is not None else None!r}."
         )
+    options: dict[str, Any]
     if dataset_name is not None:
         name, path, options = "dataset_name", dataset_name, {"name": dataset_config_name}
     else:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ import torch
 from ..files import hash_weights
 from .archives import _number, _some, pair_labels, walk_files
 from .images import ImageSource
+
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 MOMENTS_FORMAT = "diffusers_lsep.moments"
@@ -166,7 +170,7 @@ class MomentsDataset(torch.utils.data.Dataset):
         batches = np.searchsorted(self._batch_starts, rows, side="right") - 1
         offsets = self._batch_offsets[batches, flips] + (rows - self._batch_starts[batches]) * self._row_bytes
         moments = np.empty((len(rows), *self.moments_shape), self.dtype)
-        target = memoryview(moments.reshape(-1)).cast("B")
+        target = moments.reshape(-1).data.cast("B")
         start = 0
         for shard, offset in zip(self._batch_shards[batches].tolist(), offsets.tolist()):
             row = os.pread(self._files[shard].fileno(), self._row_bytes, offset)  # not every macOS has `preadv`
@@ -176,7 +180,7 @@ class MomentsDataset(torch.utils.data.Dataset):
             start += len(row)
         return torch.from_numpy(moments)
 
-    def check_vae(self, vae: torch.nn.Module, name: str) -> None:
+    def check_vae(self, vae: "AutoencoderKL", name: str) -> None:
         """
         Refuses a VAE whose encoder is not the one that encoded the rows: its latents mean something else. The decoder
         may be another one, as that of sd-vae-ft-ema is for sd-vae-ft-mse.
@@ -227,7 +231,7 @@ class MomentsDataset(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
 
-def describe_vae(vae: torch.nn.Module) -> dict[str, Any]:
+def describe_vae(vae: "AutoencoderKL") -> dict[str, Any]:
     """What the metadata of a folder says of the VAE (`AutoencoderKL`) that encoded it."""
     encoder = {name: vae.config[name] for name in ENCODER_OPTIONS}
     encoder["weights"] = hash_weights(vae, ("encoder.", "quant_conv."))

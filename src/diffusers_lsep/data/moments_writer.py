@@ -50,8 +50,8 @@ class MomentsShardWriter:
 
         self._file = _open_temporary(self.path)
         self._writer = pa.ipc.new_stream(self._file, self.schema)
-        self._columns = {field.name: [] for field in self.schema}
-        self._unreadable = []
+        self._columns: dict[str, list] = {field.name: [] for field in self.schema}
+        self._unreadable: list[dict[str, str]] = []
         return self
 
     def write(self, columns: dict[str, list], unreadable: Sequence[dict[str, str]] = ()) -> None:
@@ -126,7 +126,7 @@ def finish_moments(folder: str | os.PathLike, settings: dict[str, Any], features
         "num_unreadable": len(unreadable),
         "rows_per_shard": rows_per_shard,
     }
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard} for shard in shards],
         "_fingerprint": hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:16],
         "_format_columns": None,

@@ -3,7 +3,7 @@
 """What a stream of samples reads from: rows with labels, all of them or a part."""
 
 import zlib
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,13 +11,9 @@ import torch
 from .draws import _SPLIT, keyed_generator
 
 
-if TYPE_CHECKING:
-    pass
-
-
 def hash_labels(labels: np.ndarray) -> int:
     """CRC-32 of class indices in their order: what a run records of its training data."""
-    return zlib.crc32(np.ascontiguousarray(labels, dtype=np.int64))
+    return zlib.crc32(np.ascontiguousarray(labels, dtype=np.int64).data)
 
 
 class SampleSource(Protocol):

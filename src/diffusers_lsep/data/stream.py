@@ -10,7 +10,7 @@ is keyed by `(seed, g)`. So a run can be continued anywhere, on any number of pr
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -183,22 +183,24 @@ class SampleStream(torch.utils.data.Dataset):
             rng = keyed_generator(self.seed, index, purpose)
             rng.random(out=uniform[i], dtype=np.float32)
             rng.standard_normal(out=noise[i], dtype=np.float32)
-            if self.posterior_noise:
+            if posterior_noise is not None:
                 rng.standard_normal(out=posterior_noise[i], dtype=np.float32)
-        return {
+        draws: dict[str, np.ndarray] = {
             "timestep": uniform[:, 0],
             "class_dropout": uniform[:, 1],
             "probe_dropout": uniform[:, 2],
             "crop": uniform[:, 3:5].astype(np.float64),
             "flip": uniform[:, 5],
             "noise": noise,
-            "posterior_noise": posterior_noise,
         }
+        if posterior_noise is not None:
+            draws["posterior_noise"] = posterior_noise
+        return draws
 
-    def _load(self, rows: np.ndarray, draws: dict[str, np.ndarray], flips: np.ndarray) -> dict[str, torch.Tensor]:
+    def _load(self, rows: np.ndarray, draws: dict[str, np.ndarray], flips: np.ndarray) -> dict[str, Any]:
         uniform = torch.from_numpy(draws["timestep"].copy())
         samples, rows, unreadable = self._read(rows, flips)
-        batch = {
+        batch: dict[str, Any] = {
             self.source.kind: samples,
             "class_labels": torch.from_numpy(self.source.labels[rows]),
             "noise": torch.from_numpy(draws["noise"]),
@@ -217,7 +219,7 @@ class SampleStream(torch.utils.data.Dataset):
         try:
             return self.source.load(rows, flips), rows, []
         except UnreadableImageError as error:
-            if not self.replace_unreadable:
+            if not self.replace_unreadable or error.images is None or error.errors is None:
                 raise
             samples, errors = error.images, error.errors
         rows, unreadable = rows.copy(), list(errors.values())
@@ -228,7 +230,7 @@ class SampleStream(torch.utils.data.Dataset):
                     rows[position] = row
                     break
                 except UnreadableImageError as error:
-                    unreadable += error.errors.values()
+                    unreadable += (error.errors or {}).values()
             else:
                 raise ValueError("none of the images can be read.")
         return samples, rows, unreadable

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on a data set that is not downloaded: `datasets` streams it while the run goes on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,7 +81,7 @@ class StreamedImages:
         as_bytes = datasets.Image(decode=False)
         dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, as_bytes)
         self.dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
-        self._iterator = None
+        self._iterator: Iterator[dict] | None = None
         self._position = 0  # the sample that it gives next
         self._kept: dict[int, dict] = {}  # the samples from the first one that was asked for last
 

@@ -84,8 +84,8 @@ class GenerationMetric(evaluate.Metric):
         unknown = sorted(set(metrics or ()) - set(FEATURE_METRICS))
         if unknown:
             raise ValueError(f"`metrics` of features must be some of {list(FEATURE_METRICS)}, got {unknown}.")
-        features = {"samples": np.asarray(predictions, np.float32), "reference": np.asarray(references, np.float32)}
-        return compute_feature_metrics(**features, metrics=metrics or FEATURE_METRICS)
+        features = np.asarray(predictions, np.float32), np.asarray(references, np.float32)
+        return compute_feature_metrics(*features, metrics=metrics or FEATURE_METRICS)
 
 
 def _is_paths(value: Any) -> bool:

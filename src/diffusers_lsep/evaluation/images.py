@@ -55,13 +55,14 @@ class NpzImages:
 
     def __init__(self, path: str | os.PathLike, argument: str = "samples"):
         self.name, self.argument = str(path), argument
-        self.notes = []
+        self.notes: list[str] = []
         self.settings = self._read_settings()
         try:
             with zipfile.ZipFile(path) as archive:
                 arrays = [name.removesuffix(".npy") for name in archive.namelist()]
                 self.statistics = self._read_statistics(archive, arrays)
-                self.count, self.size, self._data_offset = 0, None, 0
+                self.count, self._data_offset = 0, 0
+                self.size: tuple[int, int] | None = None
                 if "arr_0" in arrays:
                     self._inspect_images(archive)
                 elif not self.statistics:
@@ -141,7 +142,7 @@ class NpzImages:
             raise self._error(f"holds no images: `arr_0` has shape {list(shape)}")
         if archive.getinfo("arr_0.npy").file_size != self._data_offset + int(np.prod(shape)):
             raise self._error(f"has an `arr_0` that does not hold the {list(shape)} values it declares")
-        self.count, self.size = shape[0], shape[1:3]
+        self.count, self.size = shape[0], (shape[1], shape[2])
         self._shape = (*shape[:3], 1 if grey else 3)
         if grey:
             self.notes.append(f"`{self.argument}`: grey images, repeated to three channels")
@@ -154,7 +155,7 @@ class NpzImages:
             for first in range(start, stop, batch_size):
                 pixels = np.empty((min(batch_size, stop - first), *self._shape[1:]), dtype=np.uint8)
                 try:
-                    member.readinto(pixels.reshape(-1))
+                    member.readinto(pixels.reshape(-1))  # type: ignore[attr-defined]  # which `ZipExtFile` has
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise self._error(f"is damaged: {error}") from error
                 yield pixels if pixels.shape[3] == 3 else pixels.repeat(3, axis=3)
@@ -195,13 +196,15 @@ class EncodedImages:
     ):
         self.name, self.argument, self.count = name, argument, len(image_names)
         self._image_names, self._read, self._resolution = image_names, read, resolution
-        self.statistics, self.settings = {}, {}
+        self.statistics: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.settings: dict[str, Any] = {}
         if not image_names:
             raise ValueError(f"`{argument}` {name!r} holds no images.")
 
         digest = hashlib.sha256(f"crop {resolution}".encode())
-        sizes, kinds = collections.Counter(), collections.Counter()
-        first_of_size = {}
+        sizes: collections.Counter[tuple[int, int]] = collections.Counter()
+        kinds: collections.Counter[str] = collections.Counter()
+        first_of_size: dict[tuple[int, int], str] = {}
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, self.count, 1024):
                 rows = range(start, min(start + 1024, self.count))
@@ -268,7 +271,7 @@ class EncodedImages:
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """Images `start` to `stop` as uint8 `[B, H, W, 3]`, decoded by threads a batch ahead."""
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            waiting = collections.deque()
+            waiting: collections.deque[list[concurrent.futures.Future]] = collections.deque()
             for first in range(start, stop, batch_size):
                 waiting.append([pool.submit(self._decode, row) for row in range(first, min(first + batch_size, stop))])
                 if len(waiting) == 2:
@@ -317,7 +320,7 @@ def open_images(
         if not path.is_file():
             raise ValueError(f"`{argument}` must exist, there is no file {str(source)!r}.")
         images = NpzImages(path, argument)
-        if images.count and resolution is not None and images.size != (resolution, resolution):
+        if images.size is not None and resolution is not None and images.size != (resolution, resolution):
             raise ValueError(
                 f"`resolution` {resolution} cannot be used with `{argument}` {str(source)!r}, whose images are "
                 f"{images.size[0]} x {images.size[1]} already."

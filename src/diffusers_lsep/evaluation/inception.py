@@ -64,7 +64,7 @@ class InceptionFeatures:
             raise ValueError(f"`inception_weights` {str(path)!r} is no state dict of Inception: {error}") from error
         self.device = torch.device(device)
         self.network.to(self.device)
-        self._spatial = None
+        self._spatial: torch.Tensor | None = None
         self.network.get_submodule(SPATIAL_LAYER).register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor):

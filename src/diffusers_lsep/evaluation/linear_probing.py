@@ -300,7 +300,7 @@ def probe_layers(
         )
 
     device = pipe.device
-    all_layers = sorted({*layers, probe_depth}) if training_probe is not None else layers
+    all_layers = sorted({*layers, probe_depth}) if training_probe is not None and probe_depth is not None else layers
     sources = {"training": train, "held-out": held_out}
     labels = {name: torch.from_numpy(source.labels).to(device) for name, source in sources.items()}
     hits = np.zeros((len(layers), len(timesteps), len(held_out.labels)), dtype=bool)

@@ -94,6 +94,7 @@ def evaluate_images(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     asked, metrics = metrics, _check_metrics(samples, reference, metrics)
+    assert samples.size is not None  # `_check_metrics` refuses what has no images
     notes = _comparability_notes(samples, reference, metrics, dinov2_model)
     missing = [METRICS[name] for name in DEFAULT_METRICS if asked is None and name not in metrics]
     if missing:
@@ -139,7 +140,7 @@ def evaluate_images(
                 values[name] = inception_score(features["samples"]["logits"], INCEPTION_SCORE_SPLIT)
         rest = [name for name in metrics if name not in values]
         if rest:
-            pools = [features[name]["pool"] for name in sets]
+            pools = features["samples"]["pool"], features["reference"]["pool"]
             values |= compute_feature_metrics(*pools, metrics=rest, device=state.device)
     return {
         "metrics": values,
@@ -216,7 +217,7 @@ def _check_metrics(
     unknown = sorted(set(metrics or ()) - set(METRICS))
     if unknown or (metrics is not None and not metrics):
         raise ValueError(f"`metrics` must be some of {list(METRICS)}, got {unknown or 'none'}.")
-    if not samples.count:
+    if not samples.count or samples.size is None:
         raise ValueError(f"`samples` {samples.name!r} holds statistics but no images.")
     if reference.size is not None and samples.size != reference.size:
         raise ValueError(
@@ -251,6 +252,7 @@ def _comparability_notes(
             f"`samples` holds {samples.count:,} images, the protocol asks for {PROTOCOL_IMAGES:,}: FID and sFID fall "
             "and Inception Score rises with their number"
         )
+    assert samples.size is not None
     if samples.size[0] != samples.size[1] or samples.size[0] not in PROTOCOL_RESOLUTIONS:
         notes.append(
             f"images are {samples.size[0]} x {samples.size[1]}, published numbers for ImageNet are for "

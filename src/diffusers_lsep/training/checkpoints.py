@@ -79,8 +79,8 @@ def save_checkpoint(
                 save_file(tensors, partial / name)
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         save_pipeline(partial / PIPELINE_FOLDER)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, _sha256(path)] for path in paths}
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -25,7 +25,7 @@ NUM_TIME_BINS = 10  # of the probe's loss against t
 def batch_means(output: LSEPObjectiveOutput) -> dict[str, torch.Tensor]:
     """What there is to report of a batch, beside the loss: means over its samples, on the device."""
     values = {"denoising_loss": output.denoising_loss}
-    if output.probe_losses is not None:
+    if output.probe_accuracy is not None:
         values |= {"probe_loss": output.probe_loss, "probe_accuracy": output.probe_accuracy}
     return values | {f"{name}_loss": loss for name, loss in (output.regularizer_losses or {}).items()}
 
@@ -45,7 +45,7 @@ class StepMetrics:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self._clear()
 
-    def _clear(self):
+    def _clear(self) -> None:
         self._names: list[str] = []
         self._losses: list[torch.Tensor] = []  # by these names, one tensor per batch
         self._grad_norms: list[torch.Tensor] = []  # one per step
@@ -60,11 +60,11 @@ class StepMetrics:
         losses = {"loss": output.loss.detach(), **batch_means(output)}
         self._names = list(losses)
         self._losses.append(torch.stack([value.float() for value in losses.values()]))
-        if output.probe_losses is not None:
+        if output.probe_losses is not None and output.probe_accuracy is not None:
             bins = (timesteps * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
-            losses = output.probe_losses.float()
-            self._bins.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
-            self._correct += output.probe_accuracy * len(losses)
+            probe_losses = output.probe_losses.float()
+            self._bins.index_add_(1, bins, torch.stack([probe_losses, torch.ones_like(probe_losses)]))
+            self._correct += output.probe_accuracy * len(probe_losses)
         self._wait += data_wait
 
     def add_step(self, grad_norm: torch.Tensor):

@@ -8,6 +8,7 @@ import os
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -20,7 +21,7 @@ from ..command_line import with_values
 
 def usable_cores() -> int:
     """The cores that this process may use: a container may have a part of the machine's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))  # `max` is no number: no limit
@@ -116,7 +117,7 @@ class StopSignal:
     def __init__(self, accelerator: Accelerator):
         self.name: str | None = None
         # On the host: a question to the device would stop it at every step.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 

@@ -4,6 +4,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,9 +53,10 @@ class REPARegularizer(nn.Module):
             nn.SiLU(),
             nn.Linear(projector_size, target_size),
         )
-        for layer in self.projector[::2]:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """
@@ -80,7 +82,7 @@ def resample_positions(model: nn.Module, grid_size: int):
         model (`nn.Module`): A model of `transformers`; its table is `embeddings.position_embeddings`.
         grid_size (`int`): Side of the new grid, in tokens.
     """
-    embeddings = getattr(model, "embeddings", None)
+    embeddings: Any = getattr(model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, nn.Parameter) or table.ndim != 3:
         return

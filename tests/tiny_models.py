@@ -1,0 +1,58 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Models with random weights everywhere, as small as they can be."""
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
+
+
+def make_transformer(seed=0, **config) -> SiTTransformer2DModel:
+    """All weights are drawn: a fresh model gives zero."""
+    sizes = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8, "num_classes": 10}
+    model = SiTTransformer2DModel(**{**sizes, **config})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm_q.weight" in name or "norm_k.weight" in name else 0.0
+            parameter.copy_(offset + torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def make_pipeline(scheduler=None, vae=None, id2label=None, path_type=None, seed=0, **config) -> LSEPPipeline:
+    scheduler = FlowMatchSDEScheduler() if scheduler is None else scheduler
+    return LSEPPipeline(make_transformer(seed, **config), scheduler, vae=vae, id2label=id2label, path_type=path_type)
+
+
+def make_vae(blocks=2, **config) -> AutoencoderKL:
+    """Halves the side of images `blocks - 1` times; four blocks are the shape of Stable Diffusion's."""
+    torch.manual_seed(0)
+    defaults = {
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "block_out_channels": (4,) * (blocks - 1) + (8,),
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+    }
+    return AutoencoderKL(**{**defaults, **config}).eval()
+
+
+def make_dinov2(**config) -> Dinov2Model:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    return Dinov2Model(Dinov2Config(**{**sizes, **config})).eval()
+
+
+def make_batch(seed=0, batch_size=6) -> dict[str, torch.Tensor]:
+    """What `LSEPObjective` gets for `make_transformer()`, with all draws but the windows."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "latents": torch.randn(batch_size, 4, 8, 8, generator=generator),
+        "class_labels": torch.randint(0, 10, (batch_size,), generator=generator),
+        "noise": torch.randn(batch_size, 4, 8, 8, generator=generator),
+        "timesteps": torch.rand(batch_size, generator=generator),
+        "class_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
+        "probe_dropout_mask": torch.rand(batch_size, generator=generator) < 0.5,
+    }
