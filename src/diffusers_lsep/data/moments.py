@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..files import hash_weights
-from .archives import _number, _some, pair_labels, walk_files
+from .archives import list_some, number_in, pair_labels, walk_files
 from .images import ImageSource
 
 
@@ -108,7 +108,7 @@ class MomentsDataset(torch.utils.data.Dataset):
         self._paths = [str(self.folder / shard_name(i, len(rows_per_shard))) for i in range(len(rows_per_shard))]
         labels, lengths, shards, offsets = [], [], [], []
         for shard, (path, rows) in enumerate(zip(self._paths, rows_per_shard)):
-            batches = list(_scan_shard(path, self._columns, self._row_bytes))
+            batches = list(scan_shard(path, self._columns, self._row_bytes))
             found = sum(len(batch["labels"]) for batch in batches)
             if found != rows:
                 raise ValueError(
@@ -331,13 +331,13 @@ class OriginalMomentsDataset:
         if not folder.is_dir():
             raise ValueError(f"{self.folder} has no folder of images beside it: {folder}.")
         names = [name for name in walk_files(folder) if name.lower().endswith((".png", ".jpg", ".jpeg"))]
-        path_of = {_number(name): str(folder / name) for name in names}
+        path_of = {number_in(name): str(folder / name) for name in names}
         if len(path_of) < len(names):
             raise ValueError(f"{folder} has several images of one number: they and the moments do not pair.")
-        numbers = [_number(os.fsdecode(name)) for name in self._names]
+        numbers = [number_in(os.fsdecode(name)) for name in self._names]
         missing = [str(number) for number in numbers if number not in path_of]
         if missing:
-            raise ValueError(f"{folder} lacks the images of {_some(missing)}.")
+            raise ValueError(f"{folder} lacks the images of {list_some(missing)}.")
         dataset = Dataset.from_dict({"image": [path_of[number] for number in numbers]})
         return ImageSource(dataset, self.labels, resolution)
 
@@ -359,7 +359,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _scan_shard(path: str | os.PathLike, columns: Sequence[str], row_bytes: int) -> Iterable[dict[str, Any]]:
+def scan_shard(path: str | os.PathLike, columns: Sequence[str], row_bytes: int) -> Iterable[dict[str, Any]]:
     """For each record batch: labels, unreadable images, and where in the file the values of `columns` begin."""
     import pyarrow as pa
 
