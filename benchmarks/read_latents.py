@@ -1,30 +1,37 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How fast one core reads shuffled batches of VAE moments, and how much memory the reader takes.
+"""How fast one core reads shuffled batches of VAE moments, and how much memory that takes: ours beside `datasets`.
 
     python benchmarks/read_latents.py
 
 Two synthetic sets are written in the format of `examples/encode_latents.py` and deleted afterwards: a small one, and
-one of ImageNet's size (1,281,167 rows of `[8, 32, 32]` float16: 21 GB of disk). Rates are taken on rows that lie
-scattered over the whole set and that a first pass has brought into the page cache: per second of the clock, and per
-second of the one core (which is what a machine with other work on it tells reliably). Memory is that of a fresh
-process for each set. Last comes the wait of a training step for its data: batches of 256 with all draws of training
-come from worker processes, while a GPU that takes `--step_seconds` for a step is played by sleep.
+one of ImageNet's size (1,281,167 rows of `[8, 32, 32]` float16: 21 GB of disk). Every reader gets a fresh process,
+with the set out of the page cache, and has to give the same values. A first pass reads rows that lie scattered over
+the whole set from the disk; then come the rates with a warm cache, per second of the clock and per second of the one
+core (which is what a machine with other work on it tells reliably). Memory is what is resident.
+
+Last comes the wait of a training step for its data: batches of 256 with all draws of training come from worker
+processes, while a GPU that takes `--step_seconds` for a step is played by sleep.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
-from diffusers_lsep.data.moments import MomentsDataset, shard_name
+from diffusers_lsep.data.moments import METADATA_FILE, MomentsDataset, shard_name
 from diffusers_lsep.data.moments_writer import MomentsShardWriter, finish_moments, moments_features
 from diffusers_lsep.data.stream import SampleStream
 
@@ -64,37 +71,68 @@ def memory() -> dict[str, float]:
     return {"resident": values["VmRSS:"], "mapped": values["RssFile:"]}
 
 
-def measure(folder: Path, num_read: int, batch_size: int, repeats: int) -> str:
-    """Read `num_read` scattered rows in several orders, in this process; a row of the table."""
+def open_reader(folder: Path, reader: str) -> Callable[[list[int]], torch.Tensor]:
+    """What reads a batch of rows: `[B, 2 C, S, S]`."""
+    if reader == "MomentsDataset.load":
+        return MomentsDataset(folder).load
+    if reader == "MomentsDataset.__getitems__":  # with labels, a dictionary per row
+        dataset = MomentsDataset(folder)
+        return lambda rows: torch.stack([row["moments"] for row in dataset.__getitems__(rows)])
+
+    # The same folder by `datasets` alone, in one of its formats; it gives bytes.
+    metadata = json.loads((folder / METADATA_FILE).read_text())
+    shape, dtype = metadata["moments_shape"], metadata["dtype"]
+    format_type = reader.rpartition(" ")[2]
+    dataset = datasets.load_from_disk(str(folder)).select_columns(["moments"])
+    dataset = dataset.with_format(None if format_type == "python" else format_type)
+
+    def read(rows: list[int]) -> torch.Tensor:
+        column = dataset[rows]["moments"]
+        if format_type == "arrow":  # one buffer, without an object per row
+            values = np.frombuffer(column.combine_chunks().buffers()[2], dtype).reshape(len(rows), *shape).copy()
+        else:
+            values = np.stack([np.frombuffer(value, dtype).reshape(shape) for value in column])
+        return torch.from_numpy(values)
+
+    return read
+
+
+READERS = (
+    "MomentsDataset.load",
+    "MomentsDataset.__getitems__",
+    "datasets, arrow",
+    "datasets, python",
+    "datasets, numpy",
+)
+
+
+def measure(folder: Path, reader: str, num_read: int, batch_size: int, repeats: int) -> tuple[list[str], int]:
+    """Read `num_read` scattered rows in several orders, in this process: cells of the table, and a checksum."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    for path in folder.glob("*.arrow"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    num_rows = json.loads((folder / METADATA_FILE).read_text())["num_rows"]
     before = memory()["resident"]
     start = time.perf_counter()
-    dataset = MomentsDataset(folder)
+    read = open_reader(folder, reader)
     opened = time.perf_counter() - start
     rng = np.random.default_rng(1)
-    rows = rng.permutation(len(dataset))[:num_read]
-    rates = {"first pass": [], "load": [], "__getitems__": []}
-    after_first = None
-    for name, read, times in (
-        ("first pass", dataset.load, 1),
-        ("load", dataset.load, repeats),
-        ("__getitems__", dataset.__getitems__, repeats),
-    ):
-        for _ in range(times):
-            order = rng.permutation(rows).tolist()
-            start = np.array([time.perf_counter(), time.process_time()])
-            for first in range(0, len(order), batch_size):
-                read(order[first : first + batch_size])
-            rates[name].append(len(order) / (np.array([time.perf_counter(), time.process_time()]) - start))
-        after_first = after_first or memory()["resident"]
+    rows = rng.permutation(num_rows)[:num_read]
+    checksum = zlib.crc32(read(rows[:batch_size].tolist()).numpy())
+    rates = []
+    for repeat in range(1 + repeats):
+        order = rng.permutation(rows).tolist()
+        start = np.array([time.perf_counter(), time.process_time()])
+        for first in range(0, len(order), batch_size):
+            read(order[first : first + batch_size])
+        rates.append(len(order) / (np.array([time.perf_counter(), time.process_time()]) - start))
+        if repeat == 0:
+            after_first = memory()["resident"]
     after = memory()
-    median = {name: [f"{value:,.0f}" for value in np.median(values, axis=0)] for name, values in rates.items()}
-    size = len(dataset) * np.prod(dataset.moments_shape) * dataset.dtype.itemsize / 1e9
-    return (
-        f"| {len(dataset):,} | {size:.1f} | {len(rows):,} | {opened:.2f} | {median['first pass'][0]} | "
-        f"{' / '.join(median['load'])} | {' / '.join(median['__getitems__'])} | {before:.0f} | {after_first:.0f} | "
-        f"{after['resident']:.0f} | {after['mapped']:.0f} |"
-    )
+    cells = [f"{opened:.2f}", f"{rates[0][0]:,.0f}", *(f"{rate:,.0f}" for rate in np.median(rates[1:], axis=0))]
+    cells += [f"{value:.0f}" for value in (before, after_first, after["resident"], after["mapped"])]
+    return cells, checksum
 
 
 def measure_wait(folder: Path, step_seconds: float, num_workers: int, batch_size: int = 256, steps: int = 40) -> str:
@@ -131,10 +169,11 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="Where to write the sets (default: the temporary folder).")
     parser.add_argument("--step_seconds", type=float, default=0.5, help="SiT-XL/2's 256 images on an H200, estimated.")
     parser.add_argument("--num_workers", type=int, default=2, help="Workers of the loader.")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the child process
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # the child process: folder and reader
     args = parser.parse_args()
     if args.measure:
-        print(measure(args.measure, args.read, args.batch_size, args.repeats))
+        folder, reader = args.measure
+        print(json.dumps(measure(Path(folder), reader, args.read, args.batch_size, args.repeats)))
         return
 
     needed = max(args.rows) * np.prod(args.shape) * 2 * 1.01
@@ -145,8 +184,8 @@ def main() -> None:
                 f"`--rows` {max(args.rows)} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place}"
             )
         print(
-            "| rows | GB | rows read | open, s | first pass, rows/s | `load`, rows/s | `__getitems__`, rows/s | "
-            "MB before | MB after one pass | MB after all | of it mapped files |"
+            "| rows | GB | reader | open, s | first pass, rows/s | rows/s | rows/s of the core | MB before | "
+            "MB after one pass | MB after all | of it mapped files |"
         )
         print("|---" * 11 + "|", flush=True)
         waits = []
@@ -154,12 +193,16 @@ def main() -> None:
             folder = Path(place) / "set"
             write_set(folder, num_rows, tuple(args.shape), args.shard_size)
             options = ["--read", args.read, "--batch_size", args.batch_size, "--repeats", args.repeats]
-            command = [sys.executable, __file__, "--measure", folder, *options]
-            print(
-                subprocess.run(map(str, command), check=True, capture_output=True, text=True).stdout,
-                end="",
-                flush=True,
-            )
+            checksums = set()
+            for reader in READERS:
+                command = [sys.executable, __file__, "--measure", folder, reader, *options]
+                output = subprocess.run(map(str, command), check=True, capture_output=True, text=True).stdout
+                cells, checksum = json.loads(output)
+                checksums.add(checksum)
+                size = num_rows * np.prod(args.shape) * 2 / 1e9
+                print("|", " | ".join([f"{num_rows:,}", f"{size:.1f}", f"`{reader}`", *cells]), "|", flush=True)
+            if len(checksums) > 1:
+                sys.exit("The readers give different values.")
             waits.append(measure_wait(folder, args.step_seconds, args.num_workers))
             shutil.rmtree(folder)
         print("\n".join(["", *waits]))

@@ -61,6 +61,21 @@ def test_samples_do_not_depend_on_what_was_read_before(digits):
         assert torch.equal(batch["images"], everything["images"][start : start + 10])
 
 
+def test_labels_can_be_read_again(digits):
+    source, rows = make_stream(digits).source, np.arange(5, 12)
+    source.load(rows, np.zeros(len(rows), dtype=bool))
+    labels = source.labels_of(rows)
+    expected = make_stream(digits).__getitems__(rows.tolist())["class_labels"]
+    assert labels.tolist() == source.labels_of(rows).tolist() == expected.tolist()
+    assert len(source.labels) == NUM_IMAGES and set(source.labels) == {-1}
+
+
+def test_no_worker_processes(digits):
+    loader = torch.utils.data.DataLoader(make_stream(digits), 4, sampler=range(8), num_workers=1)
+    with pytest.raises(ValueError, match="`num_workers` has to be 0 for a streamed data set"):
+        next(iter(loader))
+
+
 def test_unreadable_images_are_replaced_by_the_next_ones(digits):
     """The same samples in any batches; the rows that were read ahead are not read again."""
 

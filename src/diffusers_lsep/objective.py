@@ -225,13 +225,13 @@ class LSEPObjective(nn.Module):
                 "`num_probe_weights=1` is a constant weight and needs `probe_weight_start` and `probe_weight_end` to"
                 f" be equal, but they are {probe_weight_start} and {probe_weight_end}."
             )
-        depths = {f"depth` of the regularizer `{name}": module.depth for name, module in self.regularizers.items()}
+        depths = {f"`depth` of the regularizer `{name}`": module.depth for name, module in self.regularizers.items()}
         if self.probe is not None:
-            depths["probe_depth"] = self.probe_depth
+            depths["`probe_depth`"] = self.probe_depth
         for name, depth in depths.items():
             if not 1 <= depth <= config.num_layers:
                 raise ValueError(
-                    f"`{name}` has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
+                    f"{name} has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
                     f" {depth}."
                 )
         if self.probe is None:

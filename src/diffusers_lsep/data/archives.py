@@ -221,35 +221,35 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
         ) from None
     bad = [f"{name}: {label!r}" for name, label in zip(listed, labels) if type(label) is not int or label < 0]
     if bad:
-        raise ValueError(f"dataset.json must give each file a class >= 0, got {_some(bad)}.")
+        raise ValueError(f"dataset.json must give each file a class >= 0, got {list_some(bad)}.")
 
     if {os.path.splitext(name)[1] for name in listed}.isdisjoint({os.path.splitext(name)[1] for name in names}):
-        keys: list[Any] = list(map(_number, names))
-        listed = list(map(_number, listed))
+        keys: list[Any] = list(map(number_in, names))
+        listed = list(map(number_in, listed))
     else:
         keys = list(names)
     for what, side in (("dataset.json names", listed), ("the folder holds", keys)):
         twice = [str(key) for key, count in Counter(side).items() if count > 1]
         if twice:
-            raise ValueError(f"{what} more than one file for {_some(twice)}: files and labels do not pair.")
+            raise ValueError(f"{what} more than one file for {list_some(twice)}: files and labels do not pair.")
     label_of = dict(zip(listed, labels))
     without_label = [name for name, key in zip(names, keys) if key not in label_of]
     if without_label:
-        raise ValueError(f"dataset.json has no label for {_some(without_label)}.")
+        raise ValueError(f"dataset.json has no label for {list_some(without_label)}.")
     if len(label_of) > len(keys):
         without_file = [str(key) for key in label_of.keys() - set(keys)]
-        raise ValueError(f"dataset.json has labels for files that are not there: {_some(sorted(without_file))}.")
+        raise ValueError(f"dataset.json has labels for files that are not there: {list_some(sorted(without_file))}.")
     return np.array([label_of[key] for key in keys], np.int64)
 
 
-def _number(name: str) -> int:
+def number_in(name: str) -> int:
+    """The last number in a file's name, by which images and moments are paired; folders do not count."""
     digits = re.findall(r"\d+", name.rsplit("/", 1)[-1])
     if not digits:
-        raise ValueError(
-            f"dataset.json names other files than the folder holds, and {name} has no number to pair them by."
-        )
+        raise ValueError(f"{name} has no number to pair it by: files and labels pair by name, or else by number.")
     return int(digits[-1])
 
 
-def _some(names: Sequence[str]) -> str:
+def list_some(names: Sequence[str]) -> str:
+    """The first five names and how many more there are, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,18 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers that depend on a seed, an index and a purpose alone, and on nothing that was drawn before."""
 
-from typing import TYPE_CHECKING
+from enum import IntEnum
 
 import numpy as np
 
 
-if TYPE_CHECKING:
-    pass
+class Purpose(IntEnum):
+    """What a generator is for, a part of its key, so that no two purposes share a number. The values are a format."""
 
-# What a generator is for. It enters the key's counter, so that no two purposes ever share a number.
-_SAMPLE, _ORDER, _STEP, _SPLIT, _HELD_OUT, _SHIFT = range(6)
+    SAMPLE = 0
+    ORDER = 1
+    STEP = 2
+    SPLIT = 3
+    HELD_OUT = 4
+    SHIFT = 5
+    # of linear probing
+    TRAINING_FEATURES = 100
+    HELD_OUT_FEATURES = 101
+    HALVES = 102
 
 
-def keyed_generator(seed: int, index: int, purpose: int) -> np.random.Generator:
+def keyed_generator(seed: int, index: int, purpose: Purpose) -> np.random.Generator:
     """A generator whose numbers depend on nothing but these three integers (Philox, a counter-based generator)."""
     return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose]))

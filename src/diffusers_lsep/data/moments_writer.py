@@ -16,7 +16,7 @@ from .moments import (
     MOMENTS_FORMAT_VERSION,
     SETTINGS_FILE,
     UNREADABLE_KEY,
-    _scan_shard,
+    scan_shard,
     shard_name,
 )
 
@@ -99,7 +99,7 @@ def moments_features(id2label: dict[int, str], flip: bool, images: bool):
 
 def unreadable_in(path: str | os.PathLike) -> list[dict[str, str]]:
     """The images that a shard's encoder could not read: dicts with `id` and `error`, in the order of the input."""
-    return [entry for batch in _scan_shard(path, [], 0) for entry in batch["unreadable"]]
+    return [entry for batch in scan_shard(path, [], 0) for entry in batch["unreadable"]]
 
 
 def finish_moments(folder: str | os.PathLike, settings: dict[str, Any], features, num_shards: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def finish_moments(folder: str | os.PathLike, settings: dict[str, Any], features
     shards = [shard_name(index, num_shards) for index in range(num_shards)]
     unreadable, rows_per_shard = [], []
     for shard in shards:
-        batches = list(_scan_shard(folder / shard, [], 0))
+        batches = list(scan_shard(folder / shard, [], 0))
         rows_per_shard.append(sum(len(batch["labels"]) for batch in batches))
         unreadable += [entry for batch in batches for entry in batch["unreadable"]]
     write_unreadable(folder, unreadable)

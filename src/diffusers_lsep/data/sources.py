@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .draws import _SPLIT, keyed_generator
+from .draws import Purpose, keyed_generator
 
 
 def hash_labels(labels: np.ndarray) -> int:
@@ -22,7 +22,7 @@ class SampleSource(Protocol):
     kind: str
     """`"images"`: pixels in [-1, 1]. `"moments"`: mean and standard deviation of a VAE's posterior, `[2 C, S, S]`."""
     labels: np.ndarray
-    """Class indices, int64, one per row."""
+    """Class indices, int64, one per row; -1 where they are not known before the row is read."""
 
     def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
         """The samples of these rows as one tensor, each mirrored left to right where `flips` says so."""
@@ -50,7 +50,7 @@ class SourceSubset:
 
 def cut_off(source: SampleSource, fraction: float, seed: int) -> tuple[SourceSubset, SourceSubset]:
     """Divides a source at random into the rows to train on and the `fraction` of all that is held out."""
-    order = keyed_generator(seed, 0, _SPLIT).permutation(len(source.labels))
+    order = keyed_generator(seed, 0, Purpose.SPLIT).permutation(len(source.labels))
     num_held_out = max(1, round(len(order) * fraction))
     rest, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
     return SourceSubset(source, rest), SourceSubset(source, held_out)

@@ -10,26 +10,22 @@ is keyed by `(seed, g)`. So a run can be continued anywhere, on any number of pr
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..interpolants import get_interpolant
 from ..objective import timesteps_from_uniform
-from .draws import _HELD_OUT, _ORDER, _SAMPLE, _SHIFT, _STEP, keyed_generator
+from .draws import Purpose, keyed_generator
 from .images import UnreadableImageError
 from .sources import SampleSource
-
-
-if TYPE_CHECKING:
-    pass
 
 
 @lru_cache(maxsize=2)  # A batch can reach from one epoch into the next.
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The rows in the order in which an epoch goes through them."""
-    return keyed_generator(seed, epoch, _ORDER).permutation(num_rows)
+    return keyed_generator(seed, epoch, Purpose.ORDER).permutation(num_rows)
 
 
 class SampleStream(torch.utils.data.Dataset):
@@ -109,6 +105,10 @@ class SampleStream(torch.utils.data.Dataset):
         num_rows = len(self.source.labels)
         return np.array([epoch_order(num_rows, self.seed, g // num_rows)[g % num_rows] for g in indices])
 
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """The class indices of rows that the source has just loaded."""
+        return self.source.labels[rows]
+
     def substitutes(self, row: int) -> Iterable[int]:
         """The rows to try in place of this one, if it cannot be read: the next ones, those of its class first."""
         others = np.roll(np.arange(len(self.source.labels)), -1 - row)[:-1]
@@ -118,11 +118,11 @@ class SampleStream(torch.utils.data.Dataset):
         """The side of the probe's window, in tokens: one for all samples of an optimiser step."""
         steps, position = np.unique(np.array(indices) // self.samples_per_step, return_inverse=True)
         low, high = self.crop_size_min, self.grid_size
-        sizes = [keyed_generator(self.seed, int(s), _STEP).integers(low, high, endpoint=True) for s in steps]
+        sizes = [keyed_generator(self.seed, int(s), Purpose.STEP).integers(low, high, endpoint=True) for s in steps]
         return np.array(sizes)[position]
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        draws = self._draw(indices, _SAMPLE)
+        draws = self._draw(indices, Purpose.SAMPLE)
         size = self.window_sizes(indices)
         start = (draws["crop"] * (self.grid_size - size[:, None] + 1)).astype(np.int64)
         batch = self._load(self.rows(indices), draws, flips=(draws["flip"] < 0.5) & self.random_flip)
@@ -149,7 +149,7 @@ class SampleStream(torch.utils.data.Dataset):
         """
         steps, position = np.divmod(np.array(indices), self.samples_per_step)
         unique, inverse = np.unique(steps, return_inverse=True)
-        shifts = np.array([keyed_generator(self.seed, int(s), _SHIFT).random(2) for s in unique])
+        shifts = np.array([keyed_generator(self.seed, int(s), Purpose.SHIFT).random(2) for s in unique])
         shift_of_choice, shift = shifts[inverse].T
 
         def chosen_before(end: np.ndarray | int) -> np.ndarray:
@@ -168,7 +168,7 @@ class SampleStream(torch.utils.data.Dataset):
         A batch of these rows with draws that are the same at every call, to measure on: no image is mirrored, the main
         stream is given the label, and the probe's stream, which has to find it in the image, is not.
         """
-        batch = self._load(np.array(rows), self._draw(rows, _HELD_OUT), flips=np.zeros(len(rows), dtype=bool))
+        batch = self._load(np.array(rows), self._draw(rows, Purpose.HELD_OUT), flips=np.zeros(len(rows), dtype=bool))
         batch["class_dropout_mask"] = torch.zeros(len(rows), dtype=torch.bool)
         batch["probe_dropout_mask"] = torch.ones(len(rows), dtype=torch.bool)
         batch["crop_window"] = torch.tensor([[0, 0, self.grid_size]]).repeat(len(rows), 1)
@@ -199,10 +199,10 @@ class SampleStream(torch.utils.data.Dataset):
 
     def _load(self, rows: np.ndarray, draws: dict[str, np.ndarray], flips: np.ndarray) -> dict[str, Any]:
         uniform = torch.from_numpy(draws["timestep"].copy())
-        samples, rows, unreadable = self._read(rows, flips)
+        samples, labels, rows, unreadable = self._read(rows, flips)
         batch: dict[str, Any] = {
             self.source.kind: samples,
-            "class_labels": torch.from_numpy(self.source.labels[rows]),
+            "class_labels": torch.from_numpy(labels),
             "noise": torch.from_numpy(draws["noise"]),
             "timesteps": timesteps_from_uniform(uniform, get_interpolant(self.path_type), self.timestep_sampling),
         }
@@ -214,26 +214,29 @@ class SampleStream(torch.utils.data.Dataset):
             batch["unreadable"] = unreadable
         return batch
 
-    def _read(self, rows: np.ndarray, flips: np.ndarray) -> tuple[torch.Tensor, np.ndarray, list[dict[str, str]]]:
-        """The samples of these rows, the rows that they are of in the end, and what could not be read."""
+    def _read(
+        self, rows: np.ndarray, flips: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, list[dict[str, str]]]:
+        """The samples of these rows, their labels, the rows that they are of in the end, and what cannot be read."""
         try:
-            return self.source.load(rows, flips), rows, []
+            return self.source.load(rows, flips), self.labels_of(rows), rows, []
         except UnreadableImageError as error:
             if not self.replace_unreadable or error.images is None or error.errors is None:
                 raise
             samples, errors = error.images, error.errors
-        rows, unreadable = rows.copy(), list(errors.values())
+        rows, labels, unreadable = rows.copy(), self.labels_of(rows), list(errors.values())
         for position in errors:
             for row in self.substitutes(rows[position]):
+                substitute = np.array([row])
                 try:
-                    samples[position] = self.source.load(np.array([row]), flips[position : position + 1])[0]
-                    rows[position] = row
+                    samples[position] = self.source.load(substitute, flips[position : position + 1])[0]
+                    labels[position], rows[position] = self.labels_of(substitute)[0], row
                     break
                 except UnreadableImageError as error:
                     unreadable += (error.errors or {}).values()
             else:
                 raise ValueError("none of the images can be read.")
-        return samples, rows, unreadable
+        return samples, labels, rows, unreadable
 
 
 def _coprime_stride(count: int) -> int:

@@ -24,7 +24,8 @@ class StreamedImages:
     The order is only nearly random. Every epoch shuffles the shards, and the rows inside a buffer. Still it depends on
     nothing but the seed: each process reads everything and decodes its own part, and a run that is continued skips
     what was used, so that any number of processes sees the same samples, at the price of reading. A `DataLoader` must
-    not have worker processes: `datasets` would deal the shards out to them.
+    not have worker processes: `datasets` would deal the shards out to them. Its `labels` are all -1: [`labels_of`]
+    gives those of what was read.
 
     Args:
         dataset (`datasets.IterableDataset`): The data set.
@@ -73,7 +74,7 @@ class StreamedImages:
             raise ValueError(f"`num_classes` has to be at least {len(names)}, but is {num_classes}.")
         self.names = names + [str(index) for index in range(len(names), num_classes or 0)]
 
-        self.labels = StreamedLabels(num_images)
+        self.labels = np.broadcast_to(np.int64(-1), num_images)
         self.resolution = resolution
         self.num_channels = num_channels
         self.image_column = image_column
@@ -103,11 +104,16 @@ class StreamedImages:
                     f"`label_column` {self.label_column!r} has to hold labels in 0..{len(self.names) - 1}, but sample"
                     f" {row} of the stream has {label!r}."
                 )
-            self.labels.known[row] = label
             values.append(sample[self.image_column])
         return decode_images(rows, values, flips, self.resolution, self.num_channels)
 
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """The class indices of rows that the last call of `load` was for, whether or not it could read them all."""
+        return np.array([self._kept[row][self.label_column] for row in rows.tolist()], dtype=np.int64)
+
     def _seek(self, row: int) -> dict:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ValueError("`num_workers` has to be 0 for a streamed data set: `datasets` would share it out.")
         epoch, offset = divmod(row, len(self.labels))
         same_epoch = epoch == self._position // len(self.labels) and self._position % len(self.labels) > 0
         if self._iterator is None or row < self._position or not same_epoch:
@@ -127,27 +133,16 @@ class StreamedImages:
             ) from None
 
 
-class StreamedLabels:
-    """The labels of the samples that were read last; its length is that of the data set."""
-
-    def __init__(self, num_images: int):
-        self.num_images = num_images
-        self.known: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        labels = np.array([self.known[row] for row in rows.tolist()], dtype=np.int64)
-        self.known.clear()
-        return labels
-
-
 class StreamedSamples(SampleStream):
     """A [`SampleStream`] that takes its samples in the order in which a [`StreamedImages`] gives them."""
 
+    source: StreamedImages
+
     def rows(self, indices: list[int]) -> np.ndarray:
         return np.array(indices)
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        return self.source.labels_of(rows)
 
     def substitutes(self, row: int) -> Iterable[int]:
         """The samples to try in place of this one, of whatever class: the next ones of the stream."""

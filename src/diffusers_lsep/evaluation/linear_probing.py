@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.draws import keyed_generator
+from ..data.draws import Purpose, keyed_generator
 from ..data.moments import sample_posterior
 from ..data.sources import SampleSource
 from ..figures import save_figure
@@ -39,10 +39,8 @@ MAE_LEARNING_RATE = 6.4
 LARS_MOMENTUM = 0.9
 LARS_TRUST_COEFFICIENT = 0.001
 
-# What noise is for, as a part of its key: training and held-out images share none.
-NOISE_PURPOSES = {"training": 100, "held-out": 101}
-
-HALVES_PURPOSE = 102
+# Training and held-out images share no noise.
+NOISE_PURPOSES = {"training": Purpose.TRAINING_FEATURES, "held-out": Purpose.HELD_OUT_FEATURES}
 
 
 def fit_mae(
@@ -321,7 +319,7 @@ def probe_layers(
                     means = x["held-out"][:, None]  # of the tokens, which is all that the probe looks at
                     of_training_probe.append(accuracy(probe, means, labels["held-out"]))
     # The largest of many accuracies is too high by chance, unless it is measured anew.
-    order = keyed_generator(seed, 0, HALVES_PURPOSE).permutation(len(held_out.labels))
+    order = keyed_generator(seed, 0, Purpose.HALVES).permutation(len(held_out.labels))
     choosing, measuring = np.split(order, [len(order) // 2])
     chosen = hits[:, :, choosing].mean(axis=2)
     row, column = np.unravel_index(chosen.argmax(), chosen.shape)
