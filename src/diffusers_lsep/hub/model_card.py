@@ -24,7 +24,7 @@ from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..files import hash_saved_weights
+from ..files import hash_saved_weights, whole_file
 from ..transformer_sit import SIT_PRESETS
 
 
@@ -258,9 +258,8 @@ def _sections(card: ModelCard) -> dict[str, str]:
 
 
 def _save(path: Path, card: ModelCard) -> Path:
-    partial = path.with_name(f".{CARD_NAME}.partial")
-    card.save(partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        card.save(partial)
     return path
 
 

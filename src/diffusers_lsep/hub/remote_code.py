@@ -8,9 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from .model_card import (
-    SavedPipeline,
-)
+from ..files import write_text
+from .model_card import SavedPipeline
 
 
 # The component classes that a repository with code brings along: component and module.
@@ -44,13 +43,13 @@ def add_code(folder: str | os.PathLike):
     """
     folder = Path(folder)
     index = SavedPipeline(folder).index
-    _write(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
+    write_text(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
     index["_class_name"] = [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]
     for class_name, (component, module) in REMOTE_COMPONENTS.items():
         if index[component][1] == class_name:
-            _write(folder / component / f"{module}.py", _standalone_source(module))
+            write_text(folder / component / f"{module}.py", _standalone_source(module))
             index[component] = [module, class_name]
-    _write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _standalone_source(module: str, imported: set[str] | None = None) -> str:
@@ -89,9 +88,3 @@ def _standalone_source(module: str, imported: set[str] | None = None) -> str:
     if not is_whole_file:
         text = "".join(text.splitlines(keepends=True)[2:])  # the licence is at the top of the file already
     return re.sub(r"\n{4,}", "\n\n\n", text)
-
-
-def _write(path: Path, text: str):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
