@@ -15,8 +15,6 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from .model_card import (
     CARD_NAME,
-    EVAL_RESULTS_NAME,
-    SavedPipeline,
     declare_license,
     is_about_other_weights,
     merge_model_cards,
@@ -24,6 +22,7 @@ from .model_card import (
     write_model_card,
 )
 from .remote_code import REMOTE_PIPELINE_FILE, add_code
+from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..files import write_text
-from .model_card import SavedPipeline
+from .saved_pipeline import SavedPipeline
 
 
 # The component classes that a repository with code brings along: component and module.
