@@ -103,6 +103,7 @@ def push_folder(
         outdated = {EVAL_RESULTS_NAME} - {*files} if is_about_other_weights(card_on_hub, pipeline.hashes) else set()
         card = merge_model_cards(card_on_hub, card, pipeline.hashes)
 
+        # Not `upload_folder`: with hf_xet it may make several commits, and the card is not the one in the folder.
         operations = [
             CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=str(card).encode()),
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in files),
