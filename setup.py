@@ -35,7 +35,7 @@ setup(
     keywords=["diffusers", "flow matching", "SiT", "LSEP", "image generation", "representation learning"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_lsep": ["py.typed", "*.json"]},
+    package_data={"diffusers_lsep": ["py.typed", "*.json"], "diffusers_lsep.hub": ["*.md"]},
     python_requires=">=3.11",  # that of diffusers 0.42
     install_requires=[
         "torch>=2.6",

@@ -3,14 +3,13 @@
 """Checkpoints of training: whole or absent, and found again."""
 
 import errno
-import shutil
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.files import whole_folder, write_text
+from diffusers_lsep.files import whole_folder
 from diffusers_lsep.training.checkpoints import (
     choose_checkpoint,
     find_damage,
@@ -159,14 +158,3 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path):
     assert checkpoints(2, 8) == [8, 16, 18, 20]
     assert checkpoints(1, 10) == [10, 18, 20]
     assert checkpoints(50, 10) == list(range(2, 22, 2))
-
-
-def test_write_text_keeps_the_old_file_if_it_fails(tmp_path):
-    path = tmp_path / "a.json"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    shutil.rmtree(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        write_text(path, "new")

@@ -87,8 +87,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 import diffusers_lsep
+from diffusers_lsep.hub.model_card import update_evaluation
 from diffusers_lsep.hub.push import push_folder
-from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
+from diffusers_lsep.hub.saved_pipeline import SavedPipeline
 
 folder, work = os.environ["FOLDER"], os.environ["WORK"]
 pipe = DiffusionPipeline.from_pretrained(folder)

@@ -374,8 +374,8 @@ class TestCommand:
         torch.manual_seed(0)
         push_folder = """
 import sys
-from diffusers_lsep.hub import push_folder
-from diffusers_lsep.model_card import write_model_card
+from diffusers_lsep.hub.model_card import write_model_card
+from diffusers_lsep.hub.push import push_folder
 
 write_model_card(sys.argv[1])
 push_folder(sys.argv[1], sys.argv[2], license="mit")

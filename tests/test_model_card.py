@@ -18,11 +18,11 @@ from diffusers_lsep.files import hash_weights
 from diffusers_lsep.hub.model_card import (
     METRIC_NAMES,
     Gallery,
-    SavedPipeline,
     merge_model_cards,
     update_evaluation,
     write_model_card,
 )
+from diffusers_lsep.hub.saved_pipeline import SavedPipeline
 
 
 RESULTS = {"metrics": {"fid": 5.7, "inception_score": 120.0}, "dataset": "ImageNet", "num_images": 50000}
@@ -160,7 +160,7 @@ def test_writing_again_keeps_what_was_written_by_hand(save):
     path.write_text(path.read_text().replace("tags:", "language: en\ntags:\n- mine") + "\nMy own words.\n")
     write_model_card(folder, license="mit", sampling={"guidance_scale": 2.5})
     card = read(folder)
-    assert "My own words." in card.text
+    assert "\n\nMy own words.\n" in card.text
     assert "guidance_scale=2.5" in card.text
     assert "`seed`" not in card.text  # not known now
     assert "No licence has been declared" not in card.text

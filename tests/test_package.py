@@ -95,6 +95,16 @@ def test_classifiers_name_what_it_runs_on():
     assert pythons == sorted(set(re.findall(r'"(3\.\d+)"', workflow)), key=lambda version: int(version[2:]))
 
 
+def test_data_files_are_shipped(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    here, shipped = (
+        {path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        for root in (ROOT / "src" / "diffusers_lsep", tmp_path / "diffusers_lsep")
+    )
+    assert here == shipped
+
+
 def test_command_line_entry_point():
     (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name="diffusers-lsep")
     assert callable(entry_point.load())

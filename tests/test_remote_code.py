@@ -5,6 +5,7 @@
 import ast
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from hub_server import HubServer
 from tiny_models import make_pipeline
 
+import diffusers_lsep
 from diffusers_lsep import (
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
     SiTTransformer2DModel,
 )
-from diffusers_lsep.hub.remote_code import add_code
+from diffusers_lsep.hub.remote_code import LEFT_TO_BASE_CLASS, REMOTE_COMPONENTS, add_code
 
 
 # Both processes start with this. The images do not depend on the process, only on the number of threads.
@@ -226,6 +228,55 @@ def test_code_stands_alone(folders):
                 bound[node.name].add(node.lineno)
         # What one module calls by a name must not be something else in the module that it is put into.
         assert {name for name, places in bound.items() if len(places) > 1} == set()
+
+
+def imports_from_the_package(node):
+    names = [part.module or "" for part in ast.walk(node) if isinstance(part, ast.ImportFrom) and not part.level]
+    names += [alias.name for part in ast.walk(node) if isinstance(part, ast.Import) for alias in part.names]
+    is_relative = any(isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(node))
+    return is_relative or any(name.partition(".")[0] == "diffusers_lsep" for name in names)
+
+
+def test_methods_that_need_the_package_are_named(folders):
+    """What a method imports while it runs would be missed only when somebody calls it, far from here."""
+    source = Path(diffusers_lsep.__file__).parent
+    waiting, modules = ["pipeline_lsep", *(module for _, module in REMOTE_COMPONENTS.values())], {}
+    while waiting:
+        name = waiting.pop()
+        if name not in modules:
+            modules[name] = ast.parse((source / f"{name}.py").read_text())
+            imports = [node for node in modules[name].body if isinstance(node, ast.ImportFrom) and node.level]
+            waiting += [node.module for node in imports]
+    assert {"pipeline_lsep", "transformer_sit", "scheduling_flow_match", "interpolants"} <= set(modules)
+    found = set()
+    for name, tree in modules.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                found |= {(node.name, part.name) for part in node.body if imports_from_the_package(part)}
+            elif not isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert not imports_from_the_package(node), f"{name}:{node.lineno}"
+    assert found == {(name, method) for name, methods in LEFT_TO_BASE_CLASS.items() for method in methods}
+
+    tree = ast.parse((folders / "linear" / "pipeline.py").read_text())
+    (pipeline,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LSEPPipeline")
+    methods = {part.name for part in pipeline.body if isinstance(part, ast.FunctionDef)}
+    assert "__call__" in methods and not methods.intersection(LEFT_TO_BASE_CLASS["LSEPPipeline"])
+
+
+def test_code_of_another_scheduler_goes(pipelines, tmp_path):
+    for name, module in (
+        ("linear", "scheduling_flow_match_sde"),
+        ("heun", "scheduling_flow_match_heun_ode"),
+        ("multistep", "scheduling_flow_match_sde_multistep"),
+        ("euler", None),
+    ):
+        pipelines[name].save_pretrained(tmp_path)
+        (tmp_path / "scheduler" / "mine.py").write_text("")
+        add_code(tmp_path)
+        code = {path.name for path in (tmp_path / "scheduler").glob("*.py")}
+        assert code == {"mine.py", *([f"{module}.py"] if module else [])}
+        pipe = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+        assert type(pipe.scheduler).__name__ == type(pipelines[name].scheduler).__name__
 
 
 def test_adding_code_again_changes_nothing(folders):

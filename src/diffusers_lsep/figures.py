@@ -4,11 +4,12 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import whole_file
 
 
 def make_labeled_grid(
@@ -73,13 +74,8 @@ def require_matplotlib(what: str):
 
 def save_figure(path: str | os.PathLike, figure: Any, dpi: int = 120):
     """Writes a matplotlib `Figure` as a PNG, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]], title: str = ""):

@@ -14,6 +14,34 @@ from safetensors import safe_open
 
 
 @contextmanager
+def whole_file(path: str | os.PathLike, suffix: str = ".partial") -> Iterator[Path]:
+    """
+    Gives a name beside `path` to write a file under, which takes the name `path` once the block ends and it is on
+    disk. If the block fails nothing of it stays, and a file that was there before is as it was.
+
+    Args:
+        path (`str` or `os.PathLike`): The file, in a folder that exists.
+        suffix (`str`, defaults to `".partial"`):
+            How the name ends that the file has until then; a random one where others may write the same file.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}{suffix}")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str, suffix: str = ".partial"):
+    """Writes a text file in UTF-8 that appears whole or not at all, as [`whole_file`] has it."""
+    with whole_file(path, suffix) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """
     Gives a new folder to write into, which takes the name `target` once the block ends and everything is on disk. If
@@ -29,25 +57,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
             for name in files:
                 _sync(Path(folder, name))
             _sync(Path(folder))
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
     except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_text(path: Path, text: str):
-    """Writes a text file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path):

@@ -4,7 +4,6 @@
 
 import argparse
 import json
-import tempfile
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..conversion import DTYPES, SOURCES, WEIGHTS, convert_original_checkpoint
+from ..files import whole_folder
 
 
 # What `diffusers-lsep convert` may find in a folder that it is asked to replace.
@@ -108,10 +108,8 @@ def run(args: argparse.Namespace):
         )
     pipeline = LSEPPipeline(transformer, converted.scheduler, vae, id2label)
 
-    # 3. Write everything beside the target and put it there by a rename
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        folder = Path(temporary) / "pipeline"
+    # 3. Write
+    with whole_folder(output_dir) as folder:
         pipeline.save_pretrained(folder, max_shard_size=args.max_shard_size)
         if probe is not None:
             probe.save_pretrained(folder / "probe")
@@ -119,9 +117,6 @@ def run(args: argparse.Namespace):
             add_code(folder)
         name = args.push_to_hub or output_dir.name
         write_model_card(folder, repo_id=name, license=args.license, source=converted.source)
-        if output_dir.exists():
-            output_dir.rename(Path(temporary) / "replaced")
-        folder.rename(output_dir)
 
     print(
         f"{args.checkpoint}: {converted.source} checkpoint, weights {args.weights!r},"

@@ -17,7 +17,8 @@ from ..evaluation.images import open_images
 from ..evaluation.protocol import METRICS, PROTOCOL_DINOV2, PROTOCOL_IMAGES, ImageSet, evaluate_images
 from ..figures import require_matplotlib
 from ..files import write_text
-from ..hub.model_card import SavedPipeline, update_evaluation, without_folders
+from ..hub.model_card import update_evaluation, without_folders
+from ..hub.saved_pipeline import SavedPipeline
 
 
 logger = logging.getLogger(__name__)

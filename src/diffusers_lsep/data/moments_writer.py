@@ -7,9 +7,11 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..files import whole_file, write_text
 from .moments import (
     METADATA_FILE,
     MOMENTS_FORMAT,
@@ -48,8 +50,10 @@ class MomentsShardWriter:
     def __enter__(self) -> "MomentsShardWriter":
         import pyarrow as pa
 
-        self._file = _open_temporary(self.path)
-        self._writer = pa.ipc.new_stream(self._file, self.schema)
+        self._stack = ExitStack()
+        partial = self._stack.enter_context(whole_file(self.path, _temporary_suffix()))
+        self._writer = pa.ipc.new_stream(self._stack.enter_context(open(partial, "wb")), self.schema)
+        self._stack.push(self._finish)
         self._columns: dict[str, list] = {field.name: [] for field in self.schema}
         self._unreadable: list[dict[str, str]] = []
         return self
@@ -71,15 +75,13 @@ class MomentsShardWriter:
         self._columns = {name: [] for name in self._columns}
         self._unreadable = []
 
-    def __exit__(self, error_type, error, traceback) -> None:
-        try:
-            if error_type is None:
-                self._flush()
-                self._writer.close()
-                _publish(self._file, self.path)
-        finally:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
+    def _finish(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self._flush()
+            self._writer.close()
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
 
 
 def moments_features(id2label: dict[int, str], flip: bool, images: bool):
@@ -145,36 +147,15 @@ def finish_moments(folder: str | os.PathLike, settings: dict[str, Any], features
 def write_unreadable(folder: str | os.PathLike, entries: Iterable[dict[str, str]]) -> Path:
     """Write `unreadable.jsonl`: one line per image, with `id` and `error`."""
     path = Path(folder) / UNREADABLE_FILE
-    _write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    write_text(path, text, _temporary_suffix())
     return path
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:
     """Write a JSON document that appears whole or not at all."""
-    _write_text(Path(path), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n", _temporary_suffix())
 
 
-def _write_text(path: Path, text: str) -> None:
-    with _open_temporary(path) as file:
-        try:
-            file.write(text.encode())
-            _publish(file, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-
-def _open_temporary(path: Path):
-    # Beside the target, so that the rename stays on one file system; a random name, so that no two machines share it.
-    return open(path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"), "xb")
-
-
-def _publish(file, path: Path) -> None:
-    """Give an open temporary file its name, on disk before the name is (a power cut leaves no empty shard)."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def _temporary_suffix() -> str:
+    return f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"  # random, so that no two machines share the name

@@ -15,8 +15,6 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from .model_card import (
     CARD_NAME,
-    EVAL_RESULTS_NAME,
-    SavedPipeline,
     declare_license,
     is_about_other_weights,
     merge_model_cards,
@@ -24,6 +22,7 @@ from .model_card import (
     write_model_card,
 )
 from .remote_code import REMOTE_PIPELINE_FILE, add_code
+from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
 logger = logging.get_logger(__name__)
@@ -104,6 +103,7 @@ def push_folder(
         outdated = {EVAL_RESULTS_NAME} - {*files} if is_about_other_weights(card_on_hub, pipeline.hashes) else set()
         card = merge_model_cards(card_on_hub, card, pipeline.hashes)
 
+        # Not `upload_folder`: with hf_xet it may make several commits, and the card is not the one in the folder.
         operations = [
             CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=str(card).encode()),
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in files),

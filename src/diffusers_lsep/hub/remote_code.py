@@ -8,9 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from .model_card import (
-    SavedPipeline,
-)
+from ..files import write_text
+from .saved_pipeline import SavedPipeline
 
 
 # The component classes that a repository with code brings along: component and module.
@@ -25,6 +24,9 @@ REMOTE_COMPONENTS = {
 # diffusers executes the component's own file later, which makes another class of the same name.
 REMOTE_STAND_INS = {"transformer_sit": "from diffusers import ModelMixin as SiTTransformer2DModel\n"}
 
+# Methods that work only where this package is installed: the base class's stand in their place.
+LEFT_TO_BASE_CLASS = {"LSEPPipeline": ("save_pretrained", "push_to_hub")}
+
 REMOTE_PIPELINE_FILE = "pipeline.py"
 
 
@@ -32,7 +34,8 @@ def add_code(folder: str | os.PathLike):
     """
     Adds the code of the model, the scheduler and the pipeline to a saved pipeline, so that diffusers loads it with
     `trust_remote_code=True` where this package is not installed. From then on diffusers asks for that argument
-    wherever the folder is loaded. Components of other libraries are left as they are.
+    wherever the folder is loaded. Components of other libraries are left as they are. Code that was added for another
+    class of a component is removed.
 
     The files are made of this package's modules. Each stands alone and holds what it imports from other modules.
 
@@ -44,21 +47,24 @@ def add_code(folder: str | os.PathLike):
     """
     folder = Path(folder)
     index = SavedPipeline(folder).index
-    _write(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
+    write_text(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
     index["_class_name"] = [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]
     for class_name, (component, module) in REMOTE_COMPONENTS.items():
+        path = folder / component / f"{module}.py"
         if index[component][1] == class_name:
-            _write(folder / component / f"{module}.py", _standalone_source(module))
+            write_text(path, _standalone_source(module))
             index[component] = [module, class_name]
-    _write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+    write_text(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _standalone_source(module: str, imported: set[str] | None = None) -> str:
     """
     The source of a module of this package with nothing left that needs the others: a module that it imports stands in
-    place of the first import; a component class is replaced by its base class (see `REMOTE_STAND_INS`); methods that
-    import from the package while they run, such as `push_to_hub`, are left to the base class. `imported` holds the
-    modules and imports of other libraries that stand in the text already.
+    place of the first import; a component class is replaced by its base class (`REMOTE_STAND_INS`); some methods are
+    left to the base class (`LEFT_TO_BASE_CLASS`). `imported` holds the modules and imports of other libraries that
+    stand in the text already.
     """
     source = Path(__file__).parents[1].joinpath(f"{module}.py").read_text(encoding="utf-8")
     tree = ast.parse(source)
@@ -77,10 +83,11 @@ def _standalone_source(module: str, imported: set[str] | None = None) -> str:
             text = REMOTE_STAND_INS.get(name)
             text = text or f"\n\n# {name}.py\n{_standalone_source(name, imported)}\n\n"
             edits.append((node.lineno, node.end_lineno, text))
-    for method in (method for node in tree.body if isinstance(node, ast.ClassDef) for method in node.body):
-        if any(isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(method)):
-            start = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
-            edits.append((start, method.end_lineno, ""))
+    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name in LEFT_TO_BASE_CLASS.get(node.name, ()):
+                start = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
+                edits.append((start, method.end_lineno, ""))
 
     lines = source.splitlines(keepends=True)
     for start, end, text in sorted(edits, reverse=True):
@@ -89,9 +96,3 @@ def _standalone_source(module: str, imported: set[str] | None = None) -> str:
     if not is_whole_file:
         text = "".join(text.splitlines(keepends=True)[2:])  # the licence is at the top of the file already
     return re.sub(r"\n{4,}", "\n\n\n", text)
-
-
-def _write(path: Path, text: str):
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -4,7 +4,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
+from ..figures import save_figure
 from ..files import write_text
 from ..objective import LSEPObjectiveOutput
 
@@ -176,6 +176,4 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path):
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, path)
+    save_figure(path, figure, dpi=110)

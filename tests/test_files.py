@@ -1,0 +1,172 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that appear whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from diffusers_lsep.data.moments_writer import MomentsShardWriter, moments_features, write_json
+from diffusers_lsep.figures import save_figure
+from diffusers_lsep.files import whole_file, whole_folder, write_text
+from diffusers_lsep.training.log import plot_curves
+
+
+ERRORS = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".0123.tmp"])
+def test_a_file_has_its_name_once_it_is_whole(tmp_path, suffix):
+    path = tmp_path / "a.json"
+    for text in ("old", "new"):
+        before = path.read_text() if path.exists() else None
+        with whole_file(str(path), suffix) as partial:
+            partial.write_text(text)
+            assert partial == tmp_path / f".a.json{suffix}"
+            assert (path.read_text() if path.exists() else None) == before
+        assert path.read_text() == text and names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_file_that_fails_is_as_it_was(tmp_path, error, was_there):
+    path = tmp_path / "a.json"
+    if was_there:
+        path.write_text("old")
+    with pytest.raises(type(error)):
+        with whole_file(path) as partial:
+            partial.write_text("half")
+            raise error
+    assert names(tmp_path) == (["a.json"] if was_there else [])
+    assert not was_there or path.read_text() == "old"
+
+
+def test_a_file_that_nobody_wrote_is_an_error(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        with whole_file(tmp_path / "a.json"):
+            pass
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+
+        def record(*arguments, name=name, function=function):
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(os, name, record)
+    write_text(tmp_path / "a.json", "text")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
+
+
+def test_write_text_keeps_the_old_file_if_it_fails(tmp_path):
+    path = tmp_path / "a.json"
+    write_text(path, "old ×\n")
+    assert path.read_bytes() == "old ×\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text(encoding="utf-8") == "old ×\n" and names(tmp_path) == ["a.json"]
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "none" / "a.json", "new")
+    assert names(tmp_path) == ["a.json"]
+
+
+def fill(folder, text):
+    (folder / "inner").mkdir()
+    (folder / "inner" / "a").write_text(text)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_folder_is_replaced_as_a_whole(tmp_path, error):
+    target = tmp_path / "deep" / "folder"
+    with whole_folder(target) as partial:
+        fill(partial, "old")
+        assert not target.exists()
+    with pytest.raises(type(error)):
+        with whole_folder(target) as partial:
+            fill(partial, "half")
+            raise error
+    assert names(target.parent) == ["folder"] and (target / "inner" / "a").read_text() == "old"
+    with whole_folder(target) as partial:
+        (partial / "b").write_text("new")
+    assert names(target.parent) == ["folder"] and names(target) == ["b"]
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    with whole_folder(tmp_path / "folder") as partial:
+        fill(partial, "old")
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        with whole_folder(tmp_path / "folder") as partial:
+            fill(partial, "new")
+    assert names(tmp_path) == ["folder"] and (tmp_path / "folder" / "inner" / "a").read_text() == "old"
+
+
+# --- What is written so
+
+
+class BrokenFigure(Figure):
+    def savefig(self, path, **options):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_figures_are_whole(tmp_path, monkeypatch):
+    metrics = [{"step": step, "denoising_loss": 1.0 / step} for step in (1, 2)]
+    save_figure(tmp_path / "a.png", Figure())
+    plot_curves(metrics, tmp_path / "curves.png")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert names(tmp_path) == ["a.png", "curves.png"] and all(data[:4] == b"\x89PNG" for data in before.values())
+    monkeypatch.setattr("matplotlib.figure.Figure", BrokenFigure)
+    with pytest.raises(OSError, match="No space"):
+        save_figure(tmp_path / "a.png", BrokenFigure())
+    with pytest.raises(OSError, match="No space"):
+        plot_curves(metrics, tmp_path / "curves.png")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_machines_that_share_a_folder_of_latents_use_names_of_their_own(tmp_path):
+    features = moments_features({0: "a"}, flip=False, images=False)
+    row = {"id": ["x"], "label": [0], "moments": [b"0123"]}
+    shard = tmp_path / "data-00000-of-00001.arrow"
+    with MomentsShardWriter(shard, features) as one, MomentsShardWriter(shard, features) as two:
+        one.write(row)
+        two.write(row)
+        temporary = names(tmp_path)
+        assert len(set(temporary)) == 2
+        assert all(name.startswith(f".{shard.name}.") and name.endswith(".tmp") for name in temporary)
+    assert names(tmp_path) == [shard.name]
+
+    before = shard.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        with MomentsShardWriter(shard, features) as writer:
+            writer.write(row)
+            raise KeyboardInterrupt
+    with pytest.raises(Exception, match="int64"):  # found when the rows are put together, as the block ends
+        with MomentsShardWriter(shard, features) as writer:
+            writer.write({**row, "label": ["no number"]})
+    assert names(tmp_path) == [shard.name] and shard.read_bytes() == before
+
+    write_json(tmp_path / "metadata.json", {"a": "×"})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(tmp_path / "metadata.json", {"a": object()})
+    assert (tmp_path / "metadata.json").read_text(encoding="utf-8") == '{\n  "a": "×"\n}\n'
+    assert names(tmp_path) == [shard.name, "metadata.json"]
