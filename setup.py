@@ -48,7 +48,7 @@ setup(
         "evaluate>=0.4.5",
     ],
     extras_require=extras,
-    entry_points={"console_scripts": ["diffusers-lsep=diffusers_lsep.cli:main"]},
+    entry_points={"console_scripts": ["diffusers-lsep=diffusers_lsep.cli:console_main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -125,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "max_errors": 0,
     }.items():
         if getattr(args, name) < lowest:
-            parser.error(f"`--{name}` must be at least {lowest}, got {getattr(args, name)}")
+            parser.error(f"`--{name}` has to be at least {lowest}, but is {getattr(args, name)}")
     return args
 
 
@@ -140,7 +140,7 @@ class DatasetImages:
 
         if not isinstance(dataset.features.get(image_column), Image):
             raise ValueError(
-                f"`--image_column` must be a column of images, got {image_column}; there are {dataset.features}."
+                f"`--image_column` has to be a column of images, but is {image_column}; there are {dataset.features}."
             )
         self.labels, names = read_labels(dataset, label_column)
         self.id2label = dict(enumerate(names))
@@ -159,7 +159,7 @@ def open_input(args: argparse.Namespace) -> ImageFiles | DatasetImages:
     if args.dataset_name or (path.is_dir() and next(path.rglob("*.parquet"), None)):
         splits = load_image_dataset(args.dataset_name, args.dataset_config_name, path)
         if args.split not in splits:
-            raise ValueError(f"`--split` must be one of {', '.join(splits)}, got {args.split}.")
+            raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {args.split}.")
         return DatasetImages(splits[args.split], args.image_column, args.label_column)
     return open_image_files(path)
 
@@ -211,15 +211,17 @@ def load_vae(args: argparse.Namespace) -> AutoencoderKL:
     try:
         class_name = AutoencoderKL.load_config(name, **where).get("_class_name")
         if class_name != "AutoencoderKL":
-            raise ValueError(f"{flag} must be an AutoencoderKL, {name} is {class_name}.")
+            raise ValueError(f"{flag} has to be an AutoencoderKL, but {name} is {class_name}.")
         vae = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **where)
     except OSError as error:
-        raise ValueError(f"{flag} must be the id or folder of an AutoencoderKL, got {name} ({error})") from error
+        raise ValueError(f"{flag} has to be the id or folder of an AutoencoderKL, but is {name} ({error})") from error
     if vae.config.in_channels not in (1, 3):
-        raise ValueError(f"{flag} must encode grey or RGB images, {name} has {vae.config.in_channels} channels.")
+        raise ValueError(f"{flag} has to encode grey or RGB images, but {name} has {vae.config.in_channels} channels.")
     downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution % downsampling:
-        raise ValueError(f"`--resolution` must be a multiple of {downsampling} for {name}, got {args.resolution}.")
+        raise ValueError(
+            f"`--resolution` has to be a multiple of {downsampling} for {name}, but is {args.resolution}."
+        )
     return vae.eval().requires_grad_(False)
 
 
@@ -261,7 +263,7 @@ def check_output(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     begun = [folder / name for name in (METADATA_FILE, SETTINGS_FILE) if (folder / name).is_file()]
     if not begun:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"`--output_dir` must be new, empty, or begun by this script, got {folder}.")
+            raise ValueError(f"`--output_dir` has to be new, empty, or begun by this script, but is {folder}.")
         return settings
     # A folder that does not say it is of a version that always turned the images.
     before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}

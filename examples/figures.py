@@ -317,7 +317,9 @@ class Recorder:
 def draw_strip(args: argparse.Namespace):
     path = prepare_output(args, "denoising-strip.png") / "denoising-strip.png"
     if process_state().num_processes > 1:
-        raise ValueError(f"`denoising-strip` runs in one process, got {process_state().num_processes}.")
+        raise ValueError(
+            f"`denoising-strip` has to run in one process, but there are {process_state().num_processes}."
+        )
     pipe = open_pipeline(args)
     id2label = pipe.config.id2label or {}
     classes = find_class_ids(args.class_labels, id2label, pipe.transformer.config.num_classes, "--class_labels")

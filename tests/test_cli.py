@@ -31,10 +31,9 @@ def convert_tiny(output_dir, *flags, checkpoint=LSEP):
 
 
 def error_of(function, *args, **kwargs):
-    """The message of a command that ends with one."""
-    with pytest.raises(SystemExit) as error:
+    """The message with which a command refuses."""
+    with pytest.raises((ValueError, OSError)) as error:
         function(*args, **kwargs)
-    assert error.value.code not in (0, None)
     return str(error.value)
 
 
@@ -174,7 +173,7 @@ def test_convert_path_type_and_source(tmp_path):
         weights = torch.load(LSEP, weights_only=True)["ema"]
     torch.save({name: w for name, w in weights.items() if "classifier" not in name}, tmp_path / "bare.pt")
     message = error_of(convert_tiny, tmp_path / "pipeline", checkpoint=tmp_path / "bare.pt")
-    assert "diffusers-lsep convert: error: " in message and "`--source`" in message
+    assert "`--source`" in message
     convert_tiny(tmp_path / "p", "--source", "repa", "--path_type", "cosine", checkpoint=tmp_path / "bare.pt")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "p")
     assert pipe.scheduler.config.path_type == pipe.config.path_type == "cosine"
@@ -275,8 +274,9 @@ def test_convert_refuses_a_vae_of_other_latents(tmp_path, vae):
 def test_convert_as_a_process(tmp_path):
     command = [sys.executable, "-m", "diffusers_lsep.cli", "convert", "--output_dir", str(tmp_path / "pipeline")]
     bad = subprocess.run([*command, "--checkpoint", "nowhere.pt"], capture_output=True, text=True)
-    assert bad.returncode == 1 and "Traceback" not in bad.stderr
-    assert "diffusers-lsep convert: error: `checkpoint_path` has to be a file" in bad.stderr
+    assert bad.returncode == 2
+    (line,) = bad.stderr.splitlines()
+    assert line.startswith("diffusers-lsep convert: error: `checkpoint_path` has to be a file")
 
 
 @pytest.mark.slow

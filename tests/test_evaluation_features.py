@@ -90,19 +90,19 @@ class TestInceptionFeatures:
         assert not (tmp_path / "ran").exists()
 
     def test_other_files_are_refused(self, tmp_path, inception_weights):
-        with pytest.raises(FileNotFoundError, match="`inception_weights` must be a file, there is none at"):
+        with pytest.raises(FileNotFoundError, match="`inception_weights` has to be a file, but there is none at"):
             InceptionFeatures(tmp_path / "absent.pth")
         (tmp_path / "truncated.pth").write_bytes(inception_weights.read_bytes()[:100_000])
         with pytest.raises(ValueError, match=r"truncated.pth' cannot be read as plain weights"):
             InceptionFeatures(tmp_path / "truncated.pth")
         torch.save([torch.zeros(2)], tmp_path / "list.pth")
-        with pytest.raises(ValueError, match="must hold a state dict"):
+        with pytest.raises(ValueError, match="has to hold a state dict"):
             InceptionFeatures(tmp_path / "list.pth")
         torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=r"(?s)is no state dict of Inception: .*Missing key.*fc\.weight"):
             InceptionFeatures(tmp_path / "other.pth")
         torch.save({"fc.bias": torch.tensor([0.0, np.nan])}, tmp_path / "nan.pth")
-        with pytest.raises(ValueError, match=r"must be finite, but \['fc.bias'\] hold NaN"):
+        with pytest.raises(ValueError, match=r"has to be finite, but \['fc.bias'\] hold NaN"):
             InceptionFeatures(tmp_path / "nan.pth")
 
     @pytest.mark.slow
@@ -188,7 +188,7 @@ class TestDINOv2Features:
         BertModel(
             BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=10)
         ).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"must be a vision transformer .* \(bert, patch size None\)"):
+        with pytest.raises(ValueError, match=r"has to be a vision transformer .* \(bert, patch size None\)"):
             DINOv2Features(str(tmp_path))
 
 
@@ -277,12 +277,12 @@ class TestNpzImages:
         [
             (
                 {"arr_0": np.zeros((2, 8, 8, 3), np.float32)},
-                r"must hold uint8 images, but `arr_0` is float32; .*floor",
+                r"has to hold uint8 images, but `arr_0` is float32; .*floor",
             ),
-            ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"must hold images \[N, H, W, 3\], but .* \[2, 3, 8, 8\]"),
+            ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"has to hold images \[N, H, W, 3\], but .* \[2, 3, 8, 8\]"),
             ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, r"holds no images: `arr_0` has shape \[0, 8, 8, 3\]"),
-            ({"arr_0": np.asfortranarray(make_images(2))}, "must hold `arr_0` in C order"),
-            ({"images": make_images(2)}, r"must hold the array `arr_0` of images, it has \['images'\]"),
+            ({"arr_0": np.asfortranarray(make_images(2))}, "has to hold `arr_0` in C order"),
+            ({"images": make_images(2)}, r"has to hold the array `arr_0` of images, but has \['images'\]"),
             ({"mu": np.zeros(2048)}, "has only one of the statistics mu and sigma"),
             ({"mu": np.zeros(2048), "sigma": np.eye(3)}, r"has statistics sigma of float64 \(3, 3\)"),
             ({"mu": np.full(2048, np.nan), "sigma": np.eye(2048)}, "has statistics mu with NaN or infinity"),
@@ -298,7 +298,7 @@ class TestNpzImages:
                 return os.mkdir, (str(tmp_path / "ran"),)
 
         evil = np.array([Evil()], dtype=object)
-        with pytest.raises(ValueError, match="must hold uint8 images, but `arr_0` is object"):
+        with pytest.raises(ValueError, match="has to hold uint8 images, but `arr_0` is object"):
             open_images(save_npz(tmp_path / "x.npz", arr_0=evil))
         with pytest.raises(ValueError, match="has statistics mu that cannot be read"):
             open_images(save_npz(tmp_path / "x.npz", mu=evil, sigma=np.eye(2048)))
@@ -320,13 +320,13 @@ class TestNpzImages:
             open_images(tmp_path / "x.npz")
 
     def test_absent_file_and_resolution(self, tmp_path):
-        with pytest.raises(ValueError, match="`samples` must exist, there is no file"):
+        with pytest.raises(ValueError, match="`samples` has to exist, but there is no file"):
             open_images(tmp_path / "absent.npz")
         save_npz(tmp_path / "x.npz", arr_0=make_images(2))
         assert open_images(tmp_path / "x.npz", resolution=16).size == (16, 16)
         with pytest.raises(ValueError, match="`resolution` 8 cannot be used with .* 16 x 16 already"):
             open_images(tmp_path / "x.npz", resolution=8)
-        with pytest.raises(ValueError, match="`resolution` must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`resolution` has to be at least 1, but is 0"):
             open_images(tmp_path / "x.npz", resolution=0)
 
 
@@ -369,9 +369,9 @@ class TestEncodedImages:
         split = "test" if "splits" in kind else None
         images = open_images(path, split=split, image_column="picture")
         np.testing.assert_array_equal(read_all(images), pixels)
-        with pytest.raises(ValueError, match="`image_column` must be a column of images of .* got 'label'"):
+        with pytest.raises(ValueError, match="`image_column` has to be a column of images of .*, but is 'label'"):
             open_images(path, split=split, image_column="label")
-        with pytest.raises(ValueError, match=r"`split` must be one of \['.*'\] for .*, got 'validation'"):
+        with pytest.raises(ValueError, match=r"`split` has to be one of \['.*'\] for .*, but is 'validation'"):
             open_images(path, split="validation")
 
     def test_same_content_has_the_same_hash_wherever_it_lies(self, tmp_path):
@@ -430,7 +430,9 @@ class TestEncodedImages:
         with pytest.raises(ValueError, match="`samples` .*empty' holds no images"):
             open_images(tmp_path / "empty")
         sizes = save_images(tmp_path / "sizes", [*make_images(2), make_images(1, 8)[0, :4]])
-        with pytest.raises(ValueError, match=r"must hold images of one size, but has 2 sizes: 16 x 16 .* 8 x 4 .*002"):
+        with pytest.raises(
+            ValueError, match=r"has to hold images of one size, but has 2 sizes: 16 x 16 .* 8 x 4 .*002"
+        ):
             open_images(sizes)
         broken = save_images(tmp_path / "broken", make_images(3, 64))
         whole = (broken / "001.png").read_bytes()
@@ -446,7 +448,9 @@ class TestEncodedImages:
         with pytest.raises(ValueError, match=r"x.tif cannot be read: floating-point pixels have no known range"):
             open_images(floats)
         (tmp_path / "x.txt").write_text("")
-        with pytest.raises(ValueError, match="must be an .npz, a folder of images or a data set .* got the file"):
+        with pytest.raises(
+            ValueError, match="has to be an .npz, a folder of images or a data set .*, but is the file"
+        ):
             open_images(tmp_path / "x.txt")
         (tmp_path / "x.parquet").write_bytes(b"no table")
         with pytest.raises(ValueError, match=r"`reference` .*x.parquet' cannot be read as a data set"):

@@ -37,7 +37,7 @@ class TestFeatureStatistics:
         np.testing.assert_allclose(covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-12)
 
     def test_one_row_has_no_covariance(self):
-        with pytest.raises(ValueError, match="`features` must hold at least 2 rows, got 1"):
+        with pytest.raises(ValueError, match="`features` has to hold at least 2 rows, but holds 1"):
             feature_statistics(np.zeros((1, 3)))
 
 
@@ -118,12 +118,12 @@ class TestFrechetDistance:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"mu2": np.zeros(4)}, r"`mu2` has shape \[4\]"),
-            ({"sigma1": np.eye(2)}, r"`sigma1` has shape \[2, 2\]"),
-            ({"sigma2": np.full((3, 3), np.nan)}, "`sigma2` must be finite"),
-            ({"sigma2": np.triu(np.ones((3, 3)))}, "`sigma2` must be a symmetric matrix"),
-            ({"sigma1": np.diag([1.0, -1.0, 1.0])}, "`sigma1` must have a non-negative diagonal"),
-            ({"sigma1": np.eye(3) * 3 - 2}, "`sigma1` must be positive semi-definite"),
+            ({"mu2": np.zeros(4)}, r"`mu2` has to be a mean .* but has shape \[4\]"),
+            ({"sigma1": np.eye(2)}, r"`sigma1` has to be a mean .* but has shape \[2, 2\]"),
+            ({"sigma2": np.full((3, 3), np.nan)}, "`sigma2` has to be finite"),
+            ({"sigma2": np.triu(np.ones((3, 3)))}, "`sigma2` has to be a symmetric matrix"),
+            ({"sigma1": np.diag([1.0, -1.0, 1.0])}, "`sigma1` has to have a non-negative diagonal"),
+            ({"sigma1": np.eye(3) * 3 - 2}, "`sigma1` has to be positive semi-definite"),
         ],
     )
     def test_errors(self, change, message):
@@ -151,9 +151,9 @@ class TestInceptionScore:
         assert inception_score(logits, split_size=30) == pytest.approx(expected["inception_score_mean"], rel=1e-10)
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="`split_size` must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`split_size` has to be at least 1, but is 0"):
             inception_score(np.zeros((3, 10)), split_size=0)
-        with pytest.raises(ValueError, match="`logits` must hold at least 1 rows, got 0"):
+        with pytest.raises(ValueError, match="`logits` has to hold at least 1 rows, but holds 0"):
             inception_score(np.zeros((0, 10)))
 
 
@@ -188,11 +188,11 @@ class TestKernelDistance:
         assert mean == pytest.approx(within - 2 * across, rel=1e-12)
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"`subset_size` must be between 2 and .* got 1000"):
+        with pytest.raises(ValueError, match=r"`subset_size` has to be between 2 and .*, but is 1000"):
             kernel_distance(np.zeros((10, 3)), np.zeros((2000, 3)))
-        with pytest.raises(ValueError, match="`num_subsets` must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`num_subsets` has to be at least 1, but is 0"):
             kernel_distance(np.zeros((10, 3)), np.zeros((10, 3)), num_subsets=0, subset_size=5)
-        with pytest.raises(ValueError, match="equal width, got 3 and 4"):
+        with pytest.raises(ValueError, match="equal width, but they have 3 and 4"):
             kernel_distance(np.zeros((10, 3)), np.zeros((10, 4)), subset_size=5)
 
 
@@ -263,9 +263,9 @@ class TestPrecisionRecall:
         assert precision_recall(samples, reference) == pytest.approx((expected["precision"], expected["recall"]))
 
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"`neighborhood` must be at least 1 and below .* got 3"):
+        with pytest.raises(ValueError, match=r"`neighborhood` has to be at least 1 and below .*, but is 3"):
             precision_recall(np.zeros((3, 2)), np.zeros((10, 2)))
-        with pytest.raises(ValueError, match="`block_size` must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="`block_size` has to be at least 1, but is 0"):
             precision_recall(np.zeros((5, 2)), np.zeros((5, 2)), block_size=0)
 
 
@@ -273,10 +273,10 @@ class TestPrecisionRecall:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        (np.zeros((5, 2), dtype=np.uint8), r"`reference` must be floating point features .* got uint8"),
-        (np.zeros(5), r"`reference` must be floating point features of shape \[N, D\]"),
-        (np.zeros((0, 2)), "`reference` must hold at least 2 rows, got 0"),
-        (np.array([[0.0, 1.0], [np.nan, 0.0]]), "`reference` must be finite, row 1 holds NaN or infinity"),
+        (np.zeros((5, 2), dtype=np.uint8), r"`reference` has to be floating point features .*, but is uint8"),
+        (np.zeros(5), r"`reference` has to be floating point features of shape \[N, D\]"),
+        (np.zeros((0, 2)), "`reference` has to hold at least 2 rows, but holds 0"),
+        (np.array([[0.0, 1.0], [np.nan, 0.0]]), "`reference` has to be finite, but row 1 holds NaN or infinity"),
     ],
 )
 def test_features_that_are_refused(function, reference, message):

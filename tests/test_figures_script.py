@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused_before_work(script, save_pipeline, referen
         ("large.npz", "`--reference` holds images of 16 x 16, but the pipeline draws 8 x 8"),
         ("few.npz", "`--reference` has to hold 4 images, but holds 3"),
         ("colour.npz", "`features` 'pixels' of grey samples need a grey reference"),
-        ("absent.npz", "`reference` must exist, there is no file"),
+        ("absent.npz", "`reference` has to exist, but there is no file"),
     ):
         with pytest.raises(ValueError, match=message):
             script.main(arguments("guidance-sweep", "--reference", tmp_path / name))

@@ -420,11 +420,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "option, value, message",
         [
-            ("--resolution", "0", "`--resolution` must be at least 1, got 0"),
-            ("--batch_size", "0", "`--batch_size` must be at least 1, got 0"),
-            ("--shard_size", "-1", "`--shard_size` must be at least 1, got -1"),
-            ("--max_errors", "-1", "`--max_errors` must be at least 0, got -1"),
-            ("--dataloader_num_workers", "-1", "`--dataloader_num_workers` must be at least 0, got -1"),
+            ("--resolution", "0", "`--resolution` has to be at least 1, but is 0"),
+            ("--batch_size", "0", "`--batch_size` has to be at least 1, but is 0"),
+            ("--shard_size", "-1", "`--shard_size` has to be at least 1, but is -1"),
+            ("--max_errors", "-1", "`--max_errors` has to be at least 0, but is -1"),
+            ("--dataloader_num_workers", "-1", "`--dataloader_num_workers` has to be at least 0, but is -1"),
         ],
     )
     def test_numbers(self, option, value, message, script, arguments, tmp_path, capsys):
@@ -434,25 +434,27 @@ class TestRefusals:
         assert message in capsys.readouterr().err
 
     def test_resolution_that_the_vae_cannot_halve(self, script, arguments, images_dir, tmp_path):
-        with pytest.raises(ValueError, match="`--resolution` must be a multiple of 2 .* got 17"):
+        with pytest.raises(ValueError, match="`--resolution` has to be a multiple of 2 .*, but is 17"):
             script.main(arguments(images_dir, tmp_path / "out", "--resolution", 17))
         assert not (tmp_path / "out").exists()
 
     def test_vae(self, script, arguments, images_dir, vae_dir, tmp_path):
-        with pytest.raises(ValueError, match="_path` must be the id or folder of an AutoencoderKL, got .*nowhere"):
+        with pytest.raises(
+            ValueError, match="_path` has to be the id or folder of an AutoencoderKL, but is .*nowhere"
+        ):
             script.main(
                 arguments(images_dir, tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "nowhere")
             )
         shutil.copytree(vae_dir, tmp_path / "other")
         config = json.loads((vae_dir / "config.json").read_text()) | {"_class_name": "VQModel"}
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="_path` must be an AutoencoderKL, .* is VQModel"):
+        with pytest.raises(ValueError, match="_path` has to be an AutoencoderKL, but .* is VQModel"):
             script.main(
                 arguments(images_dir, tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "other")
             )
         (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
         AutoencoderKL(in_channels=5, norm_num_groups=1, block_out_channels=(4,)).save_pretrained(tmp_path / "other")
-        with pytest.raises(ValueError, match="_path` must encode grey or RGB images, .* has 5 channels"):
+        with pytest.raises(ValueError, match="_path` has to encode grey or RGB images, but .* has 5 channels"):
             script.main(
                 arguments(images_dir, tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "other")
             )
@@ -472,7 +474,7 @@ class TestRefusals:
     def test_output_that_holds_something_else(self, script, arguments, images_dir, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("years of work")
-        with pytest.raises(ValueError, match="`--output_dir` must be new, empty, or begun by this script"):
+        with pytest.raises(ValueError, match="`--output_dir` has to be new, empty, or begun by this script"):
             script.main(arguments(images_dir, tmp_path / "out"))
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
@@ -486,9 +488,9 @@ class TestRefusals:
     def test_dataset_columns(self, script, arguments, tmp_path):
         (tmp_path / "data").mkdir()
         datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]}).to_parquet(tmp_path / "data" / "train.parquet")
-        with pytest.raises(ValueError, match="`--image_column` must be a column of images, got image"):
+        with pytest.raises(ValueError, match="`--image_column` has to be a column of images, but is image"):
             script.main(arguments(tmp_path / "data", tmp_path / "out"))
-        with pytest.raises(ValueError, match="`--split` must be one of train, got test"):
+        with pytest.raises(ValueError, match="`--split` has to be one of train, but is test"):
             script.main(arguments(tmp_path / "data", tmp_path / "out", "--split", "test"))
 
     def test_unknown_hub_dataset(self, script, vae_dir, tmp_path):
@@ -507,7 +509,7 @@ class TestRefusals:
 
 class TestImageFiles:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(ValueError, match="`train_data_dir` must be a folder, an uncompressed .tar or a .zip"):
+        with pytest.raises(ValueError, match="`train_data_dir` has to be a folder, an uncompressed .tar or a .zip"):
             open_image_files(tmp_path / "nowhere")
         with pytest.raises(ValueError, match="`train_data_dir` holds no images"):
             open_image_files(tmp_path)
@@ -520,7 +522,7 @@ class TestImageFiles:
     def test_splits_are_not_classes(self, images_dir, tmp_path):
         for split in ("train", "val"):
             shutil.copytree(images_dir, tmp_path / split)
-        with pytest.raises(ValueError, match="must hold a folder per class, but train, val look like splits"):
+        with pytest.raises(ValueError, match="has to hold a folder per class, but train, val look like splits"):
             open_image_files(tmp_path)
 
     def test_folders_of_classes_one_level_deeper(self, images_dir, tmp_path):
@@ -531,13 +533,13 @@ class TestImageFiles:
     def test_parent_of_an_edm2_folder(self, tmp_path):
         (tmp_path / "images").mkdir()
         (tmp_path / "images" / "dataset.json").write_text('{"labels": []}')
-        with pytest.raises(ValueError, match="must be the folder of images itself: .*images"):
+        with pytest.raises(ValueError, match="has to be the folder of images itself: .*images"):
             open_image_files(tmp_path)
 
     def test_compressed_tar(self, images_dir, tmp_path):
         with tarfile.open(tmp_path / "images.tar", "w:gz") as archive:
             archive.add(images_dir, arcname=".")
-        with pytest.raises(ValueError, match="must be an uncompressed .tar"):
+        with pytest.raises(ValueError, match="has to be an uncompressed .tar"):
             open_image_files(tmp_path / "images.tar")
 
     def test_cut_tar(self, images_dir, tmp_path):
@@ -545,7 +547,7 @@ class TestImageFiles:
             archive.add(images_dir, arcname=".")
         data = (tmp_path / "images.tar").read_bytes()
         (tmp_path / "images.tar").write_bytes(data[: len(data) // 2])
-        with pytest.raises(ValueError, match="must be an uncompressed .tar, .* is not"):
+        with pytest.raises(ValueError, match="has to be an uncompressed .tar, but .* is not"):
             open_image_files(tmp_path / "images.tar")
 
     def test_webdataset_shards(self, tmp_path):
@@ -564,7 +566,7 @@ class TestImageFiles:
     def test_zip_with_another_compression(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_LZMA) as archive:
             archive.writestr("n01/a.png", b"123")
-        with pytest.raises(ValueError, match="must be a stored or deflated .zip, n01/a.png is neither"):
+        with pytest.raises(ValueError, match="has to be a stored or deflated .zip, but n01/a.png is neither"):
             open_image_files(tmp_path / "images.zip")
 
 
@@ -632,7 +634,7 @@ class TestMomentsDataset:
     def test_rows_outside(self, encoded):
         dataset = MomentsDataset(encoded)
         for row in (-1, 21):
-            with pytest.raises(IndexError, match=r"`rows` must be in 0 .. 20, got"):
+            with pytest.raises(IndexError, match=r"`rows` has to lie in 0..20, but holds"):
                 dataset.load([0, row])
 
     @pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "other_shape", "other_format"])
@@ -654,7 +656,7 @@ class TestMomentsDataset:
             message = "rows in `moments` of another size than 576 bytes"
         else:
             (folder / "metadata.json").write_text(json.dumps(metadata | {"format_version": 2}))
-            message = "must hold diffusers_lsep.moments version 1, metadata.json says .*2"
+            message = "has to hold diffusers_lsep.moments version 1, but metadata.json says .*2"
         with pytest.raises(ValueError, match=message):
             MomentsDataset(folder)
 
@@ -666,7 +668,7 @@ class TestMomentsDataset:
             dataset.load([0])
 
     def test_folder_of_something_else(self, tmp_path):
-        with pytest.raises(ValueError, match="`folder` must be written by examples/encode_latents.py"):
+        with pytest.raises(ValueError, match="`folder` has to be written by examples/encode_latents.py"):
             MomentsDataset(tmp_path)
 
     def test_names_of_classes_may_repeat(self, script, arguments, images_dir, tmp_path, monkeypatch):
@@ -749,7 +751,7 @@ def test_training_and_probing_refuse_another_encoder(
 
     probe = ["--data", str(encoded), "--unseen_data", "--method", "ridge", "--timesteps", "0"]
     probe += ["--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=f"was encoded by the VAE .*, but that of `PIPELINE` {bad!r} is another one"):
+    with pytest.raises(ValueError, match=f"was encoded by the VAE .*, but that of `PIPELINE` {bad!r} is another one"):
         main(["probe", bad, *probe])
     capsys.readouterr()
     main(["probe", good, *probe])
@@ -770,7 +772,7 @@ def test_probing_measures_on_the_latents_that_the_run_held_out(train, encoded, t
         assert results["held_out"] == "what the training run held out of the data"
         assert results["training_probe"]["layer"] == 1
     assert train(*latents, output_dir=tmp_path / "all") == 0
-    with pytest.raises(SystemExit, match="its training run held out no fraction of its data"):
+    with pytest.raises(ValueError, match="its training run held out no fraction of its data"):
         probe("all")
 
 
@@ -887,8 +889,11 @@ class TestOriginalMomentsDataset:
             (lambda labels: labels[1:], "no label for 0000[01]/img-mean-std-"),
             (lambda labels: [*labels, ["00000/img-mean-std-00000099.npy", 1]], "files that are not there: .*00000099"),
             (lambda labels: [*labels, labels[0]], "dataset.json names more than one file for 0000"),
-            (lambda labels: [[name, [label]] for name, label in labels], "a class >= 0, got .*: \\[.* and 7 more"),
-            (lambda labels: [[name, -1] for name, _ in labels], "a class >= 0, got .*: -1"),
+            (
+                lambda labels: [[name, [label]] for name, label in labels],
+                "a class >= 0, but gives .*: \\[.* and 7 more",
+            ),
+            (lambda labels: [[name, -1] for name, _ in labels], "a class >= 0, but gives .*: -1"),
             (lambda labels: None, "with a class for every file"),
             (lambda labels: [[f"{index}.png", 0] for index in range(100, 112)], "no label for .* and 7 more"),
             (lambda labels: [[f"{chr(97 + index)}.png", 0] for index in range(12)], "a.png has no number to pair"),
@@ -906,11 +911,11 @@ class TestOriginalMomentsDataset:
             OriginalMomentsDataset(folder)
 
     def test_damaged_document(self):
-        with pytest.raises(ValueError, match="dataset.json must be"):
+        with pytest.raises(ValueError, match="dataset.json has to be"):
             pair_labels(b'{"labels": [["a.npy", 1], [', ["a.npy"])
 
     def test_folders_without_what_is_needed(self, folder, tmp_path):
-        with pytest.raises(ValueError, match="must hold dataset.json beside the .npy files"):
+        with pytest.raises(ValueError, match="has to hold dataset.json beside the .npy files"):
             OriginalMomentsDataset(tmp_path)
         shutil.rmtree(folder / "00000")
         shutil.rmtree(folder / "00001")
@@ -920,7 +925,7 @@ class TestOriginalMomentsDataset:
     @pytest.mark.parametrize(
         "values, message",
         [
-            (np.zeros((4, 8), np.float32), r"must hold moments \[2 \* C, h, w\], .* has float32 \(4, 8\)"),
+            (np.zeros((4, 8), np.float32), r"has to hold moments \[2 \* C, h, w\], but .* has float32 \(4, 8\)"),
             (np.zeros((8, 8, 8), np.uint8), "has uint8"),
             (np.full((8, 8, 8), -1, np.float32), "second half of .* has negative values"),
         ],

@@ -246,13 +246,13 @@ class TestProbeLayers:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"layers": [4]}, r"`layers` must lie in 0..3, got \[4\]"),
-            ({"layers": []}, r"`layers` must lie in 0..3, got \[\]"),
-            ({"timesteps": [0.5, 1.5]}, r"`timesteps` must lie in \[0, 1\], got \[0.5, 1.5\]"),
-            ({"method": "svm"}, r"`method` must be one of \['mae', 'ridge'\], got 'svm'"),
-            ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
-            ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-            ({"training_probe": LinearProbe(32, 3)}, "`probe_depth` must lie in 1..3, got None"),
+            ({"layers": [4]}, r"`layers` has to lie in 0..3, but is \[4\]"),
+            ({"layers": []}, r"`layers` has to lie in 0..3, but is \[\]"),
+            ({"timesteps": [0.5, 1.5]}, r"`timesteps` has to lie in \[0, 1\], but is \[0.5, 1.5\]"),
+            ({"method": "svm"}, r"`method` has to be one of \['mae', 'ridge'\], but is 'svm'"),
+            ({"epochs": 0}, "`epochs` has to be at least 1, but is 0"),
+            ({"batch_size": 0}, "`batch_size` has to be at least 1, but is 0"),
+            ({"training_probe": LinearProbe(32, 3)}, "`probe_depth` has to lie in 1..3, but is None"),
         ],
     )
     def test_errors(self, pipe, options, message):
@@ -261,7 +261,7 @@ class TestProbeLayers:
 
     def test_too_few_images(self, pipe):
         for train, held_out in ((1, 9), (9, 1)):
-            message = f"must hold 2 images to fit and 2 to measure, got {train} and {held_out}"
+            message = f"has to hold 2 images to fit and 2 to measure, but holds {train} and {held_out}"
             with pytest.raises(ValueError, match=message):
                 probe_layers(pipe, BrightSource(train), BrightSource(held_out), 3)
 
@@ -406,12 +406,12 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         assert on_hub["training_probe"]["layer"] == 2
 
     def test_training_probe_that_cannot_be_measured(self, arguments, tmp_path, caplog):
-        with pytest.raises(SystemExit, match="`--probe_depth` 2 was given, but .* has no folder probe/"):
+        with pytest.raises(ValueError, match="`--probe_depth` 2 was given, but .* has no folder probe/"):
             main(arguments("--probe_depth", "2"))
         LinearProbe(32, 3).save_pretrained(tmp_path / "pipeline" / "probe")
         main(arguments())
         assert "`--probe_depth` is not known, so the training's own probe is not measured" in caplog.text
-        with pytest.raises(SystemExit, match=r"`probe_depth` must lie in 1..3, got 9"):
+        with pytest.raises(ValueError, match=r"`probe_depth` has to lie in 1..3, but is 9"):
             main(arguments("--probe_depth", "9", "--overwrite_output_dir"))
         LinearProbe(32, 10).save_pretrained(tmp_path / "pipeline" / "probe")
         main(arguments("--probe_depth", "2", "--overwrite_output_dir"))
@@ -420,14 +420,14 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
 
     def test_latents_in_place_of_images(self, arguments, tiny_transformer, tiny_vae, tmp_path):
         data, validation_data = (write_moments(tmp_path / name, count) for name, count in (("train", 40), ("val", 12)))
-        with pytest.raises(SystemExit, match="`--data` .* holds latents, but `PIPELINE` .* has no VAE"):
+        with pytest.raises(ValueError, match="`--data` .* holds latents, but `PIPELINE` .* has no VAE"):
             main(arguments(data=data))
         transformer = tiny_transformer(in_channels=2, num_classes=3)
         LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae).save_pretrained(tmp_path / "pipeline")
-        with pytest.raises(SystemExit, match="no part that is known to be held out: `PIPELINE` .* has no record"):
+        with pytest.raises(ValueError, match="no part that is known to be held out: `PIPELINE` .* has no record"):
             main(arguments(data=data))
         for option in ([], ["--validation_split", "0.1"]):
-            with pytest.raises(SystemExit, match="Give `--validation_data` .*`--validation_split` .*`--unseen_data`"):
+            with pytest.raises(ValueError, match="Give `--validation_data` .*`--validation_split` .*`--unseen_data`"):
                 main(arguments(*option, data=data))
         assert not (tmp_path / "out").exists()
         main(arguments("--validation_data", str(validation_data), data=data))
@@ -439,23 +439,23 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         assert (results["num_training_images"], results["num_held_out_images"]) == (36, 4)
         assert results["accuracy"][0][0] == 1.0
         assert results["held_out"] == "0.1 of the data, none of which the model saw"
-        with pytest.raises(SystemExit, match="`--validation_split` of latents has to be a fraction .* but is 'test'"):
+        with pytest.raises(ValueError, match="`--validation_split` of latents has to be a fraction .* but is 'test'"):
             main(arguments("--validation_split", "test", "--overwrite_output_dir", data=data))
         transformer = tiny_transformer(in_channels=2, sample_size=16)
         LSEPPipeline(transformer, FlowMatchSDEScheduler(), vae=tiny_vae).save_pretrained(tmp_path / "pipeline")
-        with pytest.raises(SystemExit, match=r"holds moments \(4, 8, 8\), `PIPELINE` needs \(4, 16, 16\)"):
+        with pytest.raises(ValueError, match=r"holds moments \(4, 8, 8\), `PIPELINE` needs \(4, 16, 16\)"):
             main(arguments("--overwrite_output_dir", data=data))
 
     def test_images_without_a_split_to_measure_on(self, arguments, images, tmp_path):
         for option in ([], ["--validation_split", "0.25"]):
-            with pytest.raises(SystemExit, match=r"`--data` .* has no part that is known to be held out"):
+            with pytest.raises(ValueError, match=r"`--data` .* has no part that is known to be held out"):
                 main(arguments(*option, data=images / "train"))
         assert not (tmp_path / "out").exists()
         main(arguments("--unseen_data", "--validation_split", "0.25", data=images / "train"))
         results = read_results(tmp_path)
         assert (results["num_training_images"], results["num_held_out_images"]) == (27, 9)
         # A fraction of data that has a split as well
-        with pytest.raises(SystemExit, match="no part that is known to be held out"):
+        with pytest.raises(ValueError, match="no part that is known to be held out"):
             main(arguments("--validation_split", "0.25", "--overwrite_output_dir"))
 
     def test_other_data_to_measure_on(self, arguments, images, tmp_path, caplog):
@@ -485,14 +485,14 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
 
         (few / "light").rename(few / "bright")
         with pytest.raises(
-            SystemExit, match=r"has to have the classes of .*, dark, grey, light, but has bright, grey\."
+            ValueError, match=r"has to have the classes of .*, dark, grey, light, but has bright, grey\."
         ):
             main(arguments("--validation_data", str(few), *held_out[2:], data=images / "train"))
-        with pytest.raises(SystemExit, match="`--validation_data` has to be other data than `--data`"):
+        with pytest.raises(ValueError, match="`--validation_data` has to be other data than `--data`"):
             main(arguments("--validation_data", f"{images}/./train", *held_out[2:], data=images / "train"))
-        with pytest.raises(SystemExit, match="has to be the name of a split of `--validation_data`, but is 0.1"):
+        with pytest.raises(ValueError, match="has to be the name of a split of `--validation_data`, but is 0.1"):
             main(arguments(*held_out, "--validation_split", "0.1", data=images / "train"))
-        with pytest.raises(SystemExit, match=r"has to name a split .*, one of \['train'\], but is 'val'"):
+        with pytest.raises(ValueError, match=r"has to name a split .*, one of \['train'\], but is 'val'"):
             main(arguments(*held_out, "--validation_split", "val", data=images / "train"))
 
     @pytest.mark.slow
@@ -526,7 +526,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
                 assert results["held_out"] == "what the training run held out of the data"
         # Another cut has images of the training among those to measure on: nobody gets it who does not lie.
         assert probe("--unseen_data", "--validation_split", "0.5", "--seed", "1")[1] > 0.45
-        with pytest.raises(SystemExit, match="its training run held out 0.5 of its data, not 0.1"):
+        with pytest.raises(ValueError, match="its training run held out 0.5 of its data, not 0.1"):
             probe("--validation_split", "0.1")
 
         settings = json.loads((run / "training_args.json").read_text())
@@ -537,7 +537,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
             ({"training_labels": None}, "its training run was trained on other data"),
         ):
             (run / "training_args.json").write_text(json.dumps({**settings, **change}))
-            with pytest.raises(SystemExit, match=f"no part that is known to be held out: .*{message}"):
+            with pytest.raises(ValueError, match=f"no part that is known to be held out: .*{message}"):
                 probe()
         assert "the run started from" not in caplog.text
         settings["pretrained_model_name_or_path"] = "another/model"
@@ -548,7 +548,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
     def test_results_are_replaced_only_on_request(self, arguments, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "probe_results.json").write_text("mine")
-        with pytest.raises(SystemExit, match="`--output_dir` already holds .*probe_results.json"):
+        with pytest.raises(ValueError, match="`--output_dir` already holds .*probe_results.json"):
             main(arguments())
         assert (tmp_path / "out" / "probe_results.json").read_text() == "mine"
         main(arguments("--overwrite_output_dir"))
@@ -557,8 +557,6 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--seed", "-1"], "`--seed` must be at least 0, got -1"),
-            (["--max_train_images", "1"], "`--max_train_images` must be at least 2, got 1"),
             (["--validation_split", "2"], "`--validation_split` has to be a split or a fraction .* but is 2.0"),
             (["--validation_split", "train"], "`--validation_split` has to be another split than 'train'"),
             (["--validation_split", "other"], r"has no split 'other'; the splits are \['train', 'test'\]"),
@@ -567,17 +565,31 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         ],
     )
     def test_errors(self, arguments, options, message):
-        with pytest.raises(SystemExit, match=f"diffusers-lsep probe: error: .*{message}"):
+        with pytest.raises(ValueError, match=message):
             main(arguments(*options))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--seed", "-1"], "has to be at least 0, but is -1"),
+            (["--max_train_images", "1"], "has to be at least 2, but is 1"),
+            (["--timesteps", "2"], "has to be in 0..1, but is 2"),
+            (["--layers", "-1"], "has to be at least 0, but is -1"),
+        ],
+    )
+    def test_numbers_out_of_range(self, arguments, options, message, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments(*options))
+        assert f"argument {options[0]}: {message}" in capsys.readouterr().err
 
     def test_pipelines_that_are_refused(self, images, tmp_path):
         from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
         data = ("--data", str(images))
-        with pytest.raises(SystemExit, match="`PIPELINE` .*absent' cannot be loaded"):
+        with pytest.raises(ValueError, match="`PIPELINE` .*absent' cannot be loaded"):
             main(["probe", str(tmp_path / "absent"), *data])
         blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
         unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=2, **blocks)
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-        with pytest.raises(SystemExit, match="`PIPELINE` must be an LSEPPipeline, got a DDPMPipeline"):
+        with pytest.raises(ValueError, match="`PIPELINE` has to be an LSEPPipeline, but is a DDPMPipeline"):
             main(["probe", str(tmp_path / "ddpm"), *data])

@@ -336,11 +336,11 @@ def test_what_is_there_is_not_overwritten_unasked(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "exactly one of --class_labels and --num_images has to be given"),
-        (["--class_labels", "1", "--num_images", "2"], "exactly one of --class_labels and --num_images"),
-        (["--num_images", "0"], "--num_images has to be at least 1, but is 0"),
-        (["--num_images", "1", "--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
-        (["--num_images", "1", "--seed", "-1"], "--seed has to be at least 0, but is -1"),
+        ([], "one of the arguments --class_labels --num_images is required"),
+        (["--class_labels", "1", "--num_images", "2"], "--num_images: not allowed with argument --class_labels"),
+        (["--num_images", "0"], "argument --num_images: has to be at least 1, but is 0"),
+        (["--num_images", "1", "--batch_size", "0"], "argument --batch_size: has to be at least 1, but is 0"),
+        (["--num_images", "1", "--seed", "-1"], "argument --seed: has to be at least 0, but is -1"),
         (["--num_images", "1", "--guidance_interval", "0.5", "0.2"], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
         (["--num_images", "1", "--scheduler", "ddim"], "invalid choice: 'ddim'"),
         (["--class_labels", "1", "--label_sampling", "balanced"], "--label_sampling goes with --num_images"),

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `diffusers-lsep`."""
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .command_line import ArgumentParser, run_script
 
 
 # Command -> the module with its `add_arguments(parser)` and `run(args)`, and what it does.
@@ -24,24 +24,29 @@ def main(argv: Sequence[str] | None = None):
 
     Args:
         argv (`Sequence[str]`, *optional*): The arguments; those of the process if not given.
+
+    Raises:
+        `ValueError`, `OSError`, `ImportError`: if a command refuses its arguments or input.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="diffusers-lsep", description="LSEP for diffusers.")
+    parser = ArgumentParser(prog="diffusers-lsep", description="LSEP for diffusers.", fromfile_prefix_chars=None)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, allow_abbrev=False)
+        command = commands.add_parser(name, help=purpose)
         # Only the module that runs is imported: each needs libraries that the others do not.
         if argv[:1] == [name]:
             module = importlib.import_module(f".{module_name}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"diffusers-lsep {args.command}: error: {error}")
+    args.run(args)
+
+
+def console_main():
+    """The console command: [`main`], with one line for what a user can set right."""
+    run_script(main, " ".join(["diffusers-lsep", *sys.argv[1:2]]))
 
 
 if __name__ == "__main__":
-    main()
+    console_main()

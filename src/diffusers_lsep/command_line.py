@@ -1,26 +1,34 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines that explain themselves: every default in the help, and a suggestion for a flag that is misspelt."""
+"""Command lines that explain themselves: every default in the help, errors in one line, the flag that was meant."""
 
 import argparse
 import difflib
 import math
-import re
 import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default to the help of every flag that has one to show."""
+    """Adds the default to the help of every flag that has one to show, and fills a description of one line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        formatter = argparse.HelpFormatter if "\n" not in text else argparse.RawDescriptionHelpFormatter
+        return formatter._fill_text(self, text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help
-        hidden = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        if text is None or hidden or not action.option_strings or "%(default)" in text:
+        text, default = action.help, action.default
+        if text is None or not action.option_strings or "%(default)" in text:
             return text
-        if isinstance(action.default, list | tuple):
-            return f"{text} (default: {' '.join(map(str, action.default))})"
-        return f"{text} (default: {'yes' if action.default is True else '%(default)s'})"
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return text
+        values = default if isinstance(default, list | tuple) else ["yes" if default is True else default]
+        shown = " ".join(map(str, values)).replace("%", "%%")
+        return f"{text.removesuffix('.')} (default: {shown}){'.' if text.endswith('.') else ''}"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -36,16 +44,27 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         defaults = {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@", "allow_abbrev": False}
         super().__init__(**{**defaults, **kwargs})
+        self._words: list[str] = []
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Knows all arguments or ends: so the parser of a sub-command, not the one above it, suggests its flags."""
+        words = sys.argv[1:] if args is None else list(args)
+        self._words = self._read_args_from_files(words) if self.fromfile_prefix_chars else words
+        namespace, unknown = super().parse_known_args(self._words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (.+)", message)
-        for word in unknown[1].split() if unknown else ():
-            close = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
-            if word.startswith("-") and close:
-                message += f"; did you mean {close[0]}?"
+        # Also where a required flag is missing: it may be there, misspelt.
+        flags = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        for flag in flags:
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if close and close[0] != flag:
+                message += f"; is {flag} meant to be {close[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
@@ -66,3 +85,24 @@ def number(kind: type, low: float, high: float = math.inf):
 def with_values(args: argparse.Namespace, **values) -> argparse.Namespace:
     """The arguments of a command line with other values; the given ones are not changed."""
     return argparse.Namespace(**{**vars(args), **values})
+
+
+def run_script(main: Callable[[], int | None], name: str | None = None) -> NoReturn:
+    """
+    Ends the process with what `main` returns. What a user can set right (a file that is not there, a missing library,
+    a value that one of our own checks refuses) becomes one line on stderr and exit code 2. All else is an error of
+    the program and keeps its traceback.
+
+    Args:
+        main (`Callable`): The script, which returns an exit code or None.
+        name (`str`, *optional*): What the line begins with; the name of the script's file if not given.
+    """
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        raised_by = frame.f_globals["__name__"].partition(".")[0]
+        if isinstance(error, ValueError) and raised_by not in ("__main__", __package__):
+            raise
+        print(f"{name or Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

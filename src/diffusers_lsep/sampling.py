@@ -5,6 +5,7 @@
 Which images make a batch is fixed by their indices, so neither processes nor interruptions change an image.
 """
 
+import argparse
 import hashlib
 import inspect
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
+from .command_line import number
 from .files import hash_weights
 from .pipeline_lsep import LSEPPipeline
 from .scheduling_flow_match_heun_ode import FlowMatchHeunODEScheduler
@@ -27,6 +29,52 @@ from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
 SAMPLERS = ("sde", "sde2", "ode", "heun", "dpmpp", "unipc")
 LABEL_SAMPLINGS = ("random", "balanced")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser):
+    """Adds the flags of scripts that draw images: which pipeline, and how it samples."""
+    parser.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a saved LSEP pipeline."
+    )
+    parser.add_argument("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
+    parser.add_argument("--variant", help="Variant of the weight files, such as fp16.")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="Precision in which the transformer computes; the VAE always decodes in float32.",
+    )
+    parser.add_argument(
+        "--scheduler",
+        choices=SAMPLERS,
+        help="Sampler in place of the one that the pipeline was saved with: sde (Euler-Maruyama, the papers'), sde2"
+        " (second order, fewer steps), ode (Euler), heun (second order), dpmpp or unipc (of diffusers).",
+    )
+    parser.add_argument("--num_inference_steps", type=number(int, 1), default=250, help="Steps from noise to image.")
+
+
+class _IntervalAction(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        low, high = values
+        if low > high:
+            raise argparse.ArgumentError(self, f"has to be LOW HIGH with 0 <= LOW <= HIGH <= 1, but is {low} {high}")
+        setattr(namespace, self.dest, values)
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser):
+    """Adds the flags of the guidance."""
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="Scale of classifier-free guidance; 1 is without."
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        action=_IntervalAction,
+        type=number(float, 0, 1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[0.0, 1.0],
+        help="Times t at which guidance acts: 0 is data, 1 is noise.",
+    )
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
@@ -78,10 +126,14 @@ def load_pipeline(
             For `DiffusionPipeline.from_pretrained`, such as `revision`.
 
     Raises:
-        `ValueError`: if it draws latents but no images, for want of a VAE.
+        `ValueError`: if it cannot be loaded, or if it draws latents but no images, for want of a VAE.
     """
     dtypes = {"default": dtype, "vae": torch.float32}
-    pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, dtype=dtypes, **arguments)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, dtype=dtypes, **arguments)
+    except (OSError, ValueError) as error:
+        name = str(pretrained_model_name_or_path)
+        raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be loaded: {error}") from error
     pipe.check_decodable()
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, scheduler)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..command_line import number
 from ..conversion import DTYPES, SOURCES, WEIGHTS, convert_original_checkpoint
 from ..files import whole_folder
 
@@ -26,13 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="Replace the pipeline that is in --output_dir."
     )
-    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="Which weights to take (default: ema).")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="Which of the file's weights to take.")
     parser.add_argument(
-        "--source", choices=SOURCES, help="The project the file is from, if its content does not tell."
+        "--source", choices=SOURCES, help="The project that the file is from, if its content does not tell."
     )
-    parser.add_argument("--num_attention_heads", type=int, metavar="N", help="Heads of a model that is no preset.")
     parser.add_argument(
-        "--path_type", choices=("linear", "cosine"), help="The path of a model whose file has no training arguments."
+        "--num_attention_heads",
+        type=number(int, 1),
+        metavar="N",
+        help="Attention heads of a model that is none of the paper's presets.",
+    )
+    parser.add_argument(
+        "--path_type",
+        choices=("linear", "cosine"),
+        help="The path between data and noise that the model was trained on, if its file does not say it.",
     )
     parser.add_argument(
         "--vae",
@@ -46,12 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="JSON with the names of the classes, a list or {id: name}; several names of a class are separated by"
         " commas. ImageNet's names if not given and there are 1000 classes.",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="The dtype of the saved weights (default: that of the file).")
-    parser.add_argument("--max_shard_size", default="10GB", metavar="SIZE", help="Of a weight file (default: 10GB).")
     parser.add_argument(
-        "--with_code", action="store_true", help="Add the source files, for loading with trust_remote_code=True."
+        "--dtype", choices=DTYPES, help="The dtype of the saved weights; that of the file if not given."
     )
-    parser.add_argument("--license", metavar="ID", help="Licence for the model card; needed with --push_to_hub.")
+    parser.add_argument("--max_shard_size", default="10GB", metavar="SIZE", help="Largest size of one weight file.")
+    parser.add_argument(
+        "--with_code",
+        action="store_true",
+        help="Add the source files, so that diffusers loads the pipeline with trust_remote_code=True where this"
+        " package is not installed.",
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="Licence of the weights, as the Hub spells it; needed with --push_to_hub."
+    )
     parser.add_argument("--push_to_hub", metavar="ID", help="Also upload the folder to this repository on the Hub.")
 
 

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..command_line import number
 from ..evaluation.checkpoints import milestone_samples, plot_metrics
 from ..evaluation.features import default_cache_dir, process_state
 from ..evaluation.images import open_images
@@ -44,34 +45,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=METRICS,
         metavar="METRIC",
-        help=f"Some of {', '.join(METRICS)} (default: all that REF allows but fd_dinov2).",
+        help=f"Some of {', '.join(METRICS)}; all that REF allows but fd_dinov2 if not given.",
     )
     parser.add_argument(
-        "--resolution", type=int, help="Cut the images of REF to this side, as ADM prepares ImageNet; never SAMPLES."
+        "--resolution",
+        type=number(int, 1),
+        help="Cut the images of REF to this side, as ADM prepares ImageNet; never SAMPLES.",
     )
-    parser.add_argument("--samples_split", metavar="SPLIT", help="Split of SAMPLES, if a data set (default: train).")
-    parser.add_argument("--reference_split", metavar="SPLIT", help="Split of REF, if a data set (default: train).")
     parser.add_argument(
-        "--image_column", default="image", help="Column of images in a data set (default: %(default)s)."
+        "--samples_split", metavar="SPLIT", help="Split of SAMPLES, if a data set; train if not given."
     )
+    parser.add_argument("--reference_split", metavar="SPLIT", help="Split of REF, if a data set; train if not given.")
+    parser.add_argument("--image_column", default="image", help="Column of images in a data set.")
     parser.add_argument(
         "--inception_weights",
         metavar="FILE",
-        help="Weights of Inception as torch-fidelity publishes them (default: that file, downloaded once).",
+        help="Weights of Inception as torch-fidelity publishes them; without it that file is downloaded once.",
     )
+    parser.add_argument("--dinov2_model", default=PROTOCOL_DINOV2, metavar="ID_OR_DIR", help="Model for fd_dinov2.")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images at a time in one process.")
     parser.add_argument(
-        "--dinov2_model",
-        default=PROTOCOL_DINOV2,
-        metavar="ID_OR_DIR",
-        help="Model for fd_dinov2 (default: %(default)s).",
+        "--cache_dir", default=str(default_cache_dir()), help="Where features are kept, 20 kB per image."
     )
-    parser.add_argument(
-        "--batch_size", type=int, default=64, help="Images at a time in one process (default: %(default)s)."
-    )
-    parser.add_argument(
-        "--cache_dir", help=f"Where features are kept, 20 kB per image (default: {default_cache_dir()})."
-    )
-    parser.add_argument("--output_dir", default=".", help=f"Where {RESULTS_FILE} goes (default: %(default)s).")
+    parser.add_argument("--output_dir", default=".", help=f"Folder that {RESULTS_FILE} goes to.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
     parser.add_argument(
         "--update_card",
@@ -87,14 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "there are any, else those that examples/sample.py would draw from checkpoint-N/pipeline: not stored.",
     )
     group.add_argument(
-        "--num_images",
-        type=int,
-        default=PROTOCOL_IMAGES,
-        help="Images to draw from each checkpoint (default: %(default)s).",
+        "--num_images", type=number(int, 1), default=PROTOCOL_IMAGES, help="Images to draw from each checkpoint."
     )
-    group.add_argument(
-        "--num_inference_steps", type=int, default=250, help="Steps for drawing them (default: %(default)s)."
-    )
+    group.add_argument("--num_inference_steps", type=number(int, 1), default=250, help="Steps for drawing them.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -103,16 +94,13 @@ def run(args: argparse.Namespace) -> None:
     # 1. What can be refused at once
     if (args.samples is None) == (args.checkpoints is None):
         raise ValueError(
-            f"exactly one of `SAMPLES` and `--checkpoints` must be given, got {args.samples!r} and "
-            f"{args.checkpoints!r}."
+            f"exactly one of `SAMPLES` and `--checkpoints` has to be given, but they are {args.samples!r} and"
+            f" {args.checkpoints!r}."
         )
-    for name in ("num_images", "num_inference_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
     if args.update_card is not None and args.checkpoints is not None:
         raise ValueError("`--update_card` needs `SAMPLES`: a card is about one model, not about `--checkpoints`.")
     if args.update_card is not None and not (Path(args.update_card) / "model_index.json").is_file():
-        raise ValueError(f"`--update_card` must be the folder of a saved pipeline, got {args.update_card!r}.")
+        raise ValueError(f"`--update_card` has to be the folder of a saved pipeline, but is {args.update_card!r}.")
     output_dir = Path(args.output_dir)
     output_files = [output_dir / name for name in (RESULTS_FILE, CURVES_FILE)[: 2 if args.checkpoints else 1]]
     existing = [str(path) for path in output_files if path.exists()]
@@ -173,7 +161,7 @@ def _weights_of(pipeline: str, samples: ImageSet) -> dict[str, Any]:
     others = saved.find_differences(drawn_by)
     if others:
         raise ValueError(
-            f"`--update_card` must be the pipeline that drew `SAMPLES`, but {samples.name!r} was drawn by other "
+            f"`--update_card` has to be the pipeline that drew `SAMPLES`, but {samples.name!r} was drawn by other "
             f"weights ({', '.join(others)}) than those in {pipeline!r}."
         )
     return {"weights": saved.hashes}

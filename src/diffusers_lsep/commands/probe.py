@@ -13,6 +13,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..command_line import number
 from ..data.images import ImageSource, load_image_dataset, open_images, read_labels
 from ..data.moments import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
 from ..data.sources import SampleSource, cut_off, hash_labels
@@ -58,52 +59,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation_split",
         metavar="SPLIT",
-        help="Name of the split to measure on, of --validation_data or else of --data (default: one of "
+        help="Name of the split to measure on, of --validation_data or else of --data. Without it one of "
         f"{', '.join(VALIDATION_SPLITS)} if there is any, else what the training run held out of --data by its own "
-        "--validation_split). With --unseen_data also a fraction to cut off --data.",
+        "--validation_split. With --unseen_data also a fraction to cut off --data.",
     )
     parser.add_argument(
         "--unseen_data",
         action="store_true",
         help="The model was not trained on any of --data: without a split to measure on, cut a fraction off "
-        f"(--validation_split, default {VALIDATION_FRACTION}).",
+        f"(--validation_split, {VALIDATION_FRACTION} if not given).",
     )
-    parser.add_argument("--image_column", default="image", help="Column of images (default: %(default)s).")
-    parser.add_argument("--label_column", default="label", help="Column of labels (default: %(default)s).")
+    parser.add_argument("--image_column", default="image", help="Column of images in a data set.")
+    parser.add_argument("--label_column", default="label", help="Column of labels in a data set.")
     parser.add_argument(
-        "--max_train_images", type=int, help="Fit to so many images at most, drawn at random (default: all)."
+        "--max_train_images",
+        type=number(int, 2),
+        help="Fit to so many images at most, drawn at random; to all if not given.",
     )
     parser.add_argument(
-        "--layers", type=int, nargs="+", help="Depths in blocks; 0 is the input (default: all blocks)."
+        "--layers",
+        type=number(int, 0),
+        nargs="+",
+        metavar="LAYER",
+        help="After how many blocks to probe, 0 is the input; after each block if not given.",
     )
     parser.add_argument(
         "--timesteps",
-        type=float,
+        type=number(float, 0, 1),
         nargs="+",
         default=list(DEFAULT_TIMESTEPS),
         metavar="T",
-        help="Times in [0, 1], 0 is data (default: 0 0.1 ... 0.9).",
+        help="Times in [0, 1] at which to probe: 0 is data, 1 is noise.",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="mae",
         help="How to fit: mae, BatchNorm and a linear layer trained by MAE's protocol, or ridge, in closed form and "
-        "fast (default: %(default)s).",
+        "fast.",
     )
-    parser.add_argument(
-        "--epochs", type=int, default=MAE_EPOCHS, help="Length of MAE's training (default: %(default)s)."
-    )
+    parser.add_argument("--epochs", type=number(int, 1), default=MAE_EPOCHS, help="Length of MAE's training.")
     parser.add_argument(
         "--probe_depth",
-        type=int,
-        help="Depth of the training's own probe (default: as the probe or the pipeline's training_args.json says).",
+        type=number(int, 1),
+        help="After how many blocks the training's own probe stands, if neither it nor the pipeline's"
+        " training_args.json says so.",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time (default: %(default)s).")
-    parser.add_argument("--seed", type=int, default=0, help="Of noise, order, cut and halves (default: %(default)s).")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images at a time.")
     parser.add_argument(
-        "--output_dir", default=".", help=f"Where {RESULTS_FILE} and {HEAT_MAP_FILE} go (default: %(default)s)."
+        "--seed", type=number(int, 0), default=0, help="Of the noise, the order, and what is fitted to and held out."
     )
+    parser.add_argument("--output_dir", default=".", help=f"Folder that {RESULTS_FILE} and {HEAT_MAP_FILE} go to.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
 
 
@@ -113,10 +119,6 @@ def run(args: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # 1. What can be refused at once
-    if args.seed < 0:
-        raise ValueError(f"`--seed` must be at least 0, got {args.seed}.")
-    if args.max_train_images is not None and args.max_train_images < 2:
-        raise ValueError(f"`--max_train_images` must be at least 2, got {args.max_train_images}.")
     output_dir = Path(args.output_dir)
     existing = [str(output_dir / name) for name in (RESULTS_FILE, HEAT_MAP_FILE) if (output_dir / name).exists()]
     if existing and not args.overwrite_output_dir:
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     require_matplotlib("the heat map")
     state = process_state()
     if state.num_processes > 1:
-        raise ValueError(f"`diffusers-lsep probe` runs in one process, got {state.num_processes}.")
+        raise ValueError(f"`diffusers-lsep probe` has to run in one process, but there are {state.num_processes}.")
 
     # 2. Model and data
     try:
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"`PIPELINE` {args.pipeline!r} cannot be loaded: {error}") from error
     if not isinstance(pipe, LSEPPipeline):
-        raise ValueError(f"`PIPELINE` must be an LSEPPipeline, got a {type(pipe).__name__}.")
+        raise ValueError(f"`PIPELINE` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
     pipe.to(state.device)
     record = _read_record(args.pipeline)
     train, held_out, names, origin = _open_data(args, pipe, record)

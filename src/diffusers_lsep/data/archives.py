@@ -62,7 +62,7 @@ def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
             alphabetical order of their names.
 
     Raises:
-        ValueError: If there are no images, or it is in doubt what their classes are.
+        `ValueError`: if there are no images, or it is in doubt what their classes are.
     """
     path = Path(train_data_dir)
     if path.is_dir():
@@ -73,7 +73,7 @@ def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
     elif zipfile.is_zipfile(path):
         images = _open_zip(path)
     else:
-        raise ValueError(f"`train_data_dir` must be a folder, an uncompressed .tar or a .zip, got {path}.")
+        raise ValueError(f"`train_data_dir` has to be a folder, an uncompressed .tar or a .zip, but is {path}.")
     if not images.names:
         raise ValueError(f"`train_data_dir` holds no images: {path}.")
     return images
@@ -85,10 +85,10 @@ def _open_folder(root: Path) -> ImageFiles:
         labels = pair_labels((root / "dataset.json").read_bytes(), names)
         return ImageFiles(root, names, labels, _numbered_classes(labels))
     if (root / "images" / "dataset.json").is_file():
-        raise ValueError(f"`train_data_dir` must be the folder of images itself: {root / 'images'}.")
+        raise ValueError(f"`train_data_dir` has to be the folder of images itself: {root / 'images'}.")
     if len({name.split("/", 1)[0] for name in names}) == 1 and names[0].count("/") > 1:
         raise ValueError(
-            f"`train_data_dir` must hold the folders of the classes, which seem to be deeper: {names[0]}."
+            f"`train_data_dir` has to hold the folders of the classes, which seem to be deeper: {names[0]}."
         )
     return ImageFiles(root, names, *_classes_of_folders(names))
 
@@ -100,7 +100,7 @@ def _open_zip(path: Path) -> ImageFiles:
             if _is_image(info.filename):
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(
-                        f"`train_data_dir` must be a stored or deflated .zip, {info.filename} is neither."
+                        f"`train_data_dir` has to be a stored or deflated .zip, but {info.filename} is neither."
                     )
                 # The local header ends with a name and an extra field whose lengths only the header itself tells.
                 file.seek(info.header_offset + 26)
@@ -123,10 +123,14 @@ def _open_tars(root: Path, tars: list[Path]) -> ImageFiles:
         with open(path, "rb") as file:
             for name, offset, size in _members_of_tar(file, path):
                 if name.endswith(".cls"):
-                    raise ValueError(f"`train_data_dir` must hold one .tar per class, {path} is a WebDataset shard.")
+                    raise ValueError(
+                        f"`train_data_dir` has to hold one .tar per class, but {path} is a WebDataset shard."
+                    )
                 if name.endswith(".tar"):
                     if prefix:
-                        raise ValueError(f"`train_data_dir` must hold one .tar per class, {path} holds more: name it.")
+                        raise ValueError(
+                            f"`train_data_dir` has to hold one .tar per class, but {path} holds more: name it."
+                        )
                     # A member lies uncompressed in its archive, so places in it are places in the outer file.
                     for inner, inner_offset, inner_size in _members_of_tar(file, path, offset):
                         if _is_image(inner):
@@ -146,7 +150,7 @@ def _members_of_tar(file, path: Path, start: int = 0) -> list[tuple[str, int, in
             return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isreg()]
     except tarfile.TarError as error:
         raise ValueError(
-            f"`train_data_dir` must be an uncompressed .tar, {path} is not ({error}). Unpack it first."
+            f"`train_data_dir` has to be an uncompressed .tar, but {path} is not ({error}). Unpack it first."
         ) from error
 
 
@@ -170,11 +174,11 @@ def _classes_of_folders(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     """Labels from the first folder in each name; classes are numbered alphabetically, as ImageNet's synsets are."""
     loose = [name for name in names if "/" not in name]
     if loose:
-        raise ValueError(f"`train_data_dir` must hold one folder of images per class, {loose[0]} lies in none.")
+        raise ValueError(f"`train_data_dir` has to hold one folder of images per class, but {loose[0]} lies in none.")
     classes = sorted({name.split("/", 1)[0] for name in names})
     if SPLIT_NAMES & set(classes):
         raise ValueError(
-            f"`train_data_dir` must hold a folder per class, but {', '.join(classes[:5])} look like splits."
+            f"`train_data_dir` has to hold a folder per class, but {', '.join(classes[:5])} look like splits."
         )
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[name.split("/", 1)[0]] for name in names], np.int64), dict(enumerate(classes))
@@ -209,7 +213,7 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
         `np.ndarray` of int64: the label of each of `names`.
 
     Raises:
-        ValueError: If the document has no labels or the two sides do not pair one to one.
+        `ValueError`: if the document has no labels or the two sides do not pair one to one.
     """
     try:
         entries = json.loads(dataset_json)["labels"]
@@ -217,11 +221,11 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
         labels = [label for _, label in entries]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            'dataset.json must be {"labels": [[file, class], ...]}, with a class for every file.'
+            'dataset.json has to be {"labels": [[file, class], ...]}, with a class for every file.'
         ) from None
     bad = [f"{name}: {label!r}" for name, label in zip(listed, labels) if type(label) is not int or label < 0]
     if bad:
-        raise ValueError(f"dataset.json must give each file a class >= 0, got {list_some(bad)}.")
+        raise ValueError(f"dataset.json has to give each file a class >= 0, but gives {list_some(bad)}.")
 
     if {os.path.splitext(name)[1] for name in listed}.isdisjoint({os.path.splitext(name)[1] for name in names}):
         keys: list[Any] = list(map(number_in, names))

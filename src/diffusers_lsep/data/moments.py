@@ -91,7 +91,7 @@ class MomentsDataset(torch.utils.data.Dataset):
         scaling_factor (`float`), shift_factor (`float` or `None`): From the VAE's config.
 
     Raises:
-        ValueError: If the folder is not a complete set of moments.
+        `ValueError`: if the folder is not a complete set of moments.
     """
 
     kind = "moments"
@@ -159,12 +159,12 @@ class MomentsDataset(torch.utils.data.Dataset):
             `torch.Tensor` of shape `[B, 2 * C, h, w]`, float16 or float32.
 
         Raises:
-            ValueError: If a mirror image is asked for and there is none.
+            `ValueError`: if a mirror image is asked for and there is none.
         """
         rows = np.asarray(rows, np.int64)
         flips = np.zeros(len(rows), np.int64) if flips is None else np.asarray(flips, np.int64)
         if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"`rows` must be in 0 .. {len(self) - 1}, got {rows.min()} .. {rows.max()}.")
+            raise IndexError(f"`rows` has to lie in 0..{len(self) - 1}, but holds {rows.min()}..{rows.max()}.")
         if flips.any() and not self.has_flips:
             raise ValueError(f"`flips` asks for mirror images, but {self.folder} was encoded without `--flip`.")
         batches = np.searchsorted(self._batch_starts, rows, side="right") - 1
@@ -190,7 +190,7 @@ class MomentsDataset(torch.utils.data.Dataset):
             name (`str`): What the message calls it.
 
         Raises:
-            ValueError: If its encoder or its scale is another one, or if the folder does not say enough to know.
+            `ValueError`: if its encoder or its scale is another one, or if the folder does not say enough to know.
         """
         expected, found = self.metadata, describe_vae(vae)
         encoded = f"{self.folder} was encoded by the VAE {expected['vae']!r}"
@@ -215,7 +215,7 @@ class MomentsDataset(torch.utils.data.Dataset):
             resolution (`int`): Their side in pixels.
 
         Raises:
-            ValueError: If they were not kept.
+            `ValueError`: if they were not kept.
         """
         from datasets import load_from_disk
 
@@ -270,7 +270,7 @@ class OriginalMomentsDataset:
         has_flips (`bool`): False, the layout has no mirror images.
 
     Raises:
-        ValueError: If names and labels do not pair, or the first file does not hold moments.
+        `ValueError`: if names and labels do not pair, or the first file does not hold moments.
     """
 
     kind = "moments"
@@ -279,7 +279,7 @@ class OriginalMomentsDataset:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         if not (self.folder / "dataset.json").is_file():
-            raise ValueError(f"`folder` must hold dataset.json beside the .npy files, got {self.folder}.")
+            raise ValueError(f"`folder` has to hold dataset.json beside the .npy files, but {self.folder} has none.")
         names = sorted(name for name in walk_files(self.folder) if name.endswith(".npy"))
         if not names:
             raise ValueError(f"`folder` holds no .npy file: {self.folder}.")
@@ -289,11 +289,13 @@ class OriginalMomentsDataset:
         self._names = np.array([os.fsencode(name) for name in names])
         first = np.load(self.folder / names[0], allow_pickle=False)
         if first.ndim != 3 or first.shape[0] % 2 or first.dtype.kind != "f":
-            raise ValueError(f"`folder` must hold moments [2 * C, h, w], {names[0]} has {first.dtype} {first.shape}.")
+            raise ValueError(
+                f"`folder` has to hold moments [2 * C, h, w], but {names[0]} has {first.dtype} {first.shape}."
+            )
         if first[len(first) // 2 :].min() < 0:
             raise ValueError(
-                f"`folder` must hold the mean and the standard deviation, the second half of {names[0]} has negative "
-                "values: log-variances?"
+                f"`folder` has to hold the mean and the standard deviation, but the second half of {names[0]} has "
+                "negative values: log-variances?"
             )
         self.moments_shape = first.shape
         self.dtype = first.dtype
@@ -327,7 +329,7 @@ class OriginalMomentsDataset:
             resolution (`int`): Their side in pixels.
 
         Raises:
-            ValueError: If there is no such folder, or not one image for every row.
+            `ValueError`: if there is no such folder, or not one image for every row.
         """
         from datasets import Dataset
 
@@ -353,12 +355,15 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
                 f"`folder` is not encoded to the end: {folder}. Run examples/encode_latents.py again with the same "
                 "arguments; it continues."
             )
-        raise ValueError(f"`folder` must be written by examples/encode_latents.py, {folder} has no {METADATA_FILE}.")
+        raise ValueError(
+            f"`folder` has to be written by examples/encode_latents.py, but {folder} has no {METADATA_FILE}."
+        )
     metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
     found = metadata.get("format"), metadata.get("format_version")
     if found != (MOMENTS_FORMAT, MOMENTS_FORMAT_VERSION):
         raise ValueError(
-            f"`folder` must hold {MOMENTS_FORMAT} version {MOMENTS_FORMAT_VERSION}, {METADATA_FILE} says {found}."
+            f"`folder` has to hold {MOMENTS_FORMAT} version {MOMENTS_FORMAT_VERSION}, but {METADATA_FILE} "
+            f"says {found}."
         )
     return metadata
 

@@ -34,11 +34,11 @@ def milestone_samples(
             Steps of the scheduler for that.
 
     Raises:
-        ValueError: before the first one, if there are no checkpoints or one has neither samples nor a pipeline.
+        `ValueError`: before the first one, if there are no checkpoints or one has neither samples nor a pipeline.
     """
     checkpoints = list_checkpoints(Path(run))
     if not checkpoints:
-        raise ValueError(f"`checkpoints` must be a folder with `checkpoint-N` folders, {str(run)!r} has none.")
+        raise ValueError(f"`checkpoints` has to be a folder with `checkpoint-N` folders, but {str(run)!r} has none.")
     for _, folder in checkpoints:
         if not (folder / SAMPLES_FILE).is_file() and not (folder / PIPELINE_FOLDER / "model_index.json").is_file():
             raise ValueError(f"`checkpoints`: {folder} has neither {SAMPLES_FILE} nor a pipeline.")

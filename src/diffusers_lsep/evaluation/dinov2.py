@@ -30,7 +30,7 @@ class DINOv2Features:
         name (`str`): Identifies the weights: `dinov2-` and the first 8 digits of their SHA-256.
 
     Raises:
-        ValueError: if there is no such model, or it is no vision transformer.
+        `ValueError`: if there is no such model, or it is no vision transformer.
     """
 
     def __init__(self, model_name_or_path: str = "facebook/dinov2-large", device: str | torch.device = "cpu"):
@@ -43,7 +43,7 @@ class DINOv2Features:
         patch_size = getattr(model.config, "patch_size", None)
         if not isinstance(patch_size, int) or RESOLUTION % patch_size:
             raise ValueError(
-                f"`dinov2_model` must be a vision transformer whose patch size divides {RESOLUTION}, got "
+                f"`dinov2_model` has to be a vision transformer whose patch size divides {RESOLUTION}, but is "
                 f"{model_name_or_path!r} ({model.config.model_type}, patch size {patch_size})."
             )
         self.name = f"dinov2-{hash_weights(model)[:8]}"

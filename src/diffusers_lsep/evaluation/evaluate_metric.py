@@ -61,12 +61,12 @@ class GenerationMetric(evaluate.Metric):
             `dict[str, float]`: the metrics.
 
         Raises:
-            ValueError: if one of the two is missing or a file and the other features, and as [`evaluate_images`].
+            `ValueError`: if one of the two is missing or a file and the other features, and as [`evaluate_images`].
         """
         if predictions is None and references is None:
             return super().compute(**kwargs)
         if predictions is None or references is None:
-            raise ValueError("`predictions` and `references` must be given both, or neither after `add_batch`.")
+            raise ValueError("`predictions` and `references` have to be given both, or neither after `add_batch`.")
         # Evaluate would put both into one table: 50,000 samples could then not meet 10,000 references.
         return self._compute(predictions=predictions, references=references, **kwargs)
 
@@ -75,7 +75,7 @@ class GenerationMetric(evaluate.Metric):
     ) -> dict[str, float]:
         are_paths = [_is_paths(value) for value in (predictions, references)]
         if are_paths[0] != are_paths[1]:
-            raise ValueError("`predictions` and `references` must be both files, or both features.")
+            raise ValueError("`predictions` and `references` have to be both files, or both features.")
         if are_paths[0]:
             samples, reference = _open(predictions, "samples"), _open(references, "reference")
             return evaluate_images(samples, reference, metrics=metrics, **kwargs)["metrics"]
@@ -83,7 +83,7 @@ class GenerationMetric(evaluate.Metric):
             raise ValueError(f"{sorted(kwargs)} cannot be used with features.")
         unknown = sorted(set(metrics or ()) - set(FEATURE_METRICS))
         if unknown:
-            raise ValueError(f"`metrics` of features must be some of {list(FEATURE_METRICS)}, got {unknown}.")
+            raise ValueError(f"`metrics` of features has to be some of {list(FEATURE_METRICS)}, but is {unknown}.")
         features = np.asarray(predictions, np.float32), np.asarray(references, np.float32)
         return compute_feature_metrics(*features, metrics=metrics or FEATURE_METRICS)
 

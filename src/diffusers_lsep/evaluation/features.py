@@ -50,7 +50,7 @@ class PixelFeatures:
         name (`str`): `pixels` or `pixels-grey`.
 
     Raises:
-        ValueError: if an image has more than 4,096 values.
+        `ValueError`: if an image has more than 4,096 values.
     """
 
     def __init__(self, size: tuple[int, int], channels: int):

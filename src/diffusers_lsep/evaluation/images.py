@@ -50,7 +50,7 @@ class NpzImages:
         notes (`list[str]`): What makes numbers on these images hard to compare.
 
     Raises:
-        ValueError: if the file is damaged, or does not hold what is asked for.
+        `ValueError`: if the file is damaged, or does not hold what is asked for.
     """
 
     def __init__(self, path: str | os.PathLike, argument: str = "samples"):
@@ -66,7 +66,7 @@ class NpzImages:
                 if "arr_0" in arrays:
                     self._inspect_images(archive)
                 elif not self.statistics:
-                    raise self._error(f"must hold the array `arr_0` of images, it has {arrays}")
+                    raise self._error(f"has to hold the array `arr_0` of images, but has {arrays}")
             with open(path, "rb") as file:
                 self.content_hash = hashlib.file_digest(file, "sha256").hexdigest()
         except (zipfile.BadZipFile, OSError, EOFError) as error:
@@ -130,14 +130,14 @@ class NpzImages:
             self._data_offset = member.tell()
         if dtype != np.uint8:
             raise self._error(
-                f"must hold uint8 images, but `arr_0` is {dtype}; the protocol's conversion from [-1, 1] is "
+                f"has to hold uint8 images, but `arr_0` is {dtype}; the protocol's conversion from [-1, 1] is "
                 "floor(clip(255 * (x + 1) / 2))"
             )
         grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
         if not grey and (len(shape) != 4 or shape[3] != 3):
-            raise self._error(f"must hold images [N, H, W, 3], but `arr_0` has shape {list(shape)}")
+            raise self._error(f"has to hold images [N, H, W, 3], but `arr_0` has shape {list(shape)}")
         if fortran_order:
-            raise self._error("must hold `arr_0` in C order, it is in Fortran order")
+            raise self._error("has to hold `arr_0` in C order, but it is in Fortran order")
         if 0 in shape:
             raise self._error(f"holds no images: `arr_0` has shape {list(shape)}")
         if archive.getinfo("arr_0.npy").file_size != self._data_offset + int(np.prod(shape)):
@@ -183,7 +183,7 @@ class EncodedImages:
         name, count, size, statistics, content_hash, settings, notes: as those of [`NpzImages`].
 
     Raises:
-        ValueError: if there are no images, one cannot be read, or sizes differ without `resolution`.
+        `ValueError`: if there are no images, one cannot be read, or sizes differ without `resolution`.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class EncodedImages:
         if len(sizes) > 1:
             examples = ", ".join(f"{w} x {h} ({first_of_size[h, w]})" for h, w in list(sizes)[:3])
             raise ValueError(
-                f"`{argument}` {name!r} must hold images of one size, but has {len(sizes)} sizes: {examples}. "
+                f"`{argument}` {name!r} has to hold images of one size, but has {len(sizes)} sizes: {examples}. "
                 "A reference is cut to one size by `resolution`."
             )
         self.content_hash = digest.hexdigest()
@@ -309,16 +309,16 @@ def open_images(
             Column of a data set's images.
 
     Raises:
-        ValueError: if the source is nothing of the above, is empty or damaged, or an argument does not fit it.
+        `ValueError`: if the source is nothing of the above, is empty or damaged, or an argument does not fit it.
     """
     if resolution is not None and resolution < 1:
-        raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
+        raise ValueError(f"`resolution` has to be at least 1, but is {resolution}.")
     if not isinstance(source, (str, os.PathLike)):
         return _open_files(f"{len(source)} files", [Path(file) for file in source], resolution, argument)
     path = Path(source)
     if path.suffix == ".npz":
         if not path.is_file():
-            raise ValueError(f"`{argument}` must exist, there is no file {str(source)!r}.")
+            raise ValueError(f"`{argument}` has to exist, but there is no file {str(source)!r}.")
         images = NpzImages(path, argument)
         if images.size is not None and resolution is not None and images.size != (resolution, resolution):
             raise ValueError(
@@ -330,8 +330,8 @@ def open_images(
         return _open_files(str(source), sorted(filter(is_image_file, path.rglob("*"))), resolution, argument)
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(
-            f"`{argument}` must be an .npz, a folder of images or a data set (a .parquet file, a folder of such, an "
-            f"id on the Hub), got the file {str(source)!r}."
+            f"`{argument}` has to be an .npz, a folder of images or a data set (a .parquet file, a folder of such, an "
+            f"id on the Hub), but is the file {str(source)!r}."
         )
     return _open_dataset(source, argument, resolution, split, image_column)
 
@@ -362,19 +362,19 @@ def _open_dataset(
             splits = load_image_dataset(dataset_name=str(source))
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"`{argument}` must be an .npz, a folder of images or a data set; {str(source)!r} is neither a file nor a "
-            f"folder and cannot be read as a data set: {error}"
+            f"`{argument}` has to be an .npz, a folder of images or a data set, but {str(source)!r} is neither a file "
+            f"nor a folder and cannot be read as a data set: {error}"
             if not path.exists()
             else f"`{argument}` {str(source)!r} cannot be read as a data set: {error}"
         ) from error
     if split is None:
         split = "train" if "train" in splits or len(splits) > 1 else next(iter(splits))
     if split not in splits:
-        raise ValueError(f"`split` must be one of {list(splits)} for {str(source)!r}, got {split!r}.")
+        raise ValueError(f"`split` has to be one of {list(splits)} for {str(source)!r}, but is {split!r}.")
     dataset = splits[split]
     if not isinstance(dataset.features.get(image_column), datasets.Image):
         raise ValueError(
-            f"`image_column` must be a column of images of {str(source)!r}, got {image_column!r}; there are "
+            f"`image_column` has to be a column of images of {str(source)!r}, but is {image_column!r}; there are "
             f"{dataset.features}."
         )
     dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))

@@ -38,9 +38,9 @@ class InceptionFeatures:
         is_official (`bool`): Whether these are the weights of 2015 that published numbers are made with.
 
     Raises:
-        ImportError: without torch-fidelity (extra `eval`).
-        OSError: if there is no such file, or it cannot be downloaded.
-        ValueError: if the file is not a state dict of this network with finite weights.
+        `ImportError`: without torch-fidelity (extra `eval`).
+        `OSError`: if there is no such file, or it cannot be downloaded.
+        `ValueError`: if the file is not a state dict of this network with finite weights.
     """
 
     widths = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS, "logits": 1008}
@@ -108,7 +108,7 @@ def _official_weights_path() -> Path:
 def _read_weights(path: Path) -> tuple[str, io.BytesIO]:
     """SHA-256 of the file, and its tensors as a new file in memory that holds nothing else."""
     if not path.is_file():
-        raise FileNotFoundError(f"`inception_weights` must be a file, there is none at {str(path)!r}.")
+        raise FileNotFoundError(f"`inception_weights` has to be a file, but there is none at {str(path)!r}.")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -116,10 +116,10 @@ def _read_weights(path: Path) -> tuple[str, io.BytesIO]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"`inception_weights` {str(path)!r} cannot be read as plain weights: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"`inception_weights` {str(path)!r} must hold a state dict, tensors under their names.")
+        raise ValueError(f"`inception_weights` {str(path)!r} has to hold a state dict, tensors under their names.")
     damaged = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if damaged:
-        raise ValueError(f"`inception_weights` {str(path)!r} must be finite, but {damaged} hold NaN or infinity.")
+        raise ValueError(f"`inception_weights` {str(path)!r} has to be finite, but {damaged} hold NaN or infinity.")
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     buffer.seek(0)

@@ -276,25 +276,26 @@ def probe_layers(
         ready for JSON.
 
     Raises:
-        ValueError: before any work, if an argument is out of range.
+        `ValueError`: before any work, if an argument is out of range.
     """
     depth = pipe.transformer.config.num_layers
     layers = list(range(1, depth + 1)) if layers is None else sorted(set(layers))
     if not layers or not 0 <= layers[0] <= layers[-1] <= depth:
-        raise ValueError(f"`layers` must lie in 0..{depth}, got {layers}.")
+        raise ValueError(f"`layers` has to lie in 0..{depth}, but is {layers}.")
     timesteps = sorted(set(timesteps))
     if not timesteps or not 0 <= timesteps[0] <= timesteps[-1] <= 1:
-        raise ValueError(f"`timesteps` must lie in [0, 1], got {timesteps}.")
+        raise ValueError(f"`timesteps` has to lie in [0, 1], but is {timesteps}.")
     if method not in METHODS:
-        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
+        raise ValueError(f"`method` has to be one of {list(METHODS)}, but is {method!r}.")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise ValueError(f"`{name}` has to be at least 1, but is {value}.")
     if training_probe is not None and (probe_depth is None or not 1 <= probe_depth <= depth):
-        raise ValueError(f"`probe_depth` must lie in 1..{depth}, got {probe_depth}.")
+        raise ValueError(f"`probe_depth` has to lie in 1..{depth}, but is {probe_depth}.")
     if len(train.labels) < 2 or len(held_out.labels) < 2:
         raise ValueError(
-            f"the data must hold 2 images to fit and 2 to measure, got {len(train.labels)} and {len(held_out.labels)}."
+            f"the data has to hold 2 images to fit and 2 to measure, but holds {len(train.labels)} and "
+            f"{len(held_out.labels)}."
         )
 
     device = pipe.device

@@ -29,20 +29,20 @@ def check_features(name: str, features: np.ndarray, minimum: int = 1) -> np.ndar
         `np.ndarray`: the features, not copied.
 
     Raises:
-        ValueError: for another number of dimensions, another dtype, fewer rows, or NaN or infinity.
+        `ValueError`: for another number of dimensions, another dtype, fewer rows, or NaN or infinity.
     """
     features = np.asanyarray(features)
     if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(
-            f"`{name}` must be floating point features of shape [N, D], got {features.dtype} of shape "
+            f"`{name}` has to be floating point features of shape [N, D], but is {features.dtype} of shape "
             f"{list(features.shape)}."
         )
     if len(features) < minimum:
-        raise ValueError(f"`{name}` must hold at least {minimum} rows, got {len(features)}.")
+        raise ValueError(f"`{name}` has to hold at least {minimum} rows, but holds {len(features)}.")
     for start in range(0, len(features), CHUNK):
         if not np.isfinite(features[start : start + CHUNK]).all():
             rows = np.flatnonzero(~np.isfinite(features[start : start + CHUNK]).all(axis=1))
-            raise ValueError(f"`{name}` must be finite, row {start + rows[0]} holds NaN or infinity.")
+            raise ValueError(f"`{name}` has to be finite, but row {start + rows[0]} holds NaN or infinity.")
     return features
 
 
@@ -58,7 +58,7 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         `tuple[np.ndarray, np.ndarray]`: mean `[D]` and covariance `[D, D]`.
 
     Raises:
-        ValueError: if the features are not finite floats `[N, D]` with `N >= 2`.
+        `ValueError`: if the features are not finite floats `[N, D]` with `N >= 2`.
     """
     features = check_features("features", features, minimum=2)
     count, dim = features.shape
@@ -74,17 +74,18 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _covariance_factor(name: str, sigma: np.ndarray) -> np.ndarray:
     """A square `A` with `A A^T = sigma`. Directions that `sigma` does not have are zero columns, which come first."""
     if not np.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-6 * np.abs(sigma).max()):
-        raise ValueError(f"`{name}` must be a symmetric matrix.")
+        raise ValueError(f"`{name}` has to be a symmetric matrix.")
     variance = np.diag(sigma)
     if variance.min() < 0:
-        raise ValueError(f"`{name}` must have a non-negative diagonal, got {variance.min():.3g}.")
+        raise ValueError(f"`{name}` has to have a non-negative diagonal, but is {variance.min():.3g}.")
     # Scaled to unit diagonal the eigenvalues of features with very different variances keep their relative accuracy
     # (those of a diagonal matrix are exact, however close to singular it is).
     scale = np.sqrt(np.where(variance > 0, variance, 1.0))
     eigenvalues, vectors = np.linalg.eigh((sigma + sigma.T) / 2 / scale[:, None] / scale)
     if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 1.0):
         raise ValueError(
-            f"`{name}` must be positive semi-definite, got an eigenvalue of {eigenvalues[0]:.3g} (unit diagonal)."
+            f"`{name}` has to be positive semi-definite, but has an eigenvalue of {eigenvalues[0]:.3g} (of a unit "
+            "diagonal)."
         )
     # A zero eigenvalue comes out as rounding noise of either sign, and the root would turn 1e-16 into 1e-8. The noise
     # stays below 8 eps of the largest eigenvalue (4,000 random singular matrices), and where it is larger, in matrices
@@ -114,7 +115,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         `float`: the distance, at least 0.
 
     Raises:
-        ValueError: for mismatched shapes, NaN or infinity, or a matrix that is no covariance.
+        `ValueError`: for mismatched shapes, NaN or infinity, or a matrix that is no covariance.
     """
     arrays = {"mu1": mu1, "sigma1": sigma1, "mu2": mu2, "sigma2": sigma2}
     arrays = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
@@ -122,9 +123,11 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     for name, array in arrays.items():
         expected = mu1.shape if name.startswith("mu") else mu1.shape * 2
         if mu1.ndim != 1 or array.shape != expected or array.size == 0:
-            raise ValueError(f"`{name}` has shape {list(array.shape)}; means must be [D] and covariances [D, D].")
+            raise ValueError(
+                f"`{name}` has to be a mean [D] or a covariance [D, D], but has shape {list(array.shape)}."
+            )
         if not np.isfinite(array).all():
-            raise ValueError(f"`{name}` must be finite, it holds NaN or infinity.")
+            raise ValueError(f"`{name}` has to be finite, but holds NaN or infinity.")
     factor1, factor2 = _covariance_factor("sigma1", sigma1), _covariance_factor("sigma2", sigma2)
     # Columns that are zero in both (fewer samples than dimensions) change nothing.
     columns = slice(int(np.argmax((factor1 != 0).any(axis=0) | (factor2 != 0).any(axis=0))), None)
@@ -149,11 +152,11 @@ def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
         `float`: the score, between 1 and the number of classes.
 
     Raises:
-        ValueError: if the logits are not finite floats `[N, classes]`, or `split_size` is below 1.
+        `ValueError`: if the logits are not finite floats `[N, classes]`, or `split_size` is below 1.
     """
     logits = check_features("logits", logits)
     if split_size < 1:
-        raise ValueError(f"`split_size` must be at least 1, got {split_size}.")
+        raise ValueError(f"`split_size` has to be at least 1, but is {split_size}.")
     scores = []
     for start in range(0, len(logits), split_size):
         log_p = torch.from_numpy(logits[start : start + split_size].astype(np.float64)).log_softmax(dim=1)
@@ -186,16 +189,16 @@ def kernel_distance(
         `tuple[float, float]`: mean and standard deviation over the subsets. The mean can be slightly negative.
 
     Raises:
-        ValueError: for features that are not finite floats of equal width, or a size or number out of range.
+        `ValueError`: for features that are not finite floats of equal width, or a size or number out of range.
     """
     samples, reference = _check_pair(samples, reference, minimum=2)
     if not 2 <= subset_size <= min(len(samples), len(reference)):
         raise ValueError(
-            f"`subset_size` must be between 2 and the number of features (`samples` {len(samples)}, `reference` "
-            f"{len(reference)}), got {subset_size}."
+            f"`subset_size` has to be between 2 and the number of features (`samples` {len(samples)}, `reference` "
+            f"{len(reference)}), but is {subset_size}."
         )
     if num_subsets < 1:
-        raise ValueError(f"`num_subsets` must be at least 1, got {num_subsets}.")
+        raise ValueError(f"`num_subsets` has to be at least 1, but is {num_subsets}.")
 
     def kernel_sum(a: np.ndarray, b: np.ndarray, without_diagonal: bool) -> float:
         kernel = (a @ b.T / a.shape[1] + 1) ** 3
@@ -247,16 +250,16 @@ def precision_recall(
         `tuple[float, float]`: precision and recall, in [0, 1].
 
     Raises:
-        ValueError: for features that are not finite floats of equal width, or a number out of range.
+        `ValueError`: for features that are not finite floats of equal width, or a number out of range.
     """
     samples, reference = _check_pair(samples, reference, minimum=2)
     if not 1 <= neighborhood < min(len(samples), len(reference)):
         raise ValueError(
-            f"`neighborhood` must be at least 1 and below the number of features (`samples` {len(samples)}, "
-            f"`reference` {len(reference)}), got {neighborhood}."
+            f"`neighborhood` has to be at least 1 and below the number of features (`samples` {len(samples)}, "
+            f"`reference` {len(reference)}), but is {neighborhood}."
         )
     if block_size < 1:
-        raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+        raise ValueError(f"`block_size` has to be at least 1, but is {block_size}.")
 
     def blocks(features: np.ndarray):
         for start in range(0, len(features), block_size):
@@ -304,7 +307,7 @@ def _check_pair(samples: np.ndarray, reference: np.ndarray, minimum: int) -> tup
     reference = check_features("reference", reference, minimum)
     if samples.shape[1] != reference.shape[1]:
         raise ValueError(
-            f"`samples` and `reference` must have features of equal width, got {samples.shape[1]} and "
+            f"`samples` and `reference` have to have features of equal width, but they have {samples.shape[1]} and "
             f"{reference.shape[1]}."
         )
     return samples, reference

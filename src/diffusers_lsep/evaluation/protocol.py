@@ -88,11 +88,11 @@ def evaluate_images(
         what they are of: `samples`, `dataset` (the reference), numbers of images, hashes, networks, settings, `notes`.
 
     Raises:
-        ValueError: before any work, if the two do not fit together or a metric cannot be had.
+        `ValueError`: before any work, if the two do not fit together or a metric cannot be had.
     """
     state = process_state()
     if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        raise ValueError(f"`batch_size` has to be at least 1, but is {batch_size}.")
     asked, metrics = metrics, _check_metrics(samples, reference, metrics)
     assert samples.size is not None  # `_check_metrics` refuses what has no images
     notes = _comparability_notes(samples, reference, metrics, dinov2_model)
@@ -182,7 +182,7 @@ def compute_feature_metrics(
         `dict[str, float]`: the metrics, with `kid_std` beside `kid`.
 
     Raises:
-        ValueError: for features that are not finite floats of equal width, or too few of them.
+        `ValueError`: for features that are not finite floats of equal width, or too few of them.
     """
     values = {}
     if "fid" in metrics:
@@ -216,13 +216,13 @@ def _check_metrics(
     """The metrics to compute, in the order of `METRICS`; refuses what cannot be had."""
     unknown = sorted(set(metrics or ()) - set(METRICS))
     if unknown or (metrics is not None and not metrics):
-        raise ValueError(f"`metrics` must be some of {list(METRICS)}, got {unknown or 'none'}.")
+        raise ValueError(f"`metrics` has to be some of {list(METRICS)}, but is {unknown or 'none'}.")
     if not samples.count or samples.size is None:
         raise ValueError(f"`samples` {samples.name!r} holds statistics but no images.")
     if reference.size is not None and samples.size != reference.size:
         raise ValueError(
-            f"`samples` and `reference` must be of one size, got {samples.size[0]} x {samples.size[1]} and "
-            f"{reference.size[0]} x {reference.size[1]}. (`resolution` cuts the images of a reference.)"
+            f"`samples` and `reference` have to be of one size, but they are {samples.size[0]} x {samples.size[1]} "
+            f"and {reference.size[0]} x {reference.size[1]}. (`resolution` cuts the images of a reference.)"
         )
     available = []
     for name in METRICS if metrics is None else [name for name in METRICS if name in metrics]:

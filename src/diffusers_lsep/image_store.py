@@ -1,0 +1,154 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Many images on disk: those of a run that is not finished, and the files that they become."""
+
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .files import write_text
+
+
+class ImageStore:
+    """
+    The images of a run, in a folder that lasts until all of them are there: one uncompressed array on disk, a byte for
+    each finished batch, and the settings. Any number of processes writes into it, each batch at its own place.
+
+    Args:
+        folder (`Path`): The folder, which [`~ImageStore.create`] makes.
+        num_images (`int`): How many images the run has.
+        image_shape (`tuple[int, int, int]`): `[H, W, C]` of each.
+        batch_size (`int`): Images in every batch but the last one.
+    """
+
+    def __init__(self, folder: Path, num_images: int, image_shape: tuple[int, int, int], batch_size: int):
+        self.folder = folder
+        self.array_path = folder / "images.npy"
+        self.done_path = folder / "done"
+        self.shape = (num_images, *image_shape)
+        self.batch_size = batch_size
+        self.num_batches = math.ceil(num_images / batch_size)
+
+    def create(self, settings: dict[str, Any], may_differ: Sequence[str] = ()):
+        """
+        Makes the folder, or checks that the one from an earlier run has the same settings.
+
+        Args:
+            settings (`dict[str, Any]`): What decides the images, for JSON.
+            may_differ (`Sequence[str]`, defaults to `()`): Those that may be others when a run goes on.
+
+        Raises:
+            `ValueError`: if the folder is that of a run with other settings.
+        """
+        settings_path = self.folder / "settings.json"
+        if settings_path.is_file():
+            before = dict(_flatten(json.loads(settings_path.read_text(encoding="utf-8"))))
+            now = dict(_flatten(json.loads(json.dumps(settings))))
+            differing = [
+                f"{name} ({before.get(name)!s:.40} before, {now.get(name)!s:.40} now)"
+                for name in before | now
+                if name not in may_differ and before.get(name) != now.get(name)
+            ]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds an unfinished run with other settings: {', '.join(differing)}. Finish that"
+                    " run, or give `--overwrite_output_dir` to discard it."
+                )
+            return
+        self.delete()
+        self.folder.mkdir(parents=True)
+        np.lib.format.open_memmap(self.array_path, mode="w+", dtype=np.uint8, shape=self.shape).flush()
+        self.done_path.write_bytes(bytes(self.num_batches))
+        # Last, as it says that the rest is there.
+        write_text(settings_path, json.dumps(settings, indent=2) + "\n")
+
+    def pending(self) -> list[int]:
+        """The batches that are still to be drawn."""
+        return [batch for batch, done in enumerate(self.done_path.read_bytes()) if not done]
+
+    def write(self, batch: int, images: np.ndarray):
+        """Stores the images of a batch, then the fact that it is there."""
+        array = np.load(self.array_path, mmap_mode="r+")
+        array[batch * self.batch_size : batch * self.batch_size + len(images)] = images
+        array.flush()
+        with open(self.done_path, "r+b") as file:
+            file.seek(batch)
+            file.write(b"\1")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> np.ndarray:
+        """All images as a memory-mapped uint8 array `[num_images, H, W, C]`."""
+        return np.load(self.array_path, mmap_mode="r")
+
+    def delete(self):
+        """Deletes the folder, if there is one."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as names and values."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
+    """
+    Writes an uncompressed .npz in the layout of ADM's sample files, whole or not at all and without holding it in
+    memory.
+
+    Args:
+        path (`Path`): The file.
+        images (`np.ndarray`): uint8 `[N, H, W, 3]`, memory-mapped for example; grey ones `[N, H, W, 1]` are repeated.
+        class_ids (`np.ndarray`): int64 `[N]`.
+    """
+    if images.shape[-1] == 1:  # ADM's protocol, and everything that reads its files, has three channels
+        images = np.broadcast_to(images, (*images.shape[:-1], 3))
+    with (
+        _whole_file(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        for name, array in (("arr_0", images), ("arr_1", class_ids)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(array), 256):
+                    file.write(np.ascontiguousarray(array[start : start + 256]).tobytes())
+
+
+def write_pngs(folder: Path, images: np.ndarray, class_ids: np.ndarray) -> list[Path]:
+    """Writes images, uint8 `[N, H, W, C]`, as `INDEX-class-ID.png` each, whole or not at all; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = len(str(len(images) - 1))
+    paths = [folder / f"{index:0{digits}d}-class-{class_id}.png" for index, class_id in enumerate(class_ids)]
+    for path, image in zip(paths, images):
+        write_png(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+    return paths
+
+
+def write_png(path: Path, image: Image.Image):
+    """Writes a PNG that appears whole or not at all."""
+    with _whole_file(path) as partial:
+        image.save(partial, format="png")
