@@ -25,6 +25,7 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from diffusers_lsep.command_line import run_script
 from diffusers_lsep.hub.push import push_folder
 from diffusers_lsep.labels import describe_classes
 from diffusers_lsep.training.arguments import parse_args
@@ -105,4 +106,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

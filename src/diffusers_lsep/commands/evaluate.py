@@ -120,14 +120,15 @@ def run(args: argparse.Namespace) -> None:
     }
     is_main = process_state().is_main_process
     if args.checkpoints is not None:
-        results = {"checkpoints": []}
+        entries = []
         for step, samples in milestone_samples(args.checkpoints, args.num_images, args.num_inference_steps):
-            results["checkpoints"].append({"step": step, **evaluate_images(samples, reference, **options)})
-        rows = {f"step {entry['step']}": entry["metrics"] for entry in results["checkpoints"]}
+            entries.append({"step": step, **evaluate_images(samples, reference, **options)})
+        results: dict[str, Any] = {"checkpoints": entries}
+        rows = {f"step {entry['step']}": entry["metrics"] for entry in entries}
     else:
-        samples = open_images(args.samples, "samples", None, args.samples_split, args.image_column)
-        weights = _weights_of(args.update_card, samples) if args.update_card is not None else {}
-        results = {**evaluate_images(samples, reference, **options), **weights}
+        given = open_images(args.samples, "samples", None, args.samples_split, args.image_column)
+        weights = _weights_of(args.update_card, given) if args.update_card is not None else {}
+        results = {**evaluate_images(given, reference, **options), **weights}
         rows = {results["samples"]: results["metrics"]}
     if not is_main:
         return

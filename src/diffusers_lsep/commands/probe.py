@@ -183,7 +183,8 @@ def _open_data(
             f"`--validation_split` has to be the name of a split of `--validation_data`, but is {fraction}."
         )
     own_split = split if args.validation_data is None else None
-    held_out = None
+    source: SampleSource
+    held_out: SampleSource | None = None
     if _holds_latents(args.data):
         if own_split is not None:
             raise ValueError(
@@ -213,11 +214,11 @@ def _open_data(
     return *_cut_as_the_run(args, source, fraction, record), names, "what the training run held out of the data"
 
 
-def _parse_split(value: str | float | None) -> tuple[float | None, str | None]:
+def _parse_split(value: str | None) -> tuple[float | None, str | None]:
     """A fraction, or the name of a split."""
     try:
-        fraction = float(value)
-    except (TypeError, ValueError):
+        fraction = float(value or "")
+    except ValueError:
         return None, value
     if not 0 < fraction < 1:
         raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
@@ -245,7 +246,7 @@ def _open_latents(
 
 
 def _load_splits(data: str):
-    return load_image_dataset(**{"train_data_dir" if Path(data).is_dir() else "dataset_name": data})
+    return load_image_dataset(train_data_dir=data) if Path(data).is_dir() else load_image_dataset(data)
 
 
 def _image_size(pipe: LSEPPipeline) -> tuple[int, int]:
@@ -258,6 +259,7 @@ def _image_size(pipe: LSEPPipeline) -> tuple[int, int]:
 def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: list[str]) -> SampleSource:
     """What to measure on, with the numbers that its classes have in the data that is fitted to."""
     data, split = args.validation_data, args.validation_split
+    source: SampleSource
     if os.path.exists(data) and os.path.exists(args.data) and os.path.samefile(data, args.data):
         raise ValueError(f"`--validation_data` has to be other data than `--data`, but both are {data!r}.")
     if _holds_latents(data):

@@ -174,7 +174,7 @@ class SampleStream(torch.utils.data.Dataset):
         batch["crop_window"] = torch.tensor([[0, 0, self.grid_size]]).repeat(len(rows), 1)
         return batch
 
-    def _draw(self, indices: list[int], purpose: int) -> dict[str, np.ndarray]:
+    def _draw(self, indices: list[int], purpose: Purpose) -> dict[str, np.ndarray]:
         # The order of the draws is part of the format: a run can be resumed by a later version only if it stays.
         uniform = np.empty((len(indices), 6), dtype=np.float32)
         noise = np.empty((len(indices), *self.latent_shape), dtype=np.float32)
@@ -274,6 +274,6 @@ class StreamBatches:
             yield list(range(first, first + self.batch_size))
 
 
-def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def keep_batch(batch: Any) -> Any:
     """The `collate_fn` of a [`SampleStream`], which makes whole batches itself."""
     return batch

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -245,7 +245,8 @@ def _forget(card: ModelCard, kept_sections: Collection[str], metadata: Iterable[
     A card without what was generated: other sections than these, and metadata under these keys, unless somebody has
     changed it. Sections without facts are of an older version, and all of this metadata counts as generated then.
     """
-    data = card.data.to_dict()
+    card_data: Any = card.data
+    data = card_data.to_dict()
     of_older = {key: data[key] for key in METADATA if key in data and _sections(card)}
     generated = _read_facts(card).get("metadata", of_older)
     forgotten = {key: generated[key] for key in metadata if key in generated}
@@ -253,8 +254,8 @@ def _forget(card: ModelCard, kept_sections: Collection[str], metadata: Iterable[
     data = {key: value for key, value in data.items() if key not in forgotten or value != forgotten[key]}
     data["tags"] = [tag for tag in data.get("tags", []) if tag not in (old.tags or [])] or None
     data.pop("model-index", None)
-    data["eval_results"] = [r for r in card.data.eval_results or [] if r not in (old.eval_results or [])] or None
-    data["model_name"] = card.data.model_name if data["eval_results"] else data.get("model_name")
+    data["eval_results"] = [r for r in card_data.eval_results or [] if r not in (old.eval_results or [])] or None
+    data["model_name"] = card_data.model_name if data["eval_results"] else data.get("model_name")
     text = _section_pattern().sub(lambda match: match[0] if match[1] in kept_sections else "", card.text)
     generated = {key: value for key, value in generated.items() if key not in forgotten}
     card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n{text}")
@@ -288,20 +289,21 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
         for name, block in _sections(new).items() if _sections(old) else ():
             pattern = _section_pattern(name)
             if pattern.search(text):
-                text = pattern.sub(lambda _, block=block: block, text)
+                text = pattern.sub(block.replace("\\", r"\\"), text)
             else:
                 text = text.rstrip("\n") + "\n\n" + block
 
-    old_data, new_data = old.data.to_dict(), new.data.to_dict()
-    data = ModelCardData(**{**old_data, **new_data})
-    data.tags = list(dict.fromkeys([*(old.data.tags or []), *(new.data.tags or [])])) or None
-    if old.data.eval_results and new.data.eval_results:
+    old_data: Any = old.data
+    new_data: Any = new.data
+    data = ModelCardData(**{**old_data.to_dict(), **new_data.to_dict()})
+    data.tags = list(dict.fromkeys([*(old_data.tags or []), *(new_data.tags or [])])) or None
+    if old_data.eval_results and new_data.eval_results:
         kept = [
             result
-            for result in old.data.eval_results
-            if not any(result.is_equal_except_value(other) for other in new.data.eval_results)
+            for result in old_data.eval_results
+            if not any(result.is_equal_except_value(other) for other in new_data.eval_results)
         ]
-        data.eval_results = kept + new.data.eval_results
+        data.eval_results = kept + new_data.eval_results
     if data.license is not None:
         text = _section_pattern("license").sub("", text)
     return _set_facts(
@@ -313,8 +315,8 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
 
 def declare_license(card: ModelCard, license: str):
     """Gives a card a licence that counts as generated: it is dropped with the weights that it is for."""
-    facts = _read_facts(card)
-    card.data.license = license
+    facts, data = _read_facts(card), cast(Any, card.data)
+    data.license = license
     _set_facts(card, facts.get("weights", {}), {**facts.get("metadata", {}), "license": license})
 
 
@@ -384,7 +386,7 @@ def _model_index(results: dict[str, Any], dataset: str | None) -> list[EvalResul
 
 def _evaluation_settings(results: Mapping[str, Any]) -> dict[str, Any]:
     """How the metrics were measured, on one level."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, value in results.items():
         if key not in ("metrics", "weights", "notes"):
             settings |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}

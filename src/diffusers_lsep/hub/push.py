@@ -104,13 +104,13 @@ def push_folder(
         card = merge_model_cards(card_on_hub, card, pipeline.hashes)
 
         # Not `upload_folder`: with hf_xet it may make several commits, and the card is not the one in the folder.
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=str(card).encode()),
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in files),
         ]
         on_hub = api.list_repo_files(repo_id, revision=revision)
-        outdated = [*_outdated_weights(on_hub, files), *outdated.intersection(on_hub)]
-        operations += [CommitOperationDelete(path_in_repo=path) for path in outdated]
+        outdated |= {*_outdated_weights(on_hub, files)}
+        operations += [CommitOperationDelete(path_in_repo=path) for path in on_hub if path in outdated]
         return api.create_commit(
             repo_id,
             operations,
@@ -189,7 +189,7 @@ def _weights_key(path: str) -> tuple[str, str | None] | None:
     shard = re.fullmatch(r"(.+/[^.]+?)(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors", path)
     index = re.fullmatch(r"(.+/[^.]+)\.safetensors\.index(?:\.([^.]+))?\.json", path)
     match = shard or index
-    return match.groups() if match else None
+    return (match[1], match[2]) if match else None
 
 
 def _outdated_weights(on_hub: list[str], files: list[str]) -> list[str]:

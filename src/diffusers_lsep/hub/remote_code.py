@@ -71,21 +71,21 @@ def _standalone_source(module: str, imported: set[str] | None = None) -> str:
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     is_whole_file = imported is None
     imported = set() if imported is None else imported
-    edits = []
+    edits: list[tuple[int, int | None, str]] = []
     for node in imports:
-        is_own = isinstance(node, ast.ImportFrom) and node.level
-        name = node.module if is_own else ast.unparse(node)
+        own = node.module if isinstance(node, ast.ImportFrom) and node.level else None
+        name = own or ast.unparse(node)
         if name in imported:
             edits.append((node.lineno, node.end_lineno, ""))
             continue
         imported.add(name)
-        if is_own:
-            text = REMOTE_STAND_INS.get(name)
-            text = text or f"\n\n# {name}.py\n{_standalone_source(name, imported)}\n\n"
+        if own is not None:
+            text = REMOTE_STAND_INS.get(name) or f"\n\n# {name}.py\n{_standalone_source(name, imported)}\n\n"
             edits.append((node.lineno, node.end_lineno, text))
-    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and method.name in LEFT_TO_BASE_CLASS.get(node.name, ()):
+    for definition in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        left_out: tuple[str, ...] = LEFT_TO_BASE_CLASS.get(definition.name, ())
+        for method in definition.body:
+            if isinstance(method, ast.FunctionDef) and method.name in left_out:
                 start = min([method.lineno, *(decorator.lineno for decorator in method.decorator_list)])
                 edits.append((start, method.end_lineno, ""))
 

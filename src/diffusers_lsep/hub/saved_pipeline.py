@@ -46,7 +46,7 @@ class SavedPipeline:
     def __init__(self, folder: Path):
         self.folder = folder
         self.index = self._read("model_index.json")
-        class_name = self.index.get("_class_name")
+        class_name: Any = self.index.get("_class_name")
         self.has_code = isinstance(class_name, list)
         if (class_name[1] if self.has_code else class_name) != "LSEPPipeline":
             raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but {folder} holds a {class_name}.")

@@ -65,7 +65,12 @@ class Flags:
             options: As for `argparse.ArgumentParser.add_argument`.
         """
         action = self.group.add_argument(name, **options)
-        action.says = {"changeable": changeable, "is_length": is_length, "is_kept": is_kept, "on_card": on_card}
+        action.says = {  # type: ignore[attr-defined]
+            "changeable": changeable,
+            "is_length": is_length,
+            "is_kept": is_kept,
+            "on_card": on_card,
+        }
 
 
 def flags_that_are(what: str) -> set[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 
 from ..command_line import with_values
@@ -118,7 +119,8 @@ def open_vae(
     pretrained: PretrainedPipeline | None,
 ) -> tuple[AutoencoderKL | None, str | None]:
     """Loads the VAE that is asked for, or else that of the pipeline to start from or of the latents; and its name."""
-    name_or_path, options = args.pretrained_vae_model_name_or_path, {}
+    name_or_path = args.pretrained_vae_model_name_or_path
+    options: dict[str, Any] = {}
     if name_or_path is None and pretrained is not None and pretrained.has_vae:
         name_or_path, options = pretrained.name_or_path, {"subfolder": "vae"}
     elif name_or_path is None and isinstance(latents, MomentsDataset):
@@ -231,8 +233,8 @@ def open_data(
         stream = open_stream(splits, args.seed, args.num_train_images, *size, *columns, num_classes)
         data = TrainingData(stream, None, stream.names)
     else:
-        data = TrainingData(*open_images(load_image_dataset(*location), *size, *columns, num_classes, split))
-        data.treatment = check_images(args, data.source)
+        source, held_out, names = open_images(load_image_dataset(*location), *size, *columns, num_classes, split)
+        data = TrainingData(source, held_out, names, check_images(args, source))
     if fraction is not None:
         whole, images = data.source, data.images
         data.source, data.held_out = cut_off(whole, fraction, args.seed)
@@ -282,8 +284,8 @@ def check_images(args: argparse.Namespace, source: ImageSource) -> str:
         )
     if not sizes:  # none that can be read, which is found where it is used
         return "none of those looked at can be read"
-    found = [f"{width} x {height}" for width, height in (min(sizes, key=math.prod), max(sizes, key=math.prod))]
-    found = found[0] if found[0] == found[1] else " to ".join(found)
+    ends = [f"{width} x {height}" for width, height in (min(sizes, key=math.prod), max(sizes, key=math.prod))]
+    found = ends[0] if ends[0] == ends[1] else " to ".join(ends)
     shorter = [min(size) for size in sizes]
     scaled = "scaled down to " if min(shorter) > side else "scaled up to " if max(shorter) < side else "scaled to "
     scaled = "" if set(shorter) == {side} else scaled
@@ -372,7 +374,7 @@ def build_objective(setup: Setup, load: bool) -> LSEPObjective:
         probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes)
     if probe is not None:
         probe.register_to_config(depth=args.probe_depth)
-    regularizers = {}
+    regularizers: dict[str, torch.nn.Module] = {}
     if setup.encoder is not None:
         size = setup.encoder.size
         regularizers["repa"] = REPARegularizer(transformer.inner_dim, size, args.repa_depth, args.repa_weight)

@@ -63,7 +63,8 @@ def memory_needed(setup: Setup, objective: LSEPObjective, num_shards: int = 1) -
     tokens = (config.sample_size // config.patch_size) ** 2
     parameters = sum(p.numel() for p in transformer.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    frozen = [model for model in (setup.vae, setup.encoder and setup.encoder.model) if model is not None]
+    encoder = setup.encoder.model if setup.encoder is not None else None
+    frozen = [model for model in (setup.vae, encoder) if model is not None]
     frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
     # Weights in float32, and of what is trained gradients, AdamW's two moments and the average. A block keeps about 34
     # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
@@ -123,6 +124,7 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
     if args.recipe is not None:
         why = f"since {RECIPES[args.recipe]}; flags that are given win"
         lines.insert(0, f"recipe: examples/configs/{args.recipe}, {why}")
-    if describe_initial_weights(args) is not None:
-        lines.append(describe_initial_weights(args))
+    warning = describe_initial_weights(args)
+    if warning is not None:
+        lines.append(warning)
     return "\n".join(lines)

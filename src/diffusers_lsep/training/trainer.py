@@ -189,7 +189,7 @@ class Trainer:
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
-    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
         self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
         images, moments = batch.pop("images", None), batch.pop("moments", None)
@@ -202,9 +202,9 @@ class Trainer:
         if self.setup.encoder is not None:
             with self.accelerator.autocast():
                 batch["targets"] = {"repa": self.setup.encoder(images)}
-        if noise is None:
-            return {"latents": images, **batch}
         vae = self.setup.vae
+        if vae is None:
+            return {"latents": images, **batch}
         if moments is None:
             # In float32, also inside of autocast: in bfloat16 latents are off by 1 to 2 % of their deviation.
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -363,7 +363,7 @@ class Trainer:
         accelerator = self.accelerator
         with self.averaged_objective() as objective, torch.no_grad():
             if self.held_out is not None:
-                self.report(self.measure(objective))
+                self.report(self.measure(objective, self.held_out))
                 self.count_unreadable()
             if accelerator.is_main_process:
                 self.draw_samples(self.make_pipeline(objective.transformer))
@@ -371,10 +371,10 @@ class Trainer:
             draw_curves(self.output_dir)
         accelerator.wait_for_everyone()
 
-    def measure(self, objective: LSEPObjective) -> dict[str, float]:
+    def measure(self, objective: LSEPObjective, held_out: SampleStream) -> dict[str, float]:
         """Losses and probe accuracy on the held-out images, which the processes share out."""
         args, accelerator = self.args, self.accelerator
-        num_rows = len(self.held_out.source.labels)
+        num_rows = len(held_out.source.labels)
         rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
         names = ["denoising_loss"]
         if objective.probe is not None:
@@ -382,7 +382,7 @@ class Trainer:
         names += [f"{name}_loss" for name in objective.regularizers]
         sums = torch.zeros(len(names), device=accelerator.device)
         for first in range(0, len(rows), args.train_batch_size):
-            batch = self.held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
+            batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
             batch = send_to_device(batch, accelerator.device)
             output = objective(**self.inputs(batch))
             means = batch_means(output)
