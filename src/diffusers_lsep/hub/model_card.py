@@ -225,7 +225,7 @@ def update_evaluation(folder: str | os.PathLike) -> Path:
 def _card(data: ModelCardData, weights: Mapping[str, str], results: dict[str, Any] | None, **known) -> ModelCard:
     """A card of what is generated: `results`, and beside them what is known of the pipeline, if anything."""
     settings = _evaluation_settings(results) if results else None
-    known |= {"results": results, "settings": settings, "metric_names": METRIC_NAMES}
+    known |= {"results": results, "evaluation_settings": settings, "metric_names": METRIC_NAMES}
     return _set_facts(ModelCard.from_template(data, str(TEMPLATE), **known), weights, data.to_dict())
 
 
