@@ -7,6 +7,7 @@ import errno
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.files import whole_folder
@@ -88,6 +89,29 @@ def test_a_checkpoint_holds_a_pipeline_and_no_pickle(tmp_path):
     average = dict(zip([name for name, _ in run.objective.named_parameters()], run.ema.shadow_params))
     for name, parameter in pipeline.transformer.named_parameters():
         assert torch.equal(parameter, average[f"transformer.{name}"])
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    run = Run()
+    run.save(tmp_path / "checkpoint-0")
+    path = tmp_path / "checkpoint-0" / "model.safetensors"
+    weights = load_file(path)
+    del weights["probe.linear.bias"]
+    save_file(weights, path)
+    with pytest.raises(RuntimeError, match="Missing key.*probe.linear.bias"):
+        load_checkpoint(tmp_path / "checkpoint-0", run.objective, run.optimizer, run.ema)
+
+
+def test_an_optimizer_that_made_no_step_yet(tmp_path):
+    """Saving leaves it and the weights as they are, and so does loading."""
+    run, other = Run(), Run(seed=1)
+    run.save(tmp_path / "checkpoint-0")
+    load_checkpoint(tmp_path / "checkpoint-0", other.objective, other.optimizer, other.ema)
+    assert not run.optimizer.state and not other.optimizer.state
+    for one in (run, other):
+        one.step(0)
+    for one, two in zip(run.objective.parameters(), other.objective.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -825,7 +825,13 @@ def test_a_run_of_an_older_version_goes_on_as_it_began(train, tmp_path, capsys):
     for name in ("recipe", "max_errors"):
         del state["settings"][name]
     (checkpoint / "training_state.json").write_text(json.dumps(state))
+    # Its pipelines named the order of the solver, and its probes not their depth.
+    for file, change in (("scheduler/scheduler_config.json", {"solver_order": 1}), ("probe/config.json", {})):
+        config = json.loads((checkpoint / "pipeline" / file).read_text())
+        config.pop("depth", None)
+        (checkpoint / "pipeline" / file).write_text(json.dumps(config | change))
     (checkpoint / "manifest.json").write_text("{}")
+    assert "solver_order" not in DiffusionPipeline.from_pretrained(checkpoint / "pipeline").scheduler.config
 
     train("--resume_from_checkpoint", "latest", tiny=flags, output_dir=tmp_path / "parts")
     settings = settings_of(tmp_path / "parts")

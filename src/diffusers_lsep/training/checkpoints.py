@@ -202,6 +202,9 @@ def remove_old_checkpoints(output_dir: Path, total_limit: int | None, milestone_
         shutil.rmtree(path, ignore_errors=True)
 
 
+# By hand, though it gives the same files: `torch.distributed.checkpoint.state_dict` accepts a whole file that lacks a
+# weight, has an optimizer without state make a step (also to load one, which needs three times the parameters' memory
+# for a while, and which a loss scaler refuses), and does not know the average, which needs the functions below anyway.
 def _names(objective: LSEPObjective, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the parameters in the order in which the optimizer numbers them."""
     name_of = {parameter: name for name, parameter in objective.named_parameters()}
