@@ -17,10 +17,11 @@ from PIL import Image
 from tiny_models import make_dinov2, make_pipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
+from diffusers_lsep.evaluation.guidance import measure
 from diffusers_lsep.evaluation.metrics import feature_statistics
 from diffusers_lsep.evaluation.protocol import compute_feature_metrics
 from diffusers_lsep.interpolants import get_interpolant
-from diffusers_lsep.sampling import set_scheduler
+from diffusers_lsep.sampling import DrawnSamples, set_scheduler
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "figures.py"
@@ -165,22 +166,18 @@ def test_sweep_with_a_network(script, save_pipeline, reference, arguments, tmp_p
     extractor = DINOv2Features(str(tmp_path / "dinov2"))
     assert name == extractor.name
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
-    samples = script.DrawnSamples(pipe, "samples", 11, num_inference_steps=2, batch_size=4)
+    samples = DrawnSamples(pipe, "samples", 11, num_inference_steps=2, batch_size=4)
     features = [extractor(images)["class_token"] for images in (*samples.batches(0, 11, 11), pixels)]
     expected = compute_feature_metrics(*features, metrics=("fid", "precision", "recall"))
     assert result["frechet_distance"] == pytest.approx(expected["fid"], rel=1e-3)
     assert (result["precision"], result["recall"]) == (expected["precision"], expected["recall"])
 
 
-def test_statistics_that_a_reference_brings_are_used(script):
+def test_statistics_that_a_reference_brings_are_used():
     features = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
     mean, covariance = feature_statistics(features)
-
-    class Reference:
-        statistics = {"pool": (mean + 2, covariance)}
-
-    assert script.measure(features, features, Reference, "pool")["frechet_distance"] == pytest.approx(12)
-    values = script.measure(features, features, Reference, "class_token")
+    assert measure(features, features, (mean + 2, covariance))["frechet_distance"] == pytest.approx(12)
+    values = measure(features, features)
     assert values == {"frechet_distance": pytest.approx(0, abs=1e-9), "precision": 1.0, "recall": 1.0}
 
 
@@ -239,7 +236,8 @@ def test_strip_shows_the_model_s_predictions(strip, save_pipeline, tmp_path):
         data = get_interpolant("linear").predict_original_sample(velocity, noise, 1.0)
         for found, expected in ((states, noise), (predictions, data)):
             expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-            np.testing.assert_allclose(found[0], expected, atol=1e-6)
+            # The guided pass takes both in one batch, which changes last bits
+            np.testing.assert_allclose(found[0], expected, atol=1e-5)
         assert len(times) == 4, "there are no more steps to show"
 
 
@@ -275,16 +273,24 @@ def test_strip_is_a_picture(script, save_pipeline, arguments, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("guidance-sweep", ["--num_images", 3], "--num_images has to be at least 4, but is 3"),
-        ("guidance-sweep", ["--batch_size", 0], "--batch_size has to be at least 1, but is 0"),
-        ("guidance-sweep", ["--seed", -1], "--seed has to be at least 0, but is -1"),
-        ("guidance-sweep", ["--guidance_scales", "nan"], "--guidance_scales have to be finite, but are [nan]"),
+        ("guidance-sweep", ["--num_images", 3], "argument --num_images: has to be at least 4, but is 3"),
+        ("guidance-sweep", ["--batch_size", 0], "argument --batch_size: has to be at least 1, but is 0"),
+        ("guidance-sweep", ["--seed", -1], "argument --seed: has to be at least 0, but is -1"),
+        (
+            "guidance-sweep",
+            ["--guidance_scales", "nan"],
+            "argument --guidance_scales: has to be in 0..1000, but is nan",
+        ),
         ("guidance-sweep", ["--guidance_interval", 0.5, 0.2], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
         ("guidance-sweep", ["--features", "vgg"], "invalid choice: 'vgg'"),
-        ("denoising-strip", ["--num_inference_steps", 0], "--num_inference_steps has to be at least 1, but is 0"),
-        ("denoising-strip", ["--num_columns", 1], "--num_columns has to be at least 2, but is 1"),
-        ("denoising-strip", ["--seeds", 1, -2], "--seeds have to be at least 0, but are [1, -2]"),
-        ("denoising-strip", ["--guidance_interval", 0, 2], "0 <= LOW <= HIGH <= 1, but is 0.0 2.0"),
+        (
+            "denoising-strip",
+            ["--num_inference_steps", 0],
+            "argument --num_inference_steps: has to be at least 1, but is 0",
+        ),
+        ("denoising-strip", ["--num_columns", 1], "argument --num_columns: has to be at least 2, but is 1"),
+        ("denoising-strip", ["--seeds", 1, -2], "argument --seeds: has to be at least 0, but is -2"),
+        ("denoising-strip", ["--guidance_interval", 0, 2], "has to be in 0..1, but is 2"),
     ],
 )
 def test_wrong_arguments_are_usage_errors(script, arguments, capsys, command, options, message):
@@ -300,7 +306,7 @@ def test_what_does_not_fit_is_refused_before_work(script, save_pipeline, referen
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "colour.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
     for name, message in (
-        ("large.npz", "`--reference` holds images of 16 x 16, but the pipeline draws 8 x 8"),
+        ("large.npz", "`--reference` has to hold images of 8 x 8, .* but they are 16 x 16"),
         ("few.npz", "`--reference` has to hold 4 images, but holds 3"),
         ("colour.npz", "`features` 'pixels' of grey samples need a grey reference"),
         ("absent.npz", "`reference` has to exist, but there is no file"),
@@ -327,12 +333,12 @@ def test_torch_fidelity_is_asked_for(script, save_pipeline, reference, arguments
     save_pipeline(in_channels=1)
     for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match=r"^figures.py: error: .* pip install 'diffusers_lsep\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'diffusers_lsep\[eval\]'"):
         script.main(arguments("guidance-sweep", "--features", "inception"))
 
 
 def test_matplotlib_is_asked_for_before_work(script, arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for command in ("guidance-sweep", "denoising-strip"):
-        with pytest.raises(SystemExit, match=rf"{command} needs matplotlib: pip install 'diffusers_lsep\[eval\]'"):
+        with pytest.raises(ImportError, match=rf"{command} needs matplotlib: pip install 'diffusers_lsep\[eval\]'"):
             script.main(arguments(command))

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .files import whole_file
+from .interpolants import get_interpolant
+from .pipeline_lsep import LSEPPipeline
 
 
 def make_labeled_grid(
@@ -122,6 +125,62 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
     for axis in (distance_axis, recall_axis):
         axis.grid(alpha=0.3)
     save_figure(path, figure)
+
+
+class DenoisingRecorder:
+    """
+    Keeps what a pipeline shows to its `callback_on_step_end`, at steps that are evenly spaced, and the data that the
+    model sees in it: for [`plot_denoising_strip`].
+
+    Args:
+        class_ids (`Sequence[int]`): The `N` classes that are drawn.
+        num_inference_steps (`int`): Steps of the call, as are the following.
+        guidance_scale (`float`): Scale of the guidance; off if not above 1.
+        guidance_interval (`Sequence[float]`): Times at which it acts.
+        num_columns (`int`): How many times to keep, noise and images included; fewer if there are fewer steps.
+
+    Attributes:
+        times (`list[float]`): The `T` times.
+        states (`list[np.ndarray]`): Of each the states as images, `[N, H, W, C]` in [0, 1].
+        predictions (`list[np.ndarray]`): Of each the predicted data, likewise.
+    """
+
+    def __init__(
+        self,
+        class_ids: Sequence[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: Sequence[float],
+        num_columns: int,
+    ):
+        self.class_ids = class_ids
+        self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
+        num_columns = min(num_columns, num_inference_steps + 1)
+        self._shown = set(np.linspace(0, num_inference_steps, num_columns).round().astype(int).tolist())
+        self._steps_done = 0
+        self.times: list[float] = []
+        self.states: list[np.ndarray] = []
+        self.predictions: list[np.ndarray] = []
+
+    def __call__(self, pipe: LSEPPipeline, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The `callback_on_step_end`."""
+        # Heun's method passes here twice in a step, first with a point that it does not keep.
+        if getattr(pipe.scheduler, "state_in_first_order", True):
+            self._steps_done += 1
+            if self._steps_done in self._shown:
+                self.record(pipe, tensors["latents"], pipe.scheduler.sigmas[i + 1].item())
+        return {}
+
+    @torch.no_grad()
+    def record(self, pipe: LSEPPipeline, latents: torch.Tensor, t: float):
+        """Keeps the state at a time, by itself only for the noise that a call starts from."""
+        low, high = self.guidance_interval
+        class_ids = torch.tensor(self.class_ids, device=latents.device)
+        velocity = pipe.predict_velocity(latents, t, class_ids, self.guidance_scale if low <= t <= high else 1.0)
+        data = get_interpolant(pipe.config.path_type).predict_original_sample(velocity, latents, t)
+        self.times.append(t)
+        for kept, tensor in ((self.states, latents), (self.predictions, data)):
+            kept.append(pipe.image_processor.postprocess(pipe.decode_latents(tensor), output_type="np"))
 
 
 def plot_denoising_strip(

@@ -12,11 +12,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.schedulers import (
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
@@ -289,10 +285,8 @@ class LSEPPipeline(DiffusionPipeline):
                 f"`scheduler` has to take a velocity, `prediction_type='flow_prediction'`, but {name} has"
                 f" `prediction_type={scheduler.config.get('prediction_type')!r}`."
             )
-        if path_type == "linear":
-            return
         # These two follow dx = v dt and nothing else; all others use the linear path's alpha and sigma.
-        if not is_flow_match or scheduler.config.get("stochastic_sampling", False):
+        if path_type != "linear" and (not is_flow_match or scheduler.config.get("stochastic_sampling", False)):
             raise ValueError(
                 f"`scheduler` {name} is for the linear path, but the transformer was trained on the path"
                 f" {path_type!r}. Use FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler,"
@@ -377,6 +371,21 @@ class LSEPPipeline(DiffusionPipeline):
         with torch.autocast(latents.device.type, enabled=False), upcast:
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
+    def predict_velocity(
+        self, latents: torch.Tensor, t: float, class_ids: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """The velocity at the time `t`, float32 `[B, C, S, S]`, of the guidance if its scale is above 1."""
+        sample = latents.to(self.transformer.dtype)
+        if guidance_scale > 1:
+            sample = torch.cat([sample, sample])
+            class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
+        time = torch.full((len(sample),), t, dtype=torch.float32, device=latents.device)
+        velocity = self.transformer(sample, timestep=time, class_labels=class_ids, return_dict=False)[0].float()
+        if guidance_scale > 1:
+            velocity, null_velocity = velocity.chunk(2)
+            velocity = null_velocity + guidance_scale * (velocity - null_velocity)
+        return velocity
+
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -456,7 +465,6 @@ class LSEPPipeline(DiffusionPipeline):
         # 3. Latents and classes
         latents = self.prepare_latents(batch_size, device, generator, latents)
         class_ids = torch.tensor(label_ids, device=device)
-        null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
 
         # 4. Denoising loop
         low, high = guidance_interval
@@ -466,33 +474,14 @@ class LSEPPipeline(DiffusionPipeline):
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
-
                 # The second evaluation of a step is guided if the first one was.
                 if getattr(self.scheduler, "state_in_first_order", True):
                     in_interval = low - INTERVAL_TOLERANCE <= times[i] <= high + INTERVAL_TOLERANCE
                     self._guidance_active = guidance_scale > 1 and in_interval
 
-                model_input = latents.to(self.transformer.dtype)
-                time = torch.full((batch_size,), times[i], dtype=torch.float32, device=device)
-                if self.do_classifier_free_guidance:
-                    velocity, null_velocity = (
-                        self.transformer(
-                            torch.cat([model_input, model_input]),
-                            timestep=torch.cat([time, time]),
-                            class_labels=torch.cat([class_ids, null_ids]),
-                            return_dict=False,
-                        )[0]
-                        .float()
-                        .chunk(2)
-                    )
-                    velocity = null_velocity + guidance_scale * (velocity - null_velocity)
-                else:
-                    velocity = self.transformer(model_input, timestep=time, class_labels=class_ids, return_dict=False)[
-                        0
-                    ].float()
-
+                scale = guidance_scale if self.do_classifier_free_guidance else 1.0
+                velocity = self.predict_velocity(latents, times[i], class_ids, scale)
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
-
                 if callback_on_step_end is not None:
                     callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
                     callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs)
@@ -501,13 +490,10 @@ class LSEPPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         # 5. Decode
-        if output_type == "latent":
-            image = latents
-        else:
+        image = latents
+        if output_type != "latent":
             image = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
 
         self.maybe_free_model_hooks()
 
-        if not return_dict:
-            return (image,)
-        return ImagePipelineOutput(images=image)
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
