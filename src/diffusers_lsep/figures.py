@@ -163,7 +163,9 @@ class DenoisingRecorder:
         num_columns = min(num_columns, num_inference_steps + 1)
         self._shown = set(np.linspace(0, num_inference_steps, num_columns).round().astype(int).tolist())
         self._steps_done = 0
-        self.times, self.states, self.predictions = [], [], []
+        self.times: list[float] = []
+        self.states: list[np.ndarray] = []
+        self.predictions: list[np.ndarray] = []
 
     def __call__(self, pipe: LSEPPipeline, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """The `callback_on_step_end`."""
