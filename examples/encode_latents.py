@@ -14,29 +14,32 @@ again with the same arguments, the script keeps the finished shards and continue
 
 import argparse
 import hashlib
-import io
 import json
 import math
-import os
 import shutil
-import time
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import AutoencoderKL
-from tqdm.auto import tqdm
 
-from diffusers_lsep.data.archives import ImageFiles, open_image_files
-from diffusers_lsep.data.images import center_crop, convert_mode, damage, load_image_dataset, read_labels
-from diffusers_lsep.data.moments import METADATA_FILE, SETTINGS_FILE, describe_vae, shard_name, shorten
+from diffusers_lsep.command_line import ArgumentParser, number, run_script
+from diffusers_lsep.data.archives import ImageFiles
+from diffusers_lsep.data.encoding import (
+    DatasetImages,
+    EncodingProgress,
+    ImageBatches,
+    encode_batch,
+    load_vae_to_encode,
+    open_images_to_encode,
+    settings_to_go_on_with,
+)
+from diffusers_lsep.data.moments import METADATA_FILE, SETTINGS_FILE, describe_vae, shard_name
 from diffusers_lsep.data.moments_writer import (
     TEMPORARY_SUFFIX,
     MomentsShardWriter,
@@ -49,14 +52,8 @@ from diffusers_lsep.data.moments_writer import (
 from diffusers_lsep.data.stream import keep_batch
 
 
-# Settings that say where something lay; the hashes beside them say what it was, so a moved folder may continue.
-PLACES = ("source", "vae", "vae_subfolder", "vae_revision")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--train_data_dir",
@@ -65,26 +62,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "folder of one .tar per class or a .tar of such .tar files (ImageNet as distributed), an EDM2/REPA images "
         "folder or zip (with dataset.json), or a folder of Parquet files.",
     )
-    source.add_argument("--dataset_name", help="A data set on the Hub.")
-    parser.add_argument("--dataset_config_name", help="Its configuration.")
-    parser.add_argument(
-        "--split", default="train", help="Its split, or that of the Parquet files (default: %(default)s)."
-    )
-    parser.add_argument("--image_column", default="image", help="Its column of images (default: %(default)s).")
-    parser.add_argument("--label_column", default="label", help="Its column of labels (default: %(default)s).")
+    source.add_argument("--dataset_name", help="Id of a data set of images on the Hub.")
+    parser.add_argument("--dataset_config_name", help="Configuration of --dataset_name, if it has several.")
+    parser.add_argument("--split", default="train", help="Split of the data set or the Parquet files.")
+    parser.add_argument("--image_column", default="image", help="Column of images there.")
+    parser.add_argument("--label_column", default="label", help="Column of labels there.")
     parser.add_argument(
         "--output_dir", required=True, help="A new folder, or one that this script began with the same arguments."
     )
     parser.add_argument(
         "--pretrained_vae_model_name_or_path",
         default="stabilityai/sd-vae-ft-mse",
-        help="Id or folder of an AutoencoderKL (default: %(default)s).",
+        help="Id or folder of an AutoencoderKL.",
     )
     parser.add_argument("--vae_subfolder", help="Sub-folder of the VAE, for example vae in a pipeline.")
     parser.add_argument("--vae_revision", help="Branch, tag or commit of the VAE on the Hub.")
-    parser.add_argument(
-        "--resolution", type=int, default=256, help="Side of the centre crop in pixels (default: %(default)s)."
-    )
+    parser.add_argument("--resolution", type=number(int, 1), default=256, help="Side of the centre crop in pixels.")
     parser.add_argument(
         "--apply_exif",
         action="store_true",
@@ -92,137 +85,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "not turn ImageNet's.",
     )
     parser.add_argument("--flip", action="store_true", help="Also store the moments of each image's mirror image.")
-    parser.add_argument(
-        "--dtype", choices=("fp16", "fp32"), default="fp16", help="Type of the stored moments (default: %(default)s)."
-    )
+    parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16", help="Type of the stored moments.")
     parser.add_argument("--keep_images", action="store_true", help="Also store the cropped images, as PNG.")
+    parser.add_argument("--batch_size", type=number(int, 1), default=64, help="Images per pass of the VAE.")
+    parser.add_argument("--shard_size", type=number(int, 1), default=8192, help="Images per file of the result.")
     parser.add_argument(
-        "--batch_size", type=int, default=64, help="Images per pass of the VAE (default: %(default)s)."
-    )
-    parser.add_argument("--shard_size", type=int, default=8192, help="Images per shard (default: %(default)s).")
-    parser.add_argument(
-        "--dataloader_num_workers",
-        type=int,
-        default=4,
-        help="Worker processes that decode, per process (default: %(default)s).",
+        "--dataloader_num_workers", type=number(int, 0), default=4, help="Workers of each process that decode images."
     )
     parser.add_argument(
         "--allow_tf32", action="store_true", help="Let the VAE's convolutions use TF32 on NVIDIA GPUs: faster."
     )
     parser.add_argument(
         "--max_errors",
-        type=int,
+        type=number(int, 0),
         default=0,
-        help="How many unreadable images to leave out before giving up; all are listed in unreadable.jsonl "
-        "(default: %(default)s).",
+        help="How many unreadable images to leave out before giving up; all are listed in unreadable.jsonl.",
     )
-    args = parser.parse_args(argv)
-    for name, lowest in {
-        "resolution": 1,
-        "batch_size": 1,
-        "shard_size": 1,
-        "dataloader_num_workers": 0,
-        "max_errors": 0,
-    }.items():
-        if getattr(args, name) < lowest:
-            parser.error(f"`--{name}` has to be at least {lowest}, but is {getattr(args, name)}")
-    return args
-
-
-# 1. The input: names, labels, and the bytes of each image.
-
-
-class DatasetImages:
-    """Images of a `datasets.Dataset`, as [`ImageFiles`]; an image's name is its row."""
-
-    def __init__(self, dataset, image_column: str, label_column: str):
-        from datasets import Image
-
-        if not isinstance(dataset.features.get(image_column), Image):
-            raise ValueError(
-                f"`--image_column` has to be a column of images, but is {image_column}; there are {dataset.features}."
-            )
-        self.labels, names = read_labels(dataset, label_column)
-        self.id2label = dict(enumerate(names))
-        self.names = [f"{row:08d}" for row in range(len(dataset))]
-        self._images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        self._column = image_column
-
-    def read(self, row: int) -> bytes:
-        image = self._images[row][self._column]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-
-def open_input(args: argparse.Namespace) -> ImageFiles | DatasetImages:
-    """The images that the arguments name; `ValueError` where there are none or their classes are in doubt."""
-    path = args.train_data_dir
-    if args.dataset_name or (path.is_dir() and next(path.rglob("*.parquet"), None)):
-        splits = load_image_dataset(args.dataset_name, args.dataset_config_name, path)
-        if args.split not in splits:
-            raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {args.split}.")
-        return DatasetImages(splits[args.split], args.image_column, args.label_column)
-    return open_image_files(path)
-
-
-# 2. Decoding, in the workers of a DataLoader: a batch at a time, so that its images do not depend on who encodes it.
-
-
-class ImageBatches(torch.utils.data.Dataset):
-    """Batches of images by range of rows: uint8 pixels of constant shape, zeros where an image could not be read."""
-
-    def __init__(
-        self,
-        images: ImageFiles | DatasetImages,
-        shape: tuple[int, int, int, int],
-        keep_images: bool,
-        apply_exif: bool,
-    ):
-        self.images, self.shape, self.keep_images, self.apply_exif = images, shape, keep_images, apply_exif
-
-    def __getitem__(self, rows: range) -> dict[str, Any]:
-        pixels = np.zeros(self.shape, np.uint8)
-        _, resolution, _, num_channels = self.shape
-        good, pngs, unreadable = [], [], []
-        for position, row in enumerate(rows):
-            try:
-                image = PIL.Image.open(io.BytesIO(self.images.read(row)))
-                if self.apply_exif:
-                    image = PIL.ImageOps.exif_transpose(image)
-                image = center_crop(convert_mode(image, num_channels), resolution)
-            except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
-                unreadable.append({"id": self.images.names[row], "error": damage(error)})
-                continue
-            pixels[position] = np.asarray(image).reshape(pixels.shape[1:])
-            good.append(position)
-            if self.keep_images:
-                png = io.BytesIO()
-                image.save(png, "PNG")
-                pngs.append(png.getvalue())
-        return {"pixels": torch.from_numpy(pixels), "good": good, "pngs": pngs, "unreadable": unreadable}
-
-
-# 3. Encoding.
-
-
-def load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    where = {"subfolder": args.vae_subfolder, "revision": args.vae_revision}
-    name = args.pretrained_vae_model_name_or_path
-    flag = "`--pretrained_vae_model_name_or_path`"
-    try:
-        class_name = AutoencoderKL.load_config(name, **where).get("_class_name")
-        if class_name != "AutoencoderKL":
-            raise ValueError(f"{flag} has to be an AutoencoderKL, but {name} is {class_name}.")
-        vae = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **where)
-    except OSError as error:
-        raise ValueError(f"{flag} has to be the id or folder of an AutoencoderKL, but is {name} ({error})") from error
-    if vae.config.in_channels not in (1, 3):
-        raise ValueError(f"{flag} has to encode grey or RGB images, but {name} has {vae.config.in_channels} channels.")
-    downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution % downsampling:
-        raise ValueError(
-            f"`--resolution` has to be a multiple of {downsampling} for {name}, but is {args.resolution}."
-        )
-    return vae.eval().requires_grad_(False)
+    return parser
 
 
 def resolve_settings(
@@ -258,45 +137,25 @@ def resolve_settings(
     }
 
 
-def check_output(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings to go on with: those of the run that began `folder`, which must agree, else `settings`."""
-    begun = [folder / name for name in (METADATA_FILE, SETTINGS_FILE) if (folder / name).is_file()]
-    if not begun:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"`--output_dir` has to be new, empty, or begun by this script, but is {folder}.")
-        return settings
-    # A folder that does not say it is of a version that always turned the images.
-    before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}
-    if before.get("vae_sha256") == settings["vae_sha256"]:  # an older version knew no more
-        before.setdefault("vae_encoder_sha256", settings["vae_encoder_sha256"])
-    different = [name for name, value in settings.items() if name not in PLACES and before.get(name) != value]
-    if different:
-        changes = "; ".join(f"{name}: {shorten(before.get(name))} -> {shorten(settings[name])}" for name in different)
-        raise ValueError(
-            f"`--output_dir` {folder} was begun with other settings ({changes}). Restore them or take a new folder."
-        )
-    return {name: before[name] for name in settings}
-
-
-@torch.inference_mode()
-def encode(vae: AutoencoderKL, pixels: torch.Tensor, dtype: np.dtype) -> np.ndarray:
-    """Mean and standard deviation `[B, 2 * C, h, w]` of the posterior of pixels in [-1, 1]."""
-    posterior = vae.encode(pixels).latent_dist
-    with np.errstate(over="ignore"):  # the caller looks for what is not finite
-        return torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().astype(dtype)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = build_parser().parse_args(argv)
     # Processes that finish first wait for the last one: for longer than the ten minutes that NCCL allows by default.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 
     # 1. Refuse what cannot work before anything is written.
     with accelerator.main_process_first():  # one process downloads and builds caches
-        images = open_input(args)
-        vae = load_vae(args)
+        images = open_images_to_encode(
+            args.train_data_dir,
+            args.dataset_name,
+            args.dataset_config_name,
+            args.split,
+            args.image_column,
+            args.label_column,
+        )
+        vae_name = args.pretrained_vae_model_name_or_path
+        vae = load_vae_to_encode(vae_name, args.resolution, args.vae_subfolder, args.vae_revision)
     folder = Path(args.output_dir)
-    settings = check_output(folder, resolve_settings(args, images, vae))
+    settings = settings_to_go_on_with(folder, resolve_settings(args, images, vae))
     num_images, num_shards = len(images.names), math.ceil(len(images.names) / args.shard_size)
     shards = {
         folder / shard_name(index, num_shards): range(start, min(start + args.shard_size, num_images))
@@ -383,7 +242,7 @@ def encode_shards(
         pin_memory=accelerator.device.type == "cuda",
     )
     decoded = iter(loader)
-    progress = Progress(shards, accelerator)
+    progress = EncodingProgress(shards, accelerator)
     errors_before = sum(len(unreadable_in(path)) for path in shards if path.exists() and path not in mine)
     errors = []
     for path, batches in batches_of.items():
@@ -400,77 +259,18 @@ def encode_shards(
     progress.close()
 
 
-def encode_batch(
-    vae: AutoencoderKL,
-    batch: dict[str, Any],
-    rows: range,
-    images: ImageFiles | DatasetImages,
-    settings: dict[str, Any],
-) -> dict[str, list]:
-    """The columns of a record batch."""
-    pixels = batch["pixels"].to(vae.device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-    good = batch["good"]
-    ids = [images.names[rows[position]] for position in good]
-    columns = {"id": ids, "label": [int(images.labels[rows[position]]) for position in good]}
-    for name, copy in {"moments": pixels, "moments_flipped": pixels.flip(-1) if settings["flip"] else None}.items():
-        if copy is not None:
-            moments = encode(vae, copy, np.dtype(settings["dtype"]))[good]
-            finite = np.isfinite(moments).all(axis=(1, 2, 3))
-            if not finite.all():
-                raise ValueError(
-                    f"The moments of {ids[finite.argmin()]} are not finite in {settings['dtype']}: try `--dtype fp32`."
-                )
-            columns[name] = [row.tobytes() for row in moments]
-    if settings["images"]:
-        columns["image"] = [{"bytes": png, "path": None} for png in batch["pngs"]]
-    return columns
-
-
 def give_up(args: argparse.Namespace, paths: Iterable[Path], errors: list[dict[str, str]]) -> None:
     """Stop with a list of what could not be read: in the finished shards, and `errors` of this process."""
     known = {entry["id"]: entry for path in paths if path.exists() for entry in unreadable_in(path)}
     known |= {entry["id"]: entry for entry in errors}
     listed = write_unreadable(args.output_dir, known.values())
     first = next(iter(known.values()))
-    raise RuntimeError(
+    raise ValueError(
         f"{len(known)} unreadable images, more than `--max_errors {args.max_errors}`; they are listed in {listed} "
         f"(first: {first['id']}: {first['error']}). Repair them, or run again with a higher `--max_errors`: finished "
         "shards are kept."
     )
 
 
-class Progress:
-    """A bar over the images of all processes: finished shards on disk plus what this process has done of its own."""
-
-    def __init__(self, shards: dict[Path, range], accelerator: Accelerator):
-        self.rows_in = {path.name: len(rows) for path, rows in shards.items()}
-        self.folder = next(iter(shards)).parent
-        self.own, self.on_disk, self.checked = 0, self._count(), time.monotonic()
-        self.bar = tqdm(
-            total=sum(self.rows_in.values()),
-            initial=self.on_disk,
-            unit=" images",
-            smoothing=0,  # the time left from the average rate: shards of other processes arrive in lumps
-            disable=not accelerator.is_main_process,
-        )
-
-    def _count(self) -> int:
-        return sum(self.rows_in.get(entry.name, 0) for entry in os.scandir(self.folder))
-
-    def update(self, images: int) -> None:
-        self.own += images
-        if time.monotonic() - self.checked > 5:
-            self.on_disk, self.checked = self._count(), time.monotonic()
-        self.bar.update(self.on_disk + self.own - self.bar.n)
-
-    def shard_done(self) -> None:
-        self.own, self.on_disk = 0, self._count()
-        self.bar.update(self.on_disk - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.update(self._count() - self.bar.n)
-        self.bar.close()
-
-
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -387,9 +387,9 @@ class TestUnreadableImages:
     def test_too_many_stop_the_run_and_repaired_ones_are_read(
         self, script, arguments, damaged_dir, images_dir, expected, tmp_path
     ):
-        with pytest.raises(RuntimeError, match="1 unreadable images, more than `--max_errors 0`.*n01/n01_2.JPEG"):
+        with pytest.raises(ValueError, match="1 unreadable images, more than `--max_errors 0`.*n01/n01_2.JPEG"):
             script.main(arguments(damaged_dir, tmp_path / "out"))
-        with pytest.raises(RuntimeError, match="2 unreadable images, more than `--max_errors 1`"):
+        with pytest.raises(ValueError, match="2 unreadable images, more than `--max_errors 1`"):
             script.main(arguments(damaged_dir, tmp_path / "out", "--max_errors", 1))
         listed = (tmp_path / "out" / "unreadable.jsonl").read_text().splitlines()
         assert len(listed) == 2
@@ -420,11 +420,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "option, value, message",
         [
-            ("--resolution", "0", "`--resolution` has to be at least 1, but is 0"),
-            ("--batch_size", "0", "`--batch_size` has to be at least 1, but is 0"),
-            ("--shard_size", "-1", "`--shard_size` has to be at least 1, but is -1"),
-            ("--max_errors", "-1", "`--max_errors` has to be at least 0, but is -1"),
-            ("--dataloader_num_workers", "-1", "`--dataloader_num_workers` has to be at least 0, but is -1"),
+            ("--resolution", "0", "argument --resolution: has to be at least 1, but is 0"),
+            ("--batch_size", "0", "argument --batch_size: has to be at least 1, but is 0"),
+            ("--shard_size", "-1", "argument --shard_size: has to be at least 1, but is -1"),
+            ("--max_errors", "-1", "argument --max_errors: has to be at least 0, but is -1"),
+            ("--dataloader_num_workers", "-1", "argument --dataloader_num_workers: has to be at least 0, but is -1"),
         ],
     )
     def test_numbers(self, option, value, message, script, arguments, tmp_path, capsys):
@@ -516,7 +516,7 @@ class TestImageFiles:
 
     def test_images_without_a_class(self, tmp_path):
         (tmp_path / "loose.png").touch()
-        with pytest.raises(ValueError, match="one folder of images per class, loose.png lies in none"):
+        with pytest.raises(ValueError, match="one folder of images per class, but loose.png lies in none"):
             open_image_files(tmp_path)
 
     def test_splits_are_not_classes(self, images_dir, tmp_path):

@@ -26,7 +26,7 @@ def make_extractor(
     features: str,
     pipe: LSEPPipeline,
     inception_weights: str | os.PathLike | None = None,
-    dinov2_model: str | os.PathLike = PROTOCOL_DINOV2,
+    dinov2_model: str = PROTOCOL_DINOV2,
 ) -> InceptionFeatures | DINOv2Features | PixelFeatures:
     """
     What makes features of a pipeline's images.
@@ -35,7 +35,7 @@ def make_extractor(
         features (`str`): One of `SWEEP_FEATURES`.
         pipe ([`LSEPPipeline`]): Draws the images, which pixels as features depend on.
         inception_weights (`str` or `os.PathLike`, *optional*): As for [`InceptionFeatures`].
-        dinov2_model (`str` or `os.PathLike`, defaults to the protocol's): As for [`DINOv2Features`].
+        dinov2_model (`str`, defaults to the protocol's): As for [`DINOv2Features`].
     """
     state = process_state()
     if features == "pixels":
@@ -87,7 +87,7 @@ def sweep_guidance(
         `ValueError`: before any image is drawn, if the reference has too few images or is of another size.
     """
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    if reference.count <= NEIGHBORHOOD:
+    if reference.size is None or reference.count <= NEIGHBORHOOD:
         raise ValueError(f"`--reference` has to hold {NEIGHBORHOOD + 1} images, but holds {reference.count}.")
     if reference.size is not None and reference.size != (side, side):
         height, width = reference.size

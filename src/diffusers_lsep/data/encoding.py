@@ -1,0 +1,260 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From labelled images to moments of a VAE's posterior: what `examples/encode_latents.py` is made of."""
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
+
+from .archives import ImageFiles, open_image_files
+from .images import center_crop, convert_mode, damage, load_image_dataset, read_labels
+from .moments import METADATA_FILE, SETTINGS_FILE, shorten
+
+
+# Settings that say where something lay; the hashes beside them say what it was, so a moved folder may continue.
+PLACES = ("source", "vae", "vae_subfolder", "vae_revision")
+
+
+class DatasetImages:
+    """Images of a `datasets.Dataset`, as [`ImageFiles`]; an image's name is its row."""
+
+    def __init__(self, dataset, image_column: str, label_column: str):
+        from datasets import Image
+
+        if not isinstance(dataset.features.get(image_column), Image):
+            raise ValueError(
+                f"`--image_column` has to be a column of images, but is {image_column}; there are {dataset.features}."
+            )
+        self.labels, names = read_labels(dataset, label_column)
+        self.id2label = dict(enumerate(names))
+        self.names = [f"{row:08d}" for row in range(len(dataset))]
+        self._images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+        self._column = image_column
+
+    def read(self, row: int) -> bytes:
+        image = self._images[row][self._column]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def open_images_to_encode(
+    train_data_dir: Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+) -> ImageFiles | DatasetImages:
+    """
+    Labelled images by row, their bytes as they are stored.
+
+    Args:
+        train_data_dir (`Path`, *optional*):
+            As for [`open_image_files`], or a folder of Parquet files.
+        dataset_name (`str`, *optional*):
+            In its place, a data set on the Hub.
+        dataset_config_name (`str`, *optional*):
+            Its configuration.
+        split (`str`, defaults to `"train"`):
+            Its split, or that of the Parquet files; as are the columns.
+        image_column (`str`, defaults to `"image"`):
+            The column of images.
+        label_column (`str`, defaults to `"label"`):
+            The column of labels.
+
+    Raises:
+        `ValueError`: if there are no images, or it is in doubt what their classes are.
+    """
+    if train_data_dir is None or (train_data_dir.is_dir() and next(train_data_dir.rglob("*.parquet"), None)):
+        splits = load_image_dataset(dataset_name, dataset_config_name, train_data_dir)
+        if split not in splits:
+            raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {split}.")
+        return DatasetImages(splits[split], image_column, label_column)
+    return open_image_files(train_data_dir)
+
+
+class ImageBatches(torch.utils.data.Dataset):
+    """Batches of images by range of rows: uint8 pixels of constant shape, zeros where an image could not be read."""
+
+    def __init__(
+        self,
+        images: ImageFiles | DatasetImages,
+        shape: tuple[int, int, int, int],
+        keep_images: bool,
+        apply_exif: bool,
+    ):
+        self.images, self.shape, self.keep_images, self.apply_exif = images, shape, keep_images, apply_exif
+
+    def __getitem__(self, rows: range) -> dict[str, Any]:
+        pixels = np.zeros(self.shape, np.uint8)
+        _, resolution, _, num_channels = self.shape
+        good, pngs, unreadable = [], [], []
+        for position, row in enumerate(rows):
+            try:
+                image: PIL.Image.Image = PIL.Image.open(io.BytesIO(self.images.read(row)))
+                if self.apply_exif:
+                    image = PIL.ImageOps.exif_transpose(image)
+                image = center_crop(convert_mode(image, num_channels), resolution)
+            except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
+                unreadable.append({"id": self.images.names[row], "error": damage(error)})
+                continue
+            pixels[position] = np.asarray(image).reshape(pixels.shape[1:])
+            good.append(position)
+            if self.keep_images:
+                png = io.BytesIO()
+                image.save(png, "PNG")
+                pngs.append(png.getvalue())
+        return {"pixels": torch.from_numpy(pixels), "good": good, "pngs": pngs, "unreadable": unreadable}
+
+
+def load_vae_to_encode(
+    name: str, resolution: int, subfolder: str | None = None, revision: str | None = None
+) -> AutoencoderKL:
+    """
+    Loads a VAE in float32.
+
+    Args:
+        name (`str`): Folder or Hub id.
+        resolution (`int`): Side of the images, which it has to halve as often as it does.
+        subfolder (`str`, *optional*): Of the folder or repository.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        `ValueError`: if it is no AutoencoderKL of grey or RGB images, or does not fit `resolution`.
+    """
+    where = {"subfolder": subfolder, "revision": revision}
+    flag = "`--pretrained_vae_model_name_or_path`"
+    try:
+        class_name = AutoencoderKL.load_config(name, **where).get("_class_name")
+        if class_name != "AutoencoderKL":
+            raise ValueError(f"{flag} has to be an AutoencoderKL, but {name} is {class_name}.")
+        vae = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **where)
+    except OSError as error:
+        raise ValueError(f"{flag} has to be the id or folder of an AutoencoderKL, but is {name} ({error})") from error
+    if vae.config.in_channels not in (1, 3):
+        raise ValueError(f"{flag} has to encode grey or RGB images, but {name} has {vae.config.in_channels} channels.")
+    downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution % downsampling:
+        raise ValueError(f"`--resolution` has to be a multiple of {downsampling} for {name}, but is {resolution}.")
+    return vae.eval().requires_grad_(False)
+
+
+def settings_to_go_on_with(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """
+    The settings to go on with: those of the run that began an output folder, else the given ones.
+
+    Args:
+        folder (`Path`): The folder, which need not exist.
+        settings (`dict[str, Any]`): Everything that decides the bytes of the result.
+
+    Raises:
+        `ValueError`: if the folder holds something else, or was begun with other settings.
+    """
+    begun = [folder / name for name in (METADATA_FILE, SETTINGS_FILE) if (folder / name).is_file()]
+    if not begun:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"`--output_dir` has to be new, empty, or begun by this script, but is {folder}.")
+        return settings
+    # A folder that does not say it is of a version that always turned the images.
+    before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}
+    if before.get("vae_sha256") == settings["vae_sha256"]:  # an older version knew no more
+        before.setdefault("vae_encoder_sha256", settings["vae_encoder_sha256"])
+    different = [name for name, value in settings.items() if name not in PLACES and before.get(name) != value]
+    if different:
+        changes = "; ".join(f"{name}: {shorten(before.get(name))} -> {shorten(settings[name])}" for name in different)
+        raise ValueError(
+            f"`--output_dir` {folder} was begun with other settings ({changes}). Restore them or take a new folder."
+        )
+    return {name: before[name] for name in settings}
+
+
+@torch.inference_mode()
+def _encode(vae: AutoencoderKL, pixels: torch.Tensor, dtype: np.dtype) -> np.ndarray:
+    """Mean and standard deviation `[B, 2 * C, h, w]` of the posterior of pixels in [-1, 1]."""
+    posterior = vae.encode(pixels).latent_dist
+    with np.errstate(over="ignore"):  # the caller looks for what is not finite
+        return torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().astype(dtype)
+
+
+def encode_batch(
+    vae: AutoencoderKL,
+    batch: dict[str, Any],
+    rows: range,
+    images: ImageFiles | DatasetImages,
+    settings: dict[str, Any],
+) -> dict[str, list]:
+    """
+    Encodes a batch.
+
+    Args:
+        vae ([`AutoencoderKL`]): Of [`load_vae_to_encode`].
+        batch (`dict[str, Any]`): Of [`ImageBatches`].
+        rows (`range`): The rows that it is of.
+        images ([`ImageFiles`] or [`DatasetImages`]): Where these come from.
+        settings (`dict[str, Any]`): With `dtype`, `flip` and `images`.
+
+    Returns:
+        `dict[str, list]`: The columns for [`MomentsShardWriter`], without the images that could not be read.
+
+    Raises:
+        `ValueError`: if moments are not finite in the dtype that they are stored in.
+    """
+    pixels = batch["pixels"].to(vae.device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    good = batch["good"]
+    ids = [images.names[rows[position]] for position in good]
+    columns = {"id": ids, "label": [int(images.labels[rows[position]]) for position in good]}
+    for name, copy in {"moments": pixels, "moments_flipped": pixels.flip(-1) if settings["flip"] else None}.items():
+        if copy is not None:
+            moments = _encode(vae, copy, np.dtype(settings["dtype"]))[good]
+            finite = np.isfinite(moments).all(axis=(1, 2, 3))
+            if not finite.all():
+                raise ValueError(
+                    f"The moments of {ids[finite.argmin()]} are not finite in {settings['dtype']}: try `--dtype fp32`."
+                )
+            columns[name] = [row.tobytes() for row in moments]
+    if settings["images"]:
+        columns["image"] = [{"bytes": png, "path": None} for png in batch["pngs"]]
+    return columns
+
+
+class EncodingProgress:
+    """A bar over the images of all processes: finished shards on disk plus what this process has done of its own."""
+
+    def __init__(self, shards: dict[Path, range], accelerator: Accelerator):
+        self.rows_in = {path.name: len(rows) for path, rows in shards.items()}
+        self.folder = next(iter(shards)).parent
+        self.own, self.on_disk, self.checked = 0, self._count(), time.monotonic()
+        self.bar = tqdm(
+            total=sum(self.rows_in.values()),
+            initial=self.on_disk,
+            unit=" images",
+            smoothing=0,  # the time left from the average rate: shards of other processes arrive in lumps
+            disable=not accelerator.is_main_process,
+        )
+
+    def _count(self) -> int:
+        return sum(self.rows_in.get(entry.name, 0) for entry in os.scandir(self.folder))
+
+    def update(self, images: int) -> None:
+        self.own += images
+        if time.monotonic() - self.checked > 5:
+            self.on_disk, self.checked = self._count(), time.monotonic()
+        self.bar.update(self.on_disk + self.own - self.bar.n)
+
+    def shard_done(self) -> None:
+        self.own, self.on_disk = 0, self._count()
+        self.bar.update(self.on_disk - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.update(self._count() - self.bar.n)
+        self.bar.close()
