@@ -28,7 +28,7 @@ SHORT = (
     " --train_batch_size 2 --max_train_steps 2 --dataloader_num_workers 0 --num_cpu_threads 1 --report_to none"
     " --num_validation_images 1 --validation_inference_steps 1"
 )
-SMALL = f"{SHORT} --num_layers 8 --num_attention_heads 2 --attention_head_dim 8 --validation_labels 0 1"
+SMALL = f"{SHORT} --num_layers 8 --num_attention_heads 2 --attention_head_dim 8"
 
 IMAGENET = {
     f"{LAUNCH}eight-gpus.yaml": "python",
@@ -36,6 +36,7 @@ IMAGENET = {
     "--allow_tf32": "--dataloader_num_workers 0",
     "@examples/configs/sit-xl-2-256": f"@examples/configs/sit-xl-2-256{SMALL}",
     "@examples/configs/sit-xl-2-512-from-256": f"@examples/configs/sit-xl-2-512-from-256{SMALL}",
+    "--validation_labels 207 360 387 974 88 979 417 279": "--validation_labels 0 1",
     "--num_images 50000": "--num_images 6 --num_inference_steps 2",
     " --compile": "",
     "VIRTUAL_imagenet256_labeled.npz": (
@@ -78,6 +79,7 @@ def folder(tmp_path, inception_weights):
                     Image.fromarray(pixels).resize((300, 260)).save(jpeg, "JPEG")
                     add(of_class, f"{synset}_{i}.JPEG", jpeg.getvalue())
             add(archive, f"{synset}.tar", inner.getvalue())
+    save_class_folders(tmp_path / "imagenet-val", ["n01440764", "n01443537"], [(260, 300)] * 4)
     np.savez(tmp_path / "reference.npz", arr_0=rng.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8))
     save_class_folders(tmp_path / "my-images", ["ant", "bee", "cat"], [(70, 80)] * 21)  # a twentieth is held out
     return tmp_path
