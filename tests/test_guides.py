@@ -79,8 +79,7 @@ def folder(tmp_path, inception_weights):
                     Image.fromarray(pixels).resize((300, 260)).save(jpeg, "JPEG")
                     add(of_class, f"{synset}_{i}.JPEG", jpeg.getvalue())
             add(archive, f"{synset}.tar", inner.getvalue())
-            (tmp_path / "imagenet-val" / synset).mkdir(parents=True)
-            (tmp_path / "imagenet-val" / synset / "0.JPEG").write_bytes(jpeg.getvalue())
+    save_class_folders(tmp_path / "imagenet-val", ["n01440764", "n01443537"], [(260, 300)] * 4)
     np.savez(tmp_path / "reference.npz", arr_0=rng.integers(0, 256, (6, 256, 256, 3), dtype=np.uint8))
     save_class_folders(tmp_path / "my-images", ["ant", "bee", "cat"], [(70, 80)] * 21)  # a twentieth is held out
     return tmp_path
