@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike, suffix: str = ".partial") -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, suffix: str = ".partial", durable: bool = True) -> Iterator[Path]:
     """
     Gives a name beside `path` to write a file under, which takes the name `path` once the block ends and it is on
     disk. If the block fails nothing of it stays, and a file that was there before is as it was.
@@ -23,14 +23,18 @@ def whole_file(path: str | os.PathLike, suffix: str = ".partial") -> Iterator[Pa
         path (`str` or `os.PathLike`): The file, in a folder that exists.
         suffix (`str`, defaults to `".partial"`):
             How the name ends that the file has until then; a random one where others may write the same file.
+        durable (`bool`, defaults to `True`):
+            Whether a power cut may not undo it, which takes some milliseconds a file.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}{suffix}")
     try:
         yield partial
-        _sync(partial)
+        if durable:
+            _sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        if durable:
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -77,7 +81,7 @@ def _sync(path: Path):
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

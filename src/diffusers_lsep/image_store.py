@@ -8,14 +8,13 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .files import write_text
+from .files import whole_file, write_text
 
 
 class ImageStore:
@@ -104,16 +103,6 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
     """
     Writes an uncompressed .npz in the layout of ADM's sample files, whole or not at all and without holding it in
@@ -127,7 +116,7 @@ def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
     if images.shape[-1] == 1:  # ADM's protocol, and everything that reads its files, has three channels
         images = np.broadcast_to(images, (*images.shape[:-1], 3))
     with (
-        _whole_file(path) as partial,
+        whole_file(path) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         for name, array in (("arr_0", images), ("arr_1", class_ids)):
@@ -150,5 +139,5 @@ def write_pngs(folder: Path, images: np.ndarray, class_ids: np.ndarray) -> list[
 
 def write_png(path: Path, image: Image.Image):
     """Writes a PNG that appears whole or not at all."""
-    with _whole_file(path) as partial:
+    with whole_file(path, durable=False) as partial:  # there may be 50,000 of them
         image.save(partial, format="png")

@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import _sha256, whole_folder
+from ..files import hash_file, whole_folder
 from ..objective import LinearProbe, LSEPObjective
 from ..transformer_sit import SiTTransformer2DModel
 
@@ -80,7 +80,7 @@ def save_checkpoint(
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         save_pipeline(partial / PIPELINE_FOLDER)
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
-        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, _sha256(path)] for path in paths}
+        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, hash_file(path)] for path in paths}
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -145,7 +145,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes in place of {size}"
-        if _sha256(path) != digest:
+        if hash_file(path) != digest:
             return f"{name} has changed since it was written"
     return None
 

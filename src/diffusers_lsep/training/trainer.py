@@ -30,7 +30,7 @@ from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
 from ..figures import make_labeled_grid
-from ..files import whole_folder
+from ..files import whole_file, whole_folder
 from ..hub.model_card import Gallery, write_model_card
 from ..labels import find_class_ids
 from ..objective import LSEPObjective
@@ -415,9 +415,8 @@ class Trainer:
         grid = make_labeled_grid(images, columns=len(labels), labels=[self.setup.data.names[i] for i in class_ids])
         path = self.output_dir / "samples" / f"step-{self.step}.png"
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        grid.save(partial, format="PNG")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            grid.save(partial, format="PNG")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
