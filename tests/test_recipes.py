@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -251,12 +250,7 @@ def options_of(words: list[str], load_example) -> tuple[argparse.ArgumentParser,
     name = Path(words[position]).stem
     if name == "train_lsep":
         return build_parser(""), words[position + 1 :]
-    script, parsers = load_example(name), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_: parsers.append(parser) or sys.exit())
-        with pytest.raises(SystemExit):
-            script.parse_args([])
-    return parsers[0], words[position + 1 :]
+    return load_example(name).build_parser(), words[position + 1 :]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
