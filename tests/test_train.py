@@ -521,6 +521,7 @@ def test_a_compiled_step_is_compiled_once_and_the_same(train, tmp_path, monkeypa
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     flags = ["--probe_decay_start_epoch", 0, "--probe_decay_epochs", 4 / 1437, "--learning_rate", 0]
     flags += ["--probe_learning_rate", 0, "--crop_size_min", 4]
@@ -813,6 +814,7 @@ def test_a_run_without_a_given_average_can_be_made_longer(train, tmp_path, capsy
         train("--resume_from_checkpoint", "latest", "--ema_decay", 0.5, tiny=flags, output_dir=tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_as_it_began(train, tmp_path, capsys):
     """One whose average and probe's weight had other defaults, and which did not know some flags."""
     flags = [*OWN_DIGITS, *TINY_MODEL, *TINY_RUN]
