@@ -960,7 +960,7 @@ def test_unreadable_images_are_replaced_and_listed(train, coloured_images, tmp_p
     flags = ["--train_data_dir", images, "--resolution", 8, "--train_batch_size", 11, "--validation_split", 0.2]
     with pytest.raises(ValueError, match=r"the image of row \d+ \(.*sky/.*.jpg\) cannot be read"):
         train(*flags)
-    with pytest.raises(RuntimeError, match=r"[23] unreadable images, listed in .* are more than `--max_errors 1`"):
+    with pytest.raises(ValueError, match=r"[23] unreadable images, listed in .* are more than `--max_errors 1`"):
         train(*flags, "--max_errors", 1, "--overwrite_output_dir")
     assert [step for step, _ in list_checkpoints(run)] == []
 

@@ -322,7 +322,7 @@ class Trainer:
         found = f"{len(self.unreadable)} unreadable images, listed in {path} (last: {last['id']}: {last['error']})"
         if len(self.unreadable) > limit:
             good = f"from {self.last_checkpoint}" if self.last_checkpoint is not None else "from the beginning"
-            raise RuntimeError(
+            raise ValueError(
                 f"{found} are more than `--max_errors {limit}`. Repair or remove them and start anew, or go on {good}"
                 " with a higher `--max_errors`."
             )
