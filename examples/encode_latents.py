@@ -34,10 +34,10 @@ from diffusers_lsep.data.encoding import (
     DatasetImages,
     EncodingProgress,
     ImageBatches,
+    check_output_dir,
     encode_batch,
     load_vae_to_encode,
     open_images_to_encode,
-    settings_to_go_on_with,
 )
 from diffusers_lsep.data.moments import METADATA_FILE, SETTINGS_FILE, describe_vae, shard_name
 from diffusers_lsep.data.moments_writer import (
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         vae_name = args.pretrained_vae_model_name_or_path
         vae = load_vae_to_encode(vae_name, args.resolution, args.vae_subfolder, args.vae_revision)
     folder = Path(args.output_dir)
-    settings = settings_to_go_on_with(folder, resolve_settings(args, images, vae))
+    settings = check_output_dir(folder, resolve_settings(args, images, vae))
     num_images, num_shards = len(images.names), math.ceil(len(images.names) / args.shard_size)
     shards = {
         folder / shard_name(index, num_shards): range(start, min(start + args.shard_size, num_images))

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..command_line import number
+from ..data.archives import list_some
 from ..data.images import ImageSource, load_image_dataset, open_images, read_labels
 from ..data.moments import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
 from ..data.sources import SampleSource, cut_off, hash_labels
@@ -28,9 +29,7 @@ from ..training.checkpoints import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
-
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
-
 VALIDATION_FRACTION = 0.1
 RESULTS_FILE = "probe_results.json"
 HEAT_MAP_FILE = "probe_heatmap.png"
@@ -285,14 +284,10 @@ def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: l
             source.labels = np.array([index_of[name] for name in own_names])[source.labels]
         elif not without_names or len(own_names) != len(names):
             raise ValueError(
-                f"`--validation_data` {data!r} has to have the classes of `--data` {args.data!r}, {_some(names)}, but"
-                f" has {_some(own_names)}."
+                f"`--validation_data` {data!r} has to have the classes of `--data` {args.data!r}, {list_some(names)},"
+                f" but has {list_some(own_names)}."
             )
     return source
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
 
 
 def _warn_if_trained_on(flag: str, data: str, source: SampleSource, record: dict[str, Any]):

@@ -18,7 +18,6 @@ import numpy as np
 
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 

@@ -149,7 +149,7 @@ def load_vae_to_encode(
     return vae.eval().requires_grad_(False)
 
 
-def settings_to_go_on_with(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def check_output_dir(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """
     The settings to go on with: those of the run that began an output folder, else the given ones.
 

@@ -237,9 +237,7 @@ def damage(error: Exception) -> str:
     """What is wrong with an image that cannot be read, for `unreadable.jsonl`."""
     import PIL
 
-    if isinstance(
-        error, PIL.UnidentifiedImageError
-    ):  # its message holds an address in memory, another one in each run
+    if isinstance(error, PIL.UnidentifiedImageError):  # whose message holds an address in memory
         return "not an image that Pillow can read"
     return f"{type(error).__name__}: {error}"
 

@@ -89,7 +89,7 @@ def sweep_guidance(
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     if reference.size is None or reference.count <= NEIGHBORHOOD:
         raise ValueError(f"`--reference` has to hold {NEIGHBORHOOD + 1} images, but holds {reference.count}.")
-    if reference.size is not None and reference.size != (side, side):
+    if reference.size != (side, side):
         height, width = reference.size
         raise ValueError(
             f"`--reference` has to hold images of {side} x {side}, as the pipeline draws them, but they are"

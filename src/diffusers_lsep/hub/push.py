@@ -29,7 +29,6 @@ logger = logging.get_logger(__name__)
 
 PROBE_FOLDER = "probe"
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
-
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
 
 # Of the client, which itself tries again after the first three, and of its library for large files.

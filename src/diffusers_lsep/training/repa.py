@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 # Of an encoder without a preprocessor_config.json.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
