@@ -19,9 +19,9 @@ DIGITS = EXAMPLES / "digits"
 BATCH_SIZE = 250  # of samples
 
 
-def train(folder: Path, data: Path, *flags: object):
-    """Runs `train_lsep.py` with the settings of `examples/configs/digits`, on one thread."""
-    command = [sys.executable, EXAMPLES / "train_lsep.py", f"@{EXAMPLES / 'configs' / 'digits'}"]
+def train(folder: Path, data: Path, *flags: object, recipe: str = "digits"):
+    """Runs `train_lsep.py` with the settings of a file of `examples/configs`, on one thread."""
+    command = [sys.executable, EXAMPLES / "train_lsep.py", f"@{EXAMPLES / 'configs' / recipe}"]
     command += ["--train_data_dir", data, "--output_dir", folder, "--report_to", "none", "--num_cpu_threads", 1]
     command += ["--validation_inference_steps", 2, "--num_validation_images", 1, *flags]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -41,7 +41,7 @@ def read_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def draw(pipe: LSEPPipeline, labels: list[int | str], seed: int, **arguments: object) -> np.ndarray:
-    """Pixels `[N, 64]` in [0, 1] of samples, one for each label."""
+    """Pixels `[N, height * width]` in [0, 1] of samples, one for each label."""
     pipe.set_progress_bar_config(disable=True)
     generator, parts = torch.Generator().manual_seed(seed), []
     for start in range(0, len(labels), BATCH_SIZE):

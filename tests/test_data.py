@@ -120,6 +120,18 @@ def test_bundled_digits():
     assert images.min() == -1 and images.max() == 1
 
 
+def test_bundled_part_of_mnist():
+    splits = load_image_dataset(train_data_dir=DIGITS.parent / "mnist")
+    source, held_out, names = open_images(splits, 28, 1, validation_split="test")
+    assert names == [str(digit) for digit in range(10)]
+    assert (len(source.labels), len(held_out.labels)) == (8000, 2000)
+    counts = np.bincount(source.labels) / np.bincount(np.concatenate([source.labels, held_out.labels]))
+    assert np.abs(counts - 0.8).max() < 0.001
+    both = [rows.load(np.arange(len(rows.labels)), np.zeros(len(rows.labels), bool)) for rows in (source, held_out)]
+    assert both[0].shape == (8000, 1, 28, 28) and both[0].min() == -1 and both[0].max() == 1
+    assert len({image.numpy().tobytes() for images in both for image in images}) == 10_000
+
+
 def test_image_folder_with_a_subfolder_per_class(tmp_path):
     # names that `datasets` would take for a split
     for i, name in enumerate(("zebra/test_1.png", "ant/train-2.PNG", "ant/val 3.png")):

@@ -94,9 +94,19 @@ def dry_run(train, vae, latents, pretrained, capsys, monkeypatch, tmp_path):
 
 def test_recipes_are_those_of_the_documentation():
     assert set(RECIPES) == {
-        *("digits", "fine-tune-256", "fine-tune-256-lora", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256"),
+        *("digits", "mnist", "fine-tune-256", "fine-tune-256-lora", "sit-b-2-256", "sit-l-2-256", "sit-xl-2-256"),
         *("sit-xl-2-512", "sit-xl-2-512-from-256", "own-images-32", "own-images-64", "own-images-256-vae"),
     }
+
+
+def test_recipe_of_mnist(train, capsys, monkeypatch):
+    """From the root of the repository it finds its data."""
+    monkeypatch.chdir(CONFIGS.parents[1])
+    assert train(f"@{CONFIGS / 'mnist'}", "--dry_run", tiny=()) == 0
+    output = capsys.readouterr().out
+    settings, end = json.JSONDecoder().raw_decode(output)
+    assert (settings["num_classes"], settings["transformer"]["sample_size"]) == (10, 28)
+    assert "tokens: 49 per image" in output[end:]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sit")])
