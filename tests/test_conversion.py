@@ -499,6 +499,23 @@ def test_tensors_that_claim_more_elements_than_their_storage_holds(save):
         convert_original_checkpoint(path, **HEADS)
 
 
+@pytest.mark.parametrize("place", [0.25, 0.5, 0.75])
+def test_a_flipped_bit_is_found(save, place):
+    path = save(load_original("sit_tiny"))
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: the file is damaged, .*data/\d+ does not have the checksum"):
+        convert_original_checkpoint(path, **HEADS)
+
+
+def test_weights_without_values_are_named(save):
+    weights = load_original("sit_tiny")
+    name = "blocks.1.attn.qkv.weight"
+    with pytest.raises(ValueError, match=rf"no values of \['{name}'\]"):
+        convert_original_checkpoint(save({**weights, name: weights[name].to("meta")}), **HEADS)
+
+
 def test_rewriting_the_records_alone_is_no_error(save):
     path = save(load_original("sit_tiny"))
     rewrite(path, lambda name, data: data)

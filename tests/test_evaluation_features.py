@@ -29,6 +29,24 @@ def inception(inception_weights):
     return InceptionFeatures(inception_weights)
 
 
+@pytest.mark.parametrize("name", ["inception", "dinov2"])
+def test_networks_run_without_tf32_and_with_cudnn(request, tmp_path, name):
+    if name == "dinov2":
+        make_dinov2().save_pretrained(tmp_path)
+        extractor = DINOv2Features(str(tmp_path))
+        network = extractor.model
+    else:
+        extractor = request.getfixturevalue(name)
+        network = extractor.network
+    seen = []
+    handle = network.register_forward_pre_hook(
+        lambda *args: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+    )
+    extractor(make_images(1))
+    handle.remove()
+    assert seen == [(True, False)]
+
+
 def save_npz(path, **arrays):
     np.savez(path, **arrays)
     return path

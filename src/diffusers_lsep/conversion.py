@@ -186,6 +186,9 @@ def _select_weights(checkpoint: Any, weights: str) -> tuple[dict[str, torch.Tens
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
     ):
         raise ValueError(f"the file holds no state dict (names and tensors) as its weights {weights!r}.")
+    empty = [name for name, tensor in state_dict.items() if tensor.is_meta]
+    if empty:
+        raise ValueError(f"the file holds no values of {empty}, which were saved from the device 'meta'.")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return dict(state_dict), args if isinstance(args, dict) else {}
 

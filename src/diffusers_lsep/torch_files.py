@@ -68,9 +68,13 @@ def load_checkpoint(path: Path) -> Any:
 def _check_storages(path: Path, storages: dict[int, int]):
     """
     Compares what the pickle claims with what the archive has. A mapped storage begins where its record begins, but its
-    length is the pickle's claim, which `torch.load` does not check: it could reach into other records.
+    length is the pickle's claim, which `torch.load` does not check: it could reach into other records. Nor does it
+    look at the records' checksums.
     """
     with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its record {damaged} does not have the checksum that the archive says")
         records = [info for info in archive.infolist() if info.filename.partition("/")[2].startswith("data/")]
     if any(info.compress_type != zipfile.ZIP_STORED for info in records):
         raise ValueError("its records are compressed")

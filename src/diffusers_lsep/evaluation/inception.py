@@ -80,7 +80,7 @@ class InceptionFeatures:
             `dict[str, np.ndarray]`: float32 features `[B, width]` under the names of `widths`.
         """
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pool, logits = self.network(pixels)
         features = {"pool": pool, "spatial": self._spatial, "logits": logits}
         return {name: value.cpu().numpy() for name, value in features.items()}
