@@ -337,6 +337,15 @@ class TestNpzImages:
         with pytest.raises(ValueError, match=r"does not hold the \[9, 8, 8, 3\] values it declares"):
             open_images(tmp_path / "x.npz")
 
+    @pytest.mark.parametrize("shape", [(2**62, 4, 4, 3), (-1, 4, 4, 3), (2**31, 2**31, 4, 3)])
+    def test_forged_shapes(self, tmp_path, shape):
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(48))
+        with pytest.raises(ValueError, match=r"`samples` .*(does not hold the|holds no images)"):
+            open_images(tmp_path / "x.npz")
+
     def test_absent_file_and_resolution(self, tmp_path):
         with pytest.raises(ValueError, match="`samples` has to exist, but there is no file"):
             open_images(tmp_path / "absent.npz")

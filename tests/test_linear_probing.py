@@ -259,6 +259,13 @@ class TestProbeLayers:
         with pytest.raises(ValueError, match=message):
             probe_layers(pipe, BrightSource(9), BrightSource(9), 3, **options)
 
+    def test_tokens_that_overflow_are_an_error(self, pipe):
+        layers = pipe.transformer.transformer_blocks
+        handle = layers[1].register_forward_hook(lambda module, inputs, output: output / 0)
+        with pytest.raises(ValueError, match="in float32 gives tokens .* no finite numbers after 2 blocks at t = 0.5"):
+            probe_layers(pipe, BrightSource(9), BrightSource(9), 3, timesteps=[0.5])
+        handle.remove()
+
     def test_too_few_images(self, pipe):
         for train, held_out in ((1, 9), (9, 1)):
             message = f"has to hold 2 images to fit and 2 to measure, but holds {train} and {held_out}"

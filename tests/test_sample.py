@@ -317,6 +317,21 @@ def test_half_precision_is_the_transformers_alone(run, save_pipeline, tiny_vae_f
     assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 0.01
 
 
+def test_values_that_overflow_are_no_black_images(run, pipeline_dir, tmp_path):
+    transformer = SiTTransformer2DModel.from_pretrained(pipeline_dir, subfolder="transformer")
+    transformer.proj_out.bias.data.fill_(1e5)  # beyond float16's 65,504
+    transformer.save_pretrained(pipeline_dir / "transformer")
+    message = "`transformer` in float16 has come to values .* after step 1 of 2. Try .*`--dtype`.* 'bfloat16'"
+    with pytest.raises(ValueError, match=message):
+        run("half", "--class_labels", 1, "--dtype", "float16")
+    assert not (tmp_path / "half" / "grid.png").exists()
+    assert (run("full", "--class_labels", 1) / "grid.png").is_file()
+    transformer.proj_out.bias.data.fill_(float("nan"))
+    transformer.save_pretrained(pipeline_dir / "transformer")
+    with pytest.raises(ValueError, match="`transformer` in float32 .* Its weights may be damaged"):
+        run("nan", "--class_labels", 1)
+
+
 @pytest.mark.parametrize("kind", [("--num_images", 2), ("--class_labels", "digit 1")])
 def test_latents_without_a_vae_are_refused(run, save_pipeline, tmp_path, kind):
     save_pipeline(in_channels=4)

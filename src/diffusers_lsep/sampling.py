@@ -184,15 +184,31 @@ def draw_batch(
 
     Returns:
         `np.ndarray`: uint8 `[batch_size, H, W, C]`, fewer in the last batch.
+
+    Raises:
+        `ValueError`: if the latents or the images come to values that are no finite numbers.
     """
     indices = np.arange(batch * batch_size, (batch + 1) * batch_size)
+    finite: list[torch.Tensor] = []  # after each step, left on the device until the end
+
+    def note(pipe: LSEPPipeline, step: int, timestep: torch.Tensor, values: dict[str, torch.Tensor]) -> dict:
+        finite.append(values["latents"].isfinite().all())
+        return {}
+
     with pipe.vae_in_float32():
         images = pipe(
             class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
             generator=[make_generator(seed, int(index)) for index in indices],
             output_type="pt",
+            callback_on_step_end=note,
             **arguments,
         ).images
+    bad_steps = (~torch.stack(finite)).nonzero()
+    if len(bad_steps) or not images.isfinite().all():
+        dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+        where = f"after step {int(bad_steps[0]) + 1} of {len(finite)}" if len(bad_steps) else "in the decoded images"
+        advice = "Try `dtype` (`--dtype`) 'bfloat16' or 'float32'" if dtype == "float16" else "Its weights may be damaged"
+        raise ValueError(f"`transformer` in {dtype} has come to values that are no finite numbers {where}. {advice}.")
     # As the papers' protocol does it: floor, where diffusers' own PIL images are rounded.
     images = (255 * images).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return images[: len(class_ids) - batch * batch_size]

@@ -10,6 +10,7 @@ import concurrent.futures
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -138,9 +139,10 @@ class NpzImages:
             raise self._error(f"has to hold images [N, H, W, 3], but `arr_0` has shape {list(shape)}")
         if fortran_order:
             raise self._error("has to hold `arr_0` in C order, but it is in Fortran order")
-        if 0 in shape:
+        if min(shape) < 1:
             raise self._error(f"holds no images: `arr_0` has shape {list(shape)}")
-        if archive.getinfo("arr_0.npy").file_size != self._data_offset + int(np.prod(shape)):
+        # In Python's integers, which no header makes overflow.
+        if archive.getinfo("arr_0.npy").file_size != self._data_offset + math.prod(shape):
             raise self._error(f"has an `arr_0` that does not hold the {list(shape)} values it declares")
         self.count, self.size = shape[0], (shape[1], shape[2])
         self._shape = (*shape[:3], 1 if grey else 3)
@@ -155,9 +157,11 @@ class NpzImages:
             for first in range(start, stop, batch_size):
                 pixels = np.empty((min(batch_size, stop - first), *self._shape[1:]), dtype=np.uint8)
                 try:
-                    member.readinto(pixels.reshape(-1))  # type: ignore[attr-defined]  # which `ZipExtFile` has
+                    count = member.readinto(pixels.reshape(-1))  # type: ignore[attr-defined]  # which `ZipExtFile` has
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise self._error(f"is damaged: {error}") from error
+                if count != pixels.size:
+                    raise self._error("is damaged: it ends before its images do")
                 yield pixels if pixels.shape[3] == 3 else pixels.repeat(3, axis=3)
 
 

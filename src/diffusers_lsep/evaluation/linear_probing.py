@@ -215,6 +215,12 @@ class HiddenStates:
             labels = torch.full((len(rows),), null_class, device=pipe.device)
             tokens = pipe.transformer.hidden_states_at(x.to(pipe.transformer.dtype), t, labels, self.layers)
             for layer, value in enumerate(tokens):
+                if not value.isfinite().all():
+                    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+                    raise ValueError(
+                        f"`transformer` in {dtype} gives tokens that are no finite numbers after {self.layers[layer]}"
+                        f" blocks at t = {t:g}."
+                    )
                 features[layer, start : start + len(rows)] = value.mean(dim=1, dtype=torch.float32).cpu().numpy()
         return features
 
