@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from diffusers_lsep.data.moments_writer import MomentsShardWriter, moments_features, write_json
 from diffusers_lsep.figures import save_figure
@@ -170,3 +172,43 @@ def test_machines_that_share_a_folder_of_latents_use_names_of_their_own(tmp_path
         write_json(tmp_path / "metadata.json", {"a": object()})
     assert (tmp_path / "metadata.json").read_text(encoding="utf-8") == '{\n  "a": "×"\n}\n'
     assert names(tmp_path) == [shard.name, "metadata.json"]
+
+
+def test_planted_links_are_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("private")
+    (tmp_path / ".a.json.partial").symlink_to(tmp_path / "victim")
+    write_text(tmp_path / "a.json", "text")
+    assert (tmp_path / "victim").read_text() == "private" and not (tmp_path / "a.json").is_symlink()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("")
+    (tmp_path / ".b.partial").symlink_to(tmp_path / "folder")
+    with whole_folder(tmp_path / "b") as partial:
+        (partial / "new").write_text("")
+    assert names(tmp_path / "folder") == ["kept"] and names(tmp_path / "b") == ["new"]
+
+
+def test_what_a_kill_between_the_renames_left_is_not_lost(tmp_path):
+    (tmp_path / ".a.old").mkdir()
+    (tmp_path / ".a.old" / "old").write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        with whole_folder(tmp_path / "a"):
+            raise KeyboardInterrupt
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
+
+
+def test_files_of_a_folder_can_be_read_by_those_who_may_read_the_folder(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "a") as partial:
+            save_file({"x": torch.zeros(1)}, partial / "x.safetensors")
+            (partial / "y.json").write_text("")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
+    assert modes == {"x.safetensors": 0o640, "y.json": 0o640}
+
+
+def test_mount_points_are_refused():
+    with pytest.raises(ValueError, match="/proc is a mount point"):
+        with whole_folder(Path("/proc")):
+            pass

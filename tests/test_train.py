@@ -740,6 +740,17 @@ def test_a_second_run_is_refused(train, tmp_path):
     assert not all(torch.equal(tensor, before[name]) for name, tensor in final_weights(run).items())
 
 
+def test_folders_that_are_links_are_unlinked(train, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train("--max_train_steps", 1)
+    for name in ("checkpoint-1", "samples"):
+        (run / name).rename(elsewhere.with_name(f"elsewhere-{name}"))
+        (run / name).symlink_to(elsewhere.with_name(f"elsewhere-{name}"))
+    train("--seed", 1, "--max_train_steps", 2, "--overwrite_output_dir")
+    assert [step for step, _ in list_checkpoints(run)] == [2]
+    assert (tmp_path / "elsewhere-checkpoint-1" / "pipeline" / "model_index.json").is_file()
+
+
 @pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--seed=0", "--resume_from_checkpoint=latest"])
 def test_what_is_no_run_is_never_touched(train, tmp_path, flag):
     (tmp_path / "run" / "transformer").mkdir(parents=True)

@@ -5,6 +5,7 @@
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ def whole_file(path: str | os.PathLike, suffix: str = ".partial", durable: bool 
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}{suffix}")
+    partial.unlink(missing_ok=True)  # what is written there would follow a link
     try:
         yield partial
         if durable:
@@ -50,15 +52,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     Gives a new folder to write into, which takes the name `target` once the block ends and everything is on disk. If
     the block fails nothing of it stays, and a folder that was there before is as it was.
+
+    Raises:
+        `ValueError`: if `target` is a mount point, which cannot be given another folder's place.
     """
+    if os.path.ismount(target):
+        raise ValueError(f"{target} is a mount point, which cannot be replaced as a whole: name a folder in it.")
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two renames below
+        old.rename(target)
     for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     partial.mkdir(parents=True)
+    # safetensors makes files that only their owner can read.
+    mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
     try:
         yield partial
         for folder, _, files in os.walk(partial):
             for name in files:
+                Path(folder, name).chmod(mode)
                 _sync(Path(folder, name))
             _sync(Path(folder))
         if target.exists():
@@ -71,6 +83,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path):
+    """Deletes a file, a link (and not what it leads to) or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path):

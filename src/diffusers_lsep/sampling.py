@@ -207,7 +207,9 @@ def draw_batch(
     if len(bad_steps) or not images.isfinite().all():
         dtype = str(pipe.transformer.dtype).removeprefix("torch.")
         where = f"after step {int(bad_steps[0]) + 1} of {len(finite)}" if len(bad_steps) else "in the decoded images"
-        advice = "Try `dtype` (`--dtype`) 'bfloat16' or 'float32'" if dtype == "float16" else "Its weights may be damaged"
+        advice = (
+            "Try `dtype` (`--dtype`) 'bfloat16' or 'float32'" if dtype == "float16" else "Its weights may be damaged"
+        )
         raise ValueError(f"`transformer` in {dtype} has come to values that are no finite numbers {where}. {advice}.")
     # As the papers' protocol does it: floor, where diffusers' own PIL images are rounded.
     images = (255 * images).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

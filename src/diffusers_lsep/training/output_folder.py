@@ -5,7 +5,6 @@
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..command_line import with_values
 from ..data.moments_writer import UNREADABLE_FILE
-from ..files import write_text
+from ..files import remove, write_text
 from .arguments import build_parser, flags_that_are
 from .checkpoints import choose_checkpoint, read_state, remove_leftovers
 from .setup import follows_length
@@ -95,12 +94,10 @@ def begin_output_folder(args: argparse.Namespace, settings: dict[str, Any]):
 
 def remove_outputs(output_dir: Path):
     """Deletes what a run has written into its output folder, and nothing else."""
-    for pattern in OUTPUTS:
+    # The settings last, as they say that all this is a run: whatever stops the deletion, it can be asked for again.
+    for pattern in sorted(OUTPUTS, key=lambda pattern: pattern == SETTINGS_FILE):
         for path in output_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove(path)
 
 
 def keep_settings(args: argparse.Namespace, before: dict[str, Any]) -> argparse.Namespace:
