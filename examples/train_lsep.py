@@ -9,13 +9,14 @@ Flags that are not given come from an argument list: `examples/configs/digits` w
 and no model (`--preset`, `--num_layers`, ...) the one of `own-images-*` beside it that suits this machine. Else they
 have the paper's values. Argument lists are read as `@file`: flags as on the command line, `#` starts a comment.
 
-SIGTERM and SIGUSR1 make the script save a checkpoint and exit with code 75; run it again with the same flags and
-`--resume_from_checkpoint latest`. `accelerate launch` itself then exits with 1, as for every script that fails.
+SIGTERM, SIGUSR1 and Ctrl-C make the script save a checkpoint and exit with code 75; run it again with the same flags
+and `--resume_from_checkpoint latest`. `accelerate launch` itself then exits with 1, as for every script that fails.
 """
 
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 
@@ -30,10 +31,10 @@ from diffusers_lsep.hub.push import push_folder
 from diffusers_lsep.labels import describe_classes
 from diffusers_lsep.training.arguments import parse_args
 from diffusers_lsep.training.output_folder import (
-    begin_output_folder,
     compare_settings,
     find_run_to_continue,
     keep_settings,
+    own_output_folder,
 )
 from diffusers_lsep.training.processes import start_accelerator
 from diffusers_lsep.training.setup import prepare
@@ -84,15 +85,14 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Training
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        begin_output_folder(args, settings)
-    trainer.prepare_training(checkpoint)
-    accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})
-    finished = trainer.train()
+    with own_output_folder(args, settings, checkpoint, print) if accelerator.is_main_process else nullcontext():
+        trainer.prepare_training(checkpoint)
+        accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})
+        finished = trainer.train()
+        if finished:
+            trainer.save_result()
 
     # 4. The result
-    if finished:
-        trainer.save_result()
     if finished and accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         print(f"Saved the pipeline in {output_dir}, samples in {output_dir / 'samples'}.")

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from tiny_run import TINY_MODEL, TINY_RUN
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
+from diffusers_lsep.files import locked_folder
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 from diffusers_lsep.objective import LSEPObjectiveOutput
 from diffusers_lsep.training import summary, trainer
@@ -66,6 +68,16 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
         if (run / name).exists()
         for key, tensor in load_file(run / name / "diffusion_pytorch_model.safetensors").items()
     }
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120):
+    """Until it holds. The process, which is to bring it about, may not end before."""
+    for _ in range(int(10 * seconds)):
+        if condition():
+            return
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.1)
+    raise AssertionError(f"nothing happened in {seconds} s")
 
 
 def assert_same_weights(one: Path, other: Path):
@@ -138,10 +150,14 @@ def test_what_is_logged(train, tmp_path):
 
 def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "loss": 1.0}\n{"step": 3}\n{"step": 4, "lo')
-    metrics = MetricsFile(path, last_step=2)
-    metrics.append({"step": 3, "loss": float("nan")})
-    assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 1.0}\n{"step": 3, "loss": null}\n'
+    first = '{"step": 1, "validation_loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    validation = '{"step": 2, "validation_loss": 1.0}\n'
+    for validates in (True, False):
+        # The third line is damaged, the last one unfinished: neither takes others with it.
+        path.write_text(f'{first}{{"step": 2, "\n{validation}{{"step": 3}}\n{{"step": 4, "lo')
+        metrics = MetricsFile(path, last_step=2, validates=validates)
+        metrics.append({"step": 3, "loss": float("nan")})
+        assert path.read_text() == f'{first}{"" if validates else validation}{{"step": 3, "loss": null}}\n'
 
 
 def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
@@ -901,7 +917,7 @@ def test_memory_and_cores_on_macos(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     log = trainer.Trainer.log
 
@@ -917,9 +933,85 @@ def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
         f"Stopped by {name} after step 4; {tmp_path / 'run' / 'checkpoint-4'} is complete" in capsys.readouterr().out
     )
     assert not (tmp_path / "run" / "model_index.json").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train(*flags, "--resume_from_checkpoint", "latest") == 0
     train(*flags, output_dir=tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_validation_that_was_cut_off_is_done_before_the_run_goes_on(train, tmp_path, monkeypatch):
+    flags = ["--validation_steps", 2, "--validation_split", "test"]
+
+    def interrupt(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "validate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(*flags)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+    assert train(*flags, "--resume_from_checkpoint", "latest") == 0
+    train(*flags, output_dir=tmp_path / "whole")
+    for name in ("step-2.png", "step-4.png"):
+        files = [tmp_path / run / "samples" / name for run in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [line["step"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4]
+
+
+def test_samples_that_cannot_be_drawn_cost_no_step(train, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "draw_samples", lambda *arguments: [].pop())
+        assert train("--validation_steps", 2) == 0
+    assert "No samples of step 2: pop from empty list" in capsys.readouterr().err
+    assert "IndexError" in (tmp_path / "run" / "samples" / "step-4-error.txt").read_text()
+    assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
+    DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert train("--validation_steps", 2, "--resume_from_checkpoint", "latest") == 0
+    assert "samples/step-4.png" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_checkpoints_ahead_of_the_one_that_is_continued_are_put_aside(train, tmp_path, capsys):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train("--max_train_steps", 6)
+    flags = ["--max_train_steps", 6, "--checkpoints_total_limit", 1]
+    for aside in (["checkpoint-4.aside-1", "checkpoint-6.aside-1"], ["checkpoint-4.aside-2", "checkpoint-6.aside-2"]):
+        shutil.copytree(run / "checkpoint-2", tmp_path / "kept", dirs_exist_ok=True)
+        train(*flags[:2], "--resume_from_checkpoint", tmp_path / "kept")
+        assert f"checkpoint-4 is ahead of step 2, from where this run continues: put aside as {run / aside[0]}" in (
+            capsys.readouterr().out
+        )
+        assert all((run / name / "pipeline").is_dir() for name in aside)
+    train(*flags, "--resume_from_checkpoint", tmp_path / "kept")
+    assert [step for step, _ in list_checkpoints(run)] == [6]
+    train("--max_train_steps", 6, output_dir=whole)
+    assert_same_weights(run, whole)
+
+
+def test_two_runs_do_not_share_a_folder(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked_folder(tmp_path / "run"):
+        with pytest.raises(ValueError, match=rf"/run' is in use by the process {os.getpid()} on \S+, since 2"):
+            train()
+    assert list((tmp_path / "run").iterdir()) == []
+    assert train() == 0
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_the_end_of_the_launcher_saves_and_stops(tmp_path):
+    """`accelerate launch` dies of a signal: what it has launched makes a checkpoint and ends too."""
+    run, flags = tmp_path / "run", [*TINY_MODEL, *TINY_RUN, "--max_train_steps", "100000"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT]
+    command += [*flags, "--output_dir", str(run), "--checkpointing_steps", "100000"]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+        wait_for(lambda: (run / "metrics.jsonl").exists(), launcher)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait()
+    wait_for(lambda: "Stopped by the end of its launcher" in (tmp_path / "log").read_text())
+    assert len(list_checkpoints(run)) == 1
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that appear whole or not at all, and hashes of weights."""
 
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -83,6 +86,34 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """
+    Keeps other processes out of a folder until the block ends, by a lock on its file `.lock`: of those that ask for it
+    here, and on file systems that have locks.
+
+    Raises:
+        `ValueError`: if another process has the folder, which is named.
+    """
+    path = folder / ".lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{str(folder)!r} is in use by {file.read().strip() or 'another process'}.") from None
+        except OSError:  # there are no locks here
+            yield
+            return
+        file.truncate(0)
+        file.write(f"the process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def remove(path: Path):

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,15 @@ class MetricsFile:
     Args:
         path (`Path`): The file.
         last_step (`int`): What later steps wrote is dropped: a run that continues writes it anew.
+        validates (`bool`): Whether that holds for the validation of the last step too.
     """
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, validates: bool):
         self.path = path
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+            if validates:
+                kept = [line for line in kept if line["step"] < last_step or not is_validation(line)]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, metrics: dict[str, Any]):
@@ -136,14 +140,16 @@ class MetricsFile:
             file.write(json.dumps(finite) + "\n")
 
 
+def is_validation(line: dict[str, Any]) -> bool:
+    return any(name.startswith("validation_") for name in line)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without one that a killed run left unfinished."""
+    """The lines of a `metrics.jsonl`, without those that a killed run or a full disk left unfinished."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            break
     return lines
 
 

@@ -3,9 +3,11 @@
 """The output folder of a run: what is there, and whether a run can go on from it."""
 
 import argparse
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from accelerate.utils import broadcast_object_list
 
 from ..command_line import with_values
 from ..data.moments_writer import UNREADABLE_FILE
-from ..files import remove, write_text
+from ..files import locked_folder, remove, write_text
 from .arguments import build_parser, flags_that_are
-from .checkpoints import choose_checkpoint, read_state, remove_leftovers
+from .checkpoints import choose_checkpoint, list_checkpoints, read_state, remove_leftovers
 from .setup import follows_length
 
 
@@ -82,14 +84,43 @@ def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tup
     return None, None
 
 
-def begin_output_folder(args: argparse.Namespace, settings: dict[str, Any]):
-    """Makes the output folder, or clears it of what a killed or an unwanted run has left, and writes the settings."""
+@contextmanager
+def own_output_folder(
+    args: argparse.Namespace, settings: dict[str, Any], checkpoint: Path | None, report: Callable[[str], None]
+) -> Iterator[None]:
+    """
+    Makes the output folder, or clears it of what a killed or an unwanted run has left, writes the settings, and keeps
+    other runs out of the folder until the block ends.
+
+    Args:
+        args (`argparse.Namespace`): The flags.
+        settings (`dict`): What is to be written.
+        checkpoint (`Path`, *optional*): What the run continues from.
+        report (`Callable`): Is told which checkpoints are put aside.
+
+    Raises:
+        `ValueError`: if another run has the folder.
+    """
     output_dir = Path(args.output_dir)
-    if args.overwrite_output_dir:
-        remove_outputs(output_dir)
-    remove_leftovers(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+    with locked_folder(output_dir):
+        if args.overwrite_output_dir:
+            remove_outputs(output_dir)
+        remove_leftovers(output_dir)
+        if checkpoint is not None:
+            put_aside(output_dir, read_state(checkpoint)["step"], report)
+        write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        yield
+
+
+def put_aside(output_dir: Path, step: int, report: Callable[[str], None]):
+    """Renames the checkpoints after a step: the run that goes on from there is another one than theirs."""
+    for later, folder in list_checkpoints(output_dir):
+        if later > step:
+            targets = (folder.with_name(f"{folder.name}.aside-{count}") for count in itertools.count(1))
+            target = next(target for target in targets if not target.exists())
+            folder.rename(target)
+            report(f"{folder.name} is ahead of step {step}, from where this run continues: put aside as {target}.")
 
 
 def remove_outputs(output_dir: Path):

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DynamoBackend,
+    broadcast_object_list,
     gather_object,
     send_to_device,
     set_seed,
@@ -30,7 +32,7 @@ from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
 from ..figures import make_labeled_grid
-from ..files import whole_file, whole_folder
+from ..files import whole_file, whole_folder, write_text
 from ..hub.model_card import Gallery, write_model_card
 from ..labels import find_class_ids
 from ..objective import LSEPObjective
@@ -48,7 +50,7 @@ from .checkpoints import (
 )
 from .fine_tuning import merge_lora
 from .log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
-from .processes import StopSignal
+from .processes import StopSignal, ignore_interrupts
 from .setup import Setup, build_objective
 
 
@@ -151,14 +153,20 @@ class Trainer:
             batch_sampler=batches,
             collate_fn=keep_batch,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=ignore_interrupts,
             pin_memory=accelerator.device.type == "cuda",
         )
         # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
         if (self.output_dir / UNREADABLE_FILE).exists():
             self.unreadable = {entry["id"]: entry for entry in read_metrics(self.output_dir / UNREADABLE_FILE)}
+        # A checkpoint is written before its step is validated, and what comes after it may have been cut off.
+        self.owes_validation = checkpoint is not None and self.is_validated(self.step)
+        if self.owes_validation:
+            done = [(self.output_dir / self.samples_file).exists()] if accelerator.is_main_process else [None]
+            self.owes_validation = not broadcast_object_list(done)[0]
         if accelerator.is_main_process:
-            self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", last_step=self.step)
+            self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step, self.owes_validation)
         self.ema = None
         if args.use_ema:
             min_decay = 0.0 if args.ema_warmup else args.ema_decay
@@ -180,6 +188,14 @@ class Trainer:
     def saves(self) -> bool:
         """Whether this process takes part in saving: all do where each has only a part of the weights."""
         return self.accelerator.is_main_process or self.accelerator.is_fsdp2
+
+    @property
+    def samples_file(self) -> Path:
+        """The samples of this step, in the output folder."""
+        return Path("samples", f"step-{self.step}.png")
+
+    def is_validated(self, step: int) -> bool:
+        return step % self.args.validation_steps == 0 or step == self.args.max_train_steps
 
     @property
     def compiled(self) -> bool:
@@ -215,8 +231,11 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains to the end, and returns True, or until a signal arrives."""
+        with StopSignal(self.accelerator) as stop:
+            return self.train_until(stop)
+
+    def train_until(self, stop: StopSignal) -> bool:
         args, accelerator = self.args, self.accelerator
-        stop = StopSignal(accelerator)
         self.metrics = StepMetrics(accelerator, args.gradient_accumulation_steps)
         self.progress = tqdm(
             total=args.max_train_steps,
@@ -227,6 +246,8 @@ class Trainer:
         )
         batches = iter(self.loader)
         self.collected_at = self.step
+        if self.owes_validation:
+            self.validate()
         while self.step < args.max_train_steps:
             self.take_step(batches)
             self.progress.update()
@@ -235,13 +256,13 @@ class Trainer:
             last = self.step == args.max_train_steps
             stopped = stop.arrived() and not last
             saves = self.step % args.checkpointing_steps == 0 or last or stopped
-            validates = self.step % args.validation_steps == 0 or last
+            validates = self.is_validated(self.step)
             if self.step % args.logging_steps == 0 or saves or validates:
                 self.log()
-            if validates:
-                self.validate()
             if saves:
                 self.save_checkpoint()
+            if validates:
+                self.validate()
             if stopped:
                 self.progress.close()
                 accelerator.print(
@@ -366,7 +387,13 @@ class Trainer:
                 self.report(self.measure(objective, self.held_out))
                 self.count_unreadable()
             if accelerator.is_main_process:
-                self.draw_samples(self.make_pipeline(objective.transformer))
+                try:
+                    self.draw_samples(self.make_pipeline(objective.transformer))
+                except Exception as error:  # no picture is worth the run
+                    report = self.output_dir / "samples" / f"step-{self.step}-error.txt"
+                    report.parent.mkdir(exist_ok=True)
+                    write_text(report, traceback.format_exc())
+                    print(f"No samples of step {self.step}: {error} ({report} has more.)", file=sys.stderr)
         if accelerator.is_main_process:
             draw_curves(self.output_dir)
         accelerator.wait_for_everyone()
@@ -413,7 +440,7 @@ class Trainer:
                 generator=generators,
             ).images
         grid = make_labeled_grid(images, columns=len(labels), labels=[self.setup.data.names[i] for i in class_ids])
-        path = self.output_dir / "samples" / f"step-{self.step}.png"
+        path = self.output_dir / self.samples_file
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as partial:
             grid.save(partial, format="PNG")
@@ -470,6 +497,11 @@ class Trainer:
         source.rmdir()
 
         class_ids, on_card = self.validation_labels * args.num_validation_images, flags_that_are("on_card")
+        gallery = Gallery(
+            image=str(self.samples_file),
+            class_labels=[self.setup.data.names[index] for index in class_ids],
+            seeds=[args.seed + index for index in range(len(class_ids))],
+        )
         write_model_card(
             self.output_dir,
             repo_id=args.hub_model_id,
@@ -479,11 +511,7 @@ class Trainer:
             base_model=args.pretrained_model_name_or_path,
             training_args={name: value for name, value in vars(args).items() if name in on_card},
             sampling={"guidance_scale": args.validation_guidance_scale},
-            gallery=Gallery(
-                image=f"samples/step-{self.step}.png",
-                class_labels=[self.setup.data.names[index] for index in class_ids],
-                seeds=[args.seed + index for index in range(len(class_ids))],
-            ),
+            gallery=gallery if (self.output_dir / self.samples_file).exists() else None,
         )
 
 
