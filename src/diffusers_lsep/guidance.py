@@ -3,11 +3,13 @@
 """Guidance away from a class, or from none: by a scale, or by one of diffusers' guiders."""
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
+
+from .interpolants import get_interpolant
 
 
 # The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
@@ -53,6 +55,7 @@ class GuidanceMixin:
     these while it runs.
     """
 
+    config: Any
     transformer: Any
     _guidance_scale: float
     _guidance_interval: tuple[float, float]
@@ -126,11 +129,32 @@ class GuidanceMixin:
         time = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
         latents = latents.to(self.transformer.dtype)
         arguments = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
-        # Caches keep what they hold of one kind of call apart from that of others, by the name of the context.
-        has_caches = hasattr(self.transformer, "cache_context")
-        with self.transformer.cache_context(context, sigma=t, **step) if has_caches else nullcontext():
+        with self._cache_context(context, t, step):
             output = self.transformer(latents, timestep=time, class_labels=class_ids, return_dict=False, **arguments)
         return output[0].float()
+
+    def _cache_context(self, name: str, t: float, step: dict[str, Any]) -> AbstractContextManager[None]:
+        """
+        Says to a cache which kind of call is made, and where in the loop. A module in the transformer's place, which
+        need not be one of diffusers, may have no caches.
+        """
+        if not hasattr(self.transformer, "cache_context"):
+            return nullcontext()
+        if step:
+            path = get_interpolant(self.config.path_type)
+            alpha, sigma = path.alpha(t), path.sigma(t)
+            step = {
+                **step,
+                "sigma": sigma / (alpha + sigma),
+            }  # the linear path's time with this ratio of noise to data
+        return self.transformer.cache_context(name, **step)
+
+    def _set_guidance_active(self, is_active: bool, step_index: int):
+        """What caches hold is from an interrupted call, or too old once the guidance goes on or off."""
+        is_new = step_index == 0 or is_active != self._guidance_active
+        if is_new and hasattr(self.transformer, "_reset_stateful_cache"):
+            self.transformer._reset_stateful_cache()
+        self._guidance_active = is_active
 
     def _predict_step(
         self, tensors: dict[str, torch.Tensor], t: float, scale: float, in_interval: bool, step: dict[str, Any]
@@ -139,7 +163,7 @@ class GuidanceMixin:
         latents, class_ids = tensors["latents"], tensors["class_labels"]
         negative_class_ids = tensors["negative_class_labels"]
         if self._guider is None:
-            self._guidance_active = scale > 1
+            self._set_guidance_active(scale > 1, step["step_index"])
             return self.predict_velocity(
                 latents, t, class_ids, scale, negative_class_ids, self._attention_kwargs, step
             )
@@ -152,7 +176,7 @@ class GuidanceMixin:
             guider.disable()
         try:
             batches = guider.prepare_inputs({"class_labels": (class_ids, negative_class_ids)})
-            self._guidance_active = len(batches) > 1
+            self._set_guidance_active(len(batches) > 1, step["step_index"])
             for batch in batches:
                 guider.prepare_models(self.transformer)
                 try:
