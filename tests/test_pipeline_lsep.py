@@ -27,6 +27,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SD3CFGCutoffCallback, SD
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
     AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
@@ -589,6 +590,7 @@ def test_guiders_of_other_formulas(ode_pipeline):
     "make_guider",
     [
         lambda: AdaptiveProjectedGuidance(2.5, adaptive_projected_guidance_momentum=-0.5),
+        lambda: AdaptiveProjectedMixGuidance(2.5, adaptive_projected_guidance_start_step=1),
         lambda: ClassifierFreeZeroStarGuidance(2.5),
         lambda: TangentialClassifierFreeGuidance(2.5),
     ],
