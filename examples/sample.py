@@ -42,6 +42,8 @@ from diffusers_lsep.sampling import (
 
 # Where the model is from. It may be somewhere else when a run goes on: its weights may not be others.
 PLACES = ("pretrained_model_name_or_path", "revision", "variant")
+# What samples.json says of them.
+CLASSES = {name: f"{name} over all classes" for name in LABEL_SAMPLINGS} | {"none": "no class"}
 # How an image is drawn, for the call of the pipeline.
 CALL = ("num_inference_steps", "guidance_scale", "guidance_interval")
 # What makes an image, beside the model: a run is only continued if all of it is the same.
@@ -72,8 +74,8 @@ def build_parser() -> ArgumentParser:
         "--label_sampling",
         choices=LABEL_SAMPLINGS,
         default="random",
-        help="With --num_images: classes drawn at random (the papers' protocol) or all equally often (lower FID, and"
-        " to be reported as such).",
+        help="With --num_images: classes drawn at random (the papers' protocol), all equally often (lower FID, and to"
+        " be reported as such), or none, for images without a class.",
     )
     group.add_argument("--save_images", action="store_true", help="With --num_images: write PNGs as well.")
     add_guidance_arguments(parser)
@@ -90,7 +92,7 @@ def build_parser() -> ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.label_sampling == "balanced" and args.num_images is None:
+    if args.label_sampling != "random" and args.num_images is None:
         parser.error("--label_sampling goes with --num_images")
     return args
 
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None):
     # 2. Settings, which are stored beside the images
     settings = place | {name: getattr(args, name) for name in IMAGE_SETTINGS}
     settings["num_images"] = len(class_ids)
-    settings["class_labels"] = args.class_labels or f"{args.label_sampling} over all classes"
+    settings["class_labels"] = args.class_labels or CLASSES[args.label_sampling]
     settings |= describe_scheduler(pipe.scheduler)
     settings["class_ids"] = class_ids.tolist()
     settings["quantization"] = "floor(255 * (x + 1) / 2)"
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None):
             for path in (output_dir / "images").glob("*-class-*.png"):  # there may have been more of them
                 path.unlink()
         store.create({**settings, **models}, may_differ=PLACES)
-        print(describe_classes(class_ids, id2label))
+        print(describe_classes(class_ids, {**id2label, num_classes: "no class"}))
     accelerator.wait_for_everyone()
     draw(args, accelerator, pipe, store, class_ids)
 

@@ -275,6 +275,8 @@ def test_settings_and_notes_of_an_evaluation_are_readable(save):
             "every class was drawn equally often, which gives a lower FID",
         ),
         ({"label_sampling": "balanced"}, "every class was drawn equally often, which gives a lower FID"),
+        ({"class_labels": "no class"}, "The samples were drawn without classes"),
+        ({"label_sampling": "none"}, "The samples were drawn without classes"),
         ({"class_labels": ["3", "7"]}, "How the classes of the samples were chosen is not recorded"),
         (None, "How the classes of the samples were chosen is not recorded"),
     ],

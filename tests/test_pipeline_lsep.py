@@ -1,10 +1,13 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import copy
+import functools
 import json
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import accelerate
 import diffusers
@@ -18,10 +21,31 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    ModelMixin,
     UniPCMultistepScheduler,
 )
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.callbacks import MultiPipelineCallbacks, SD3CFGCutoffCallback, SDCFGCutoffCallback
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AdaptiveProjectedMixGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    LTX2Guidance,
+    PerturbedAttentionGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+    TangentialClassifierFreeGuidance,
+)
+from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from gaussian_flow import GaussianFlow
+from peft import LoraConfig
 from PIL import Image
 
 from diffusers_lsep import (
@@ -29,8 +53,8 @@ from diffusers_lsep import (
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
     LSEPPipeline,
+    transformer_sit,
 )
-from diffusers_lsep.interpolants import get_interpolant
 from diffusers_lsep.sampling import SAMPLERS, set_scheduler
 
 
@@ -60,25 +84,6 @@ def two_blocks():
 
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-class GaussianFlow(ModelMixin, ConfigMixin):
-    """The exact velocity of Gaussian data of mean 0.3 and standard deviation 0.2, in place of a network."""
-
-    @register_to_config
-    def __init__(self, sample_size=64, in_channels=8, num_classes=1, path_type="linear"):
-        super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(1))
-        self.path = get_interpolant(path_type)
-        self.times = []
-
-    def forward(self, hidden_states, timestep, class_labels, return_dict=True):
-        self.times += timestep[:1].tolist()
-        path, t = self.path, timestep.double()[:, None, None, None]
-        variance = (0.2 * path.alpha(t)) ** 2 + path.sigma(t) ** 2
-        slope = (0.04 * path.alpha(t) * path.d_alpha(t) + path.sigma(t) * path.d_sigma(t)) / variance
-        velocity = path.d_alpha(t) * 0.3 + slope * (hidden_states - 0.3 * path.alpha(t))
-        return (velocity.to(hidden_states.dtype),)
 
 
 # --- what comes out -------------------------------------------------------------------------------------------------
@@ -358,6 +363,352 @@ def test_callback_sees_and_replaces_latents_and_interrupts(make_pipeline):
     assert steps[0] == (0, 1000.0, 5, 1.5)
 
 
+STEPS = {"num_inference_steps": 5, "output_type": "latent"}  # t = 1, 0.8, 0.6, 0.4, 0.2
+
+
+def run(pipe, *labels, **arguments):
+    """Latents of a deterministic sampler, and how many rows the transformer saw in each call."""
+    sizes = []
+    hook = pipe.transformer.register_forward_hook(lambda _, args, output: sizes.append(len(args[0])))
+    arguments = {"generator": generators(*range(len(labels))), **STEPS, **arguments}
+    images = pipe(list(labels), **arguments).images
+    hook.remove()
+    return images, sizes
+
+
+@pytest.fixture
+def ode_pipeline(make_pipeline):
+    return make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none"))
+
+
+def test_a_callback_that_turns_the_guidance_off_ends_it_with_the_next_step(ode_pipeline):
+    def turn_off(pipe, i, timestep, tensors):
+        assert pipe.do_classifier_free_guidance == (i <= 1) and pipe.current_timestep == timestep
+        if i == 1:
+            pipe._guidance_scale = 0.0
+
+    found, sizes = run(ode_pipeline, 1, 2, guidance_scale=3.0, callback_on_step_end=turn_off)
+    expected, _ = run(ode_pipeline, 1, 2, guidance_scale=3.0, guidance_interval=(0.7, 1.0))
+    assert sizes == [4, 4, 2, 2, 2] and torch.equal(found, expected)
+    assert not torch.equal(found, run(ode_pipeline, 1, 2, guidance_scale=3.0)[0])
+    assert ode_pipeline.current_timestep is None
+
+
+def test_a_callback_sets_scale_and_interval(ode_pipeline):
+    def change(pipe, i, timestep, tensors):
+        pipe._guidance_scale, pipe._guidance_interval = (4.0, (0.5, 0.7)) if i == 1 else (1.0, (0.0, 1.0))
+        return {}
+
+    found, sizes = run(ode_pipeline, 1, guidance_scale=1.0, callback_on_step_end=change)
+    assert ode_pipeline.guidance_interval == (0.0, 1.0) and ode_pipeline.guidance_scale == 1.0
+    expected, _ = run(ode_pipeline, 1, guidance_scale=4.0, guidance_interval=(0.5, 0.7))
+    assert sizes == [1, 1, 2, 1, 1] and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda callback: callback, lambda callback: MultiPipelineCallbacks([callback])])
+@pytest.mark.parametrize("cutoff", [{"cutoff_step_index": 1, "cutoff_step_ratio": None}, {"cutoff_step_ratio": 0.2}])
+def test_the_cutoff_callback_of_diffusers(ode_pipeline, cutoff, wrap):
+    arguments = {"guidance_scale": 3.0, "callback_on_step_end": wrap(SDCFGCutoffCallback(**cutoff))}
+    found, sizes = run(ode_pipeline, 1, 2, **arguments)
+    expected, _ = run(ode_pipeline, 1, 2, guidance_scale=3.0, guidance_interval=(0.7, 1.0))
+    assert sizes == [4, 4, 2, 2, 2] and torch.equal(found, expected)
+
+
+def test_callbacks_of_diffusers_that_need_a_text_encoder_are_refused(ode_pipeline):
+    with pytest.raises(
+        ValueError, match="`callback_on_step_end_tensor_inputs` has to be .* has .'pooled_prompt_embeds'"
+    ):
+        run(ode_pipeline, 1, callback_on_step_end=SD3CFGCutoffCallback())
+
+
+def test_a_second_evaluation_keeps_the_scale_of_the_first(make_pipeline):
+    pipe = make_pipeline(scheduler=FlowMatchHeunODEScheduler())
+
+    def turn_off(pipe, i, timestep, tensors):
+        pipe._guidance_scale = 0.0
+
+    # The first step has evaluations at t = 1 and at t = 0.8, and the callback is called after both.
+    assert run(pipe, 1, guidance_scale=3.0, callback_on_step_end=turn_off)[1] == [2, 2] + [1] * 7
+
+
+def test_a_callback_sees_and_replaces_classes(ode_pipeline):
+    seen = []
+
+    def change(pipe, i, timestep, tensors):
+        seen.append({name: tensor.tolist() for name, tensor in tensors.items()})
+        return {"class_labels": torch.tensor([4]), "negative_class_labels": torch.tensor([5])} if i == 1 else None
+
+    names = ["class_labels", "negative_class_labels"]
+    arguments = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+    found, _ = run(ode_pipeline, 1, guidance_scale=2.0, negative_class_labels=3, **arguments)
+    first, second = ({"class_labels": [k], "negative_class_labels": [n]} for k, n in ((1, 3), (4, 5)))
+    assert seen == [first] * 2 + [second] * 3
+
+    states = []
+    run(ode_pipeline, 1, guidance_scale=2.0, negative_class_labels=3, callback_on_step_end=keep_latents(states))
+    halfway = {"latents": states[1], "sigmas": [0.6, 0.4, 0.2], "generator": None}
+    expected, _ = run(ode_pipeline, 4, guidance_scale=2.0, negative_class_labels=5, **halfway)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def keep_latents(states):
+    return lambda pipe, i, timestep, tensors: states.append(tensors["latents"].clone())
+
+
+def test_attention_kwargs_reach_the_transformer(ode_pipeline):
+    ode_pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    expected = {scale: run(ode_pipeline, 1, attention_kwargs={"scale": scale})[0] for scale in (0.0, 0.5, 1.0)}
+    assert torch.equal(run(ode_pipeline, 1)[0], expected[1.0])
+    assert not torch.equal(expected[0.5], expected[1.0])
+    ode_pipeline.transformer.disable_adapters()
+    torch.testing.assert_close(run(ode_pipeline, 1)[0], expected[0.0])
+
+    ode_pipeline.transformer.enable_adapters()
+
+    def turn_off(pipe, i, timestep, tensors):
+        assert pipe.attention_kwargs == {"scale": 1.0 if i == 0 else 0.0}
+        pipe._attention_kwargs = {"scale": 0.0}
+
+    found, _ = run(ode_pipeline, 1, attention_kwargs={"scale": 1.0}, callback_on_step_end=turn_off)
+    assert not torch.equal(found, expected[0.0]) and not torch.equal(found, expected[1.0])
+
+
+# --- numbers of images, no class, and classes to lead away from -----------------------------------------------------
+
+
+def test_images_of_one_label_stand_next_to_each_other(ode_pipeline):
+    found, sizes = run(ode_pipeline, 3, "five", num_images_per_label=3, generator=generators(*range(6)))
+    expected, _ = run(ode_pipeline, 3, 3, 3, 5, 5, 5)
+    assert sizes == [6] * 5 and torch.equal(found, expected)
+    one = ode_pipeline(3, num_images_per_label=2, generator=generators(0)[0], **STEPS).images
+    assert one.shape[0] == 2 and not torch.equal(one[0], one[1])
+
+
+def test_no_class(ode_pipeline):
+    """The null class of 10 has the id 10."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = ode_pipeline(num_images_per_label=2, num_inference_steps=1, latents=latents, output_type="latent").images
+    with torch.no_grad():
+        velocity = ode_pipeline.transformer(latents, 1.0, torch.tensor([10, 10])).sample
+    torch.testing.assert_close(found, latents - velocity, rtol=1e-4, atol=1e-4)
+
+    for labels in (None, 10, [10], torch.tensor([10])):
+        images = ode_pipeline(labels, num_images_per_label=2, generator=generators(0, 1), **STEPS).images
+        assert torch.equal(images, run(ode_pipeline, 10, 10)[0])
+    assert not torch.equal(run(ode_pipeline, 10, 1)[0], run(ode_pipeline, 10, 10)[0])
+    images = ode_pipeline(None, guidance_scale=4.0, generator=generators(0), **STEPS).images
+    torch.testing.assert_close(images, run(ode_pipeline, 10)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_leads_away_from_negative_classes(ode_pipeline):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, unwanted = (ode_pipeline.transformer(latents, 1.0, torch.tensor(k)).sample for k in ([3, 4], [7, 1]))
+    arguments = {"num_inference_steps": 1, "guidance_scale": 2.5, "latents": latents, "output_type": "latent"}
+    found = ode_pipeline([3, 4], negative_class_labels=["seven", 1], **arguments).images
+    torch.testing.assert_close(found, latents - (unwanted + 2.5 * (wanted - unwanted)), rtol=1e-4, atol=1e-4)
+
+    expected = ode_pipeline([3, 3], negative_class_labels=[7, 7], **arguments).images
+    assert torch.equal(ode_pipeline(3, negative_class_labels=7, num_images_per_label=2, **arguments).images, expected)
+    no_class = ode_pipeline([3, 4], negative_class_labels=10, **arguments).images
+    assert torch.equal(no_class, ode_pipeline([3, 4], **arguments).images)
+
+
+# --- guiders of diffusers -------------------------------------------------------------------------------------------
+
+
+def test_the_guider_of_classifier_free_guidance_gives_the_same_images(ode_pipeline):
+    guider = ClassifierFreeGuidance(guidance_scale=2.5)
+    for arguments in ({}, {"guidance_interval": (0.4, 0.8)}, {"negative_class_labels": 7}):
+        expected, _ = run(ode_pipeline, 1, 2, guidance_scale=2.5, **arguments)
+        found, sizes = run(ode_pipeline, 1, 2, guider=guider, **arguments)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert sizes == [2] * 10 and guider._enabled
+    assert run(ode_pipeline, 1, guider=guider, guidance_interval=(0.4, 0.8))[1] == [1] * 8
+    expected, _ = run(ode_pipeline, 1)
+    assert torch.equal(run(ode_pipeline, 1, guider=ClassifierFreeGuidance(guidance_scale=1.0))[0], expected)
+    assert torch.equal(run(ode_pipeline, 1, guider=ClassifierFreeGuidance(3.0, enabled=False))[0], expected)
+
+
+def test_start_and_stop_of_a_guider_are_fractions_of_the_steps(ode_pipeline):
+    """The last two of five steps are those at t = 0.4 and 0.2."""
+    guider = ClassifierFreeGuidance(guidance_scale=2.5, start=0.6)
+    active = []
+
+    def watch(pipe, i, timestep, tensors):
+        active.append(pipe.do_classifier_free_guidance)
+
+    found, _ = run(ode_pipeline, 1, guider=guider, callback_on_step_end=watch)
+    expected, _ = run(ode_pipeline, 1, guidance_scale=2.5, guidance_interval=(0.0, 0.4))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert active == [False] * 3 + [True] * 2
+
+
+def test_a_callback_replaces_the_guider(ode_pipeline):
+    def drop(pipe, i, timestep, tensors):
+        if i == 1:
+            pipe._guider = None
+
+    found, sizes = run(ode_pipeline, 1, guider=ClassifierFreeGuidance(2.5), callback_on_step_end=drop)
+    expected, _ = run(ode_pipeline, 1, guidance_scale=2.5, guidance_interval=(0.7, 1.0))
+    assert len(sizes) == 7
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def two_velocities(pipe, latents, label):
+    with torch.no_grad():
+        return (pipe.transformer(latents, 1.0, torch.tensor([k] * len(latents))).sample for k in (label, 10))
+
+
+def test_guiders_of_other_formulas(ode_pipeline):
+    """One step from t = 1 to t = 0: the images are the noise less the velocity."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditional, null = two_velocities(ode_pipeline, latents, 3)
+    difference, dims = (conditional - null).double(), (1, 2, 3)
+
+    # APG (arXiv 2410.02416) at eta = 0: only the part of the difference that is orthogonal to the conditional velocity
+    unit = torch.nn.functional.normalize(conditional.double(), dim=dims)
+    orthogonal = difference - (difference * unit).sum(dims, keepdim=True) * unit
+    apg = null + 2.5 * orthogonal
+    # CFG-Zero* (arXiv 2503.18886): the null velocity is scaled by its projection
+    scale = (conditional * null).sum(dims, keepdim=True) / null.square().sum(dims, keepdim=True)
+    zero_star = scale * null + 2.5 * (conditional - scale * null)
+
+    arguments = {"generator": None, "latents": latents, "num_inference_steps": 1}
+    for guider, expected in (
+        (AdaptiveProjectedGuidance(2.5, eta=0.0, adaptive_projected_guidance_rescale=0.0), apg),
+        (ClassifierFreeZeroStarGuidance(2.5, zero_init_steps=0), zero_star),
+    ):
+        found, _ = run(ode_pipeline, 3, 3, guider=guider, **arguments)
+        torch.testing.assert_close(found, latents - expected.float(), rtol=1e-4, atol=1e-4)
+
+    found, _ = run(ode_pipeline, 3, 3, guider=ClassifierFreeZeroStarGuidance(2.5, zero_init_steps=1), **arguments)
+    torch.testing.assert_close(found, latents)
+
+
+@pytest.mark.parametrize(
+    "make_guider",
+    [
+        lambda: AdaptiveProjectedGuidance(2.5, adaptive_projected_guidance_momentum=-0.5),
+        lambda: AdaptiveProjectedMixGuidance(2.5, adaptive_projected_guidance_start_step=1),
+        lambda: ClassifierFreeZeroStarGuidance(2.5),
+        lambda: TangentialClassifierFreeGuidance(2.5),
+    ],
+)
+def test_guiders_keep_images_and_calls_apart(ode_pipeline, make_guider):
+    """An image depends on its own generator alone, and a call on none before it, also with a momentum."""
+    guider = make_guider()
+    interval = {"guidance_interval": (0.0, 0.7)}
+    first, sizes = run(ode_pipeline, 1, 2, guider=guider, **interval)
+    other, _ = run(ode_pipeline, 7, 2, guider=guider, **interval)
+    assert sizes == [2] * 8 and torch.equal(first[1], other[1]) and not torch.equal(first[0], other[0])
+    assert torch.equal(run(ode_pipeline, 1, 2, guider=make_guider(), **interval)[0], first)
+    assert not torch.equal(run(ode_pipeline, 1, 2, **interval)[0], first)
+
+
+@pytest.fixture
+def deep_pipeline(make_pipeline):
+    return make_pipeline(scheduler=FlowMatchSDEScheduler(diffusion_form="none"), num_layers=4)
+
+
+@contextlib.contextmanager
+def blocks_changed(transformer, *indices, change):
+    """Changes some blocks of a transformer by hand."""
+    forwards = {index: transformer.transformer_blocks[index].forward for index in indices}
+    for index, forward in forwards.items():
+        transformer.transformer_blocks[index].forward = functools.partial(change, forward)
+    yield
+    for index, forward in forwards.items():
+        transformer.transformer_blocks[index].forward = forward
+
+
+def attend_to_itself(forward, hidden_states, temb):
+    """Perturbed attention (arXiv 2403.17377): the attention is the identity, so a token's value comes out."""
+    with mock.patch.object(transformer_sit, "dispatch_attention_fn", lambda query, key, value, **_: value):
+        return forward(hidden_states, temb)
+
+
+def leave_out(forward, hidden_states, temb):
+    return hidden_states
+
+
+@pytest.fixture
+def hooks_know_the_blocks(monkeypatch):
+    """Diffusers' hooks have to know where tokens are in a block, and what kind of attention it is."""
+    if transformer_sit.SiTTransformerBlock not in TransformerBlockRegistry._registry:
+        TransformerBlockRegistry.register(transformer_sit.SiTTransformerBlock, TransformerBlockMetadata(0))
+        metadata = AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states: hidden_states)
+        AttentionProcessorRegistry.register(transformer_sit.SiTAttnProcessor, metadata)
+    monkeypatch.setattr(transformer_sit.SiTAttention, "is_cross_attention", False, raising=False)
+
+
+SKIP = {"fqn": "transformer_blocks", "indices": [1, 2]}
+
+
+@pytest.mark.usefixtures("hooks_know_the_blocks")
+@pytest.mark.parametrize(
+    ("guider_class", "prefix", "layers", "change"),
+    [
+        (SkipLayerGuidance, "skip_layer_guidance", {"skip_layer_config": LayerSkipConfig(**SKIP)}, leave_out),
+        (PerturbedAttentionGuidance, "perturbed_guidance", {"perturbed_guidance_layers": [1, 2]}, attend_to_itself),
+    ],
+)
+def test_guiders_that_weaken_the_model_for_a_third_prediction(deep_pipeline, guider_class, prefix, layers, change):
+    pipe, before = deep_pipeline, run(deep_pipeline, 3, 3)[0]
+    window = {f"{prefix}_scale": 1.5, f"{prefix}_start": 0.0, f"{prefix}_stop": 1.0}
+    guider = guider_class(2.0, **window, **layers)
+    states = []
+    _, sizes = run(pipe, 3, 3, guider=guider, callback_on_step_end=keep_latents(states))
+    # It acts after the step of its start.
+    assert sizes == [2] * (2 + 4 * 3)
+    for i, t in enumerate((0.8, 0.6, 0.4, 0.2)):
+        conditional, null, weak = predict_three(pipe, states[i], t, change)
+        expected = null + 2.0 * (conditional - null) + 1.5 * (conditional - weak)
+        torch.testing.assert_close(states[i + 1], states[i] - 0.2 * expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(run(pipe, 3, 3)[0], before)
+
+
+def predict_three(pipe, latents, t, change):
+    """The velocity of class 3, of no class, and that of class 3 with the blocks 1 and 2 changed."""
+    labels, no_labels = (torch.full((len(latents),), k) for k in (3, 10))
+    with torch.no_grad():
+        conditional, null = (pipe.transformer(latents, t, k).sample for k in (labels, no_labels))
+        with blocks_changed(pipe.transformer, 1, 2, change=change):
+            weak = pipe.transformer(latents, t, labels).sample
+    assert not torch.allclose(conditional, weak, atol=0.01)
+    return conditional, null, weak
+
+
+@pytest.mark.usefixtures("hooks_know_the_blocks")
+def test_autoguidance_leads_away_from_the_weakened_model(deep_pipeline):
+    """With the same class on both sides, as in its paper (arXiv 2406.02507)."""
+    guider, states = AutoGuidance(1.5, auto_guidance_config=LayerSkipConfig(**SKIP)), []
+    arguments = {"negative_class_labels": 3, "callback_on_step_end": keep_latents(states)}
+    run(deep_pipeline, 3, 3, guider=guider, **arguments)
+    for i, t in enumerate((0.8, 0.6, 0.4, 0.2)):
+        conditional, _, weak = predict_three(deep_pipeline, states[i], t, leave_out)
+        expected = weak + 1.5 * (conditional - weak)
+        torch.testing.assert_close(states[i + 1], states[i] - 0.2 * expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("hooks_know_the_blocks")
+def test_hooks_of_a_guider_are_gone_after_an_error(deep_pipeline):
+    pipe, expected = deep_pipeline, run(deep_pipeline, 3)[0]
+    guider = AutoGuidance(1.5, auto_guidance_config=LayerSkipConfig(**SKIP))
+
+    def fail(*_):
+        if fail.calls == 1:
+            raise RuntimeError("in the second call")
+        fail.calls += 1
+
+    fail.calls = 0
+    hook = pipe.transformer.proj_out.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the second call"):
+        run(pipe, 3, guider=guider)
+    hook.remove()
+    assert torch.equal(run(pipe, 3)[0], expected)
+
+
 # --- schedulers -----------------------------------------------------------------------------------------------------
 
 
@@ -614,7 +965,7 @@ def test_model_offload_and_from_pipe(make_pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": 10}, r"`class_labels` has to lie in 0\.\.9, but holds 10"),
+        ({"class_labels": 11}, r"`class_labels` has to lie in 0\.\.9, but holds 11"),
         ({"class_labels": "10"}, r"`class_labels` has to lie in 0\.\.9, but holds 10\. The names are \['digit 0'"),
         ({"class_labels": "-1"}, r"`class_labels` has to lie in 0\.\.9, but holds -1"),
         ({"class_labels": "\u00b2"}, "`class_labels`: there is no class '\u00b2'"),
@@ -637,8 +988,26 @@ def test_model_offload_and_from_pipe(make_pipeline):
         ({"latents": torch.zeros(1, 4, 9, 9)}, r"`latents` has to be of shape \[1, 4, 8, 8\], but .* \[1, 4, 9, 9\]"),
         ({"generator": generators(0, 1)}, "`generator` .* one for each of the 1 images, but is a list of 2"),
         ({"output_type": "jpg"}, "`output_type` has to be one of .*, but is 'jpg'"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has to be a part of \['latents'\], but has \['noise'\]"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["noise"]},
+            r"has to be a part of \['latents', .*\], but has \['noise'\]",
+        ),
         ({"sigmas": [0.2, 0.9], "output_type": "latent"}, "`sigmas` have to decrease"),
+        ({"num_images_per_label": 0}, "`num_images_per_label` has to be at least 1, but is 0"),
+        ({"num_images_per_label": 2, "generator": generators(0)}, "one for each of the 2 images, but is a list of 1"),
+        ({"negative_class_labels": 11}, r"`negative_class_labels` has to lie in 0\.\.9, but holds 11"),
+        (
+            {"negative_class_labels": [1, 2]},
+            "`negative_class_labels` has to be one class, or .* the 1 .*, but holds 2",
+        ),
+        ({"negative_class_labels": "thre"}, r"`negative_class_labels`: there is no class 'thre'"),
+        ({"guider": "cfg"}, "`guider` has to be a guider of diffusers, but is 'cfg'"),
+        (
+            {"guider": ClassifierFreeGuidance(2.0), "guidance_scale": 3.0},
+            "`guidance_scale` has to be left at 1.0 with",
+        ),
+        ({"guider": LTX2Guidance()}, "`guider` has to combine .* LTX2Guidance needs .*'pred_cond_modality'"),
+        ({"guider": SmoothedEnergyGuidance(seg_guidance_layers=[0])}, "`guider` .* SmoothedEnergyGuidance needs"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, message):

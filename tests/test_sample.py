@@ -135,11 +135,20 @@ def test_images_are_floored_samples_of_the_pipeline(run, pipeline_dir):
     np.testing.assert_array_equal(png, archive["arr_0"][4])
 
 
-def test_labels_are_random_or_balanced(run):
+def test_labels_are_random_or_balanced_or_none(run, pipeline_dir, capsys):
     random = np.load(run("random", "--num_images", 40) / "samples.npz")["arr_1"]
     balanced = np.load(run("balanced", "--num_images", 40, "--label_sampling", "balanced") / "samples.npz")["arr_1"]
     assert np.bincount(balanced, minlength=10).tolist() == [4] * 10
     assert np.bincount(random, minlength=10).tolist() != [4] * 10 and set(random) <= set(range(10))
+    none = run("none", "--num_images", 4, "--label_sampling", "none")
+    assert np.load(none / "samples.npz")["arr_1"].tolist() == [10] * 4
+    assert json.loads((none / "samples.json").read_text())["class_labels"] == "no class"
+    pipe = DiffusionPipeline.from_pretrained(pipeline_dir)
+    generators = [make_generator(0, i) for i in range(32)]
+    images = pipe(num_images_per_label=32, num_inference_steps=2, generator=generators, output_type="pt").images[:4]
+    drawn = np.load(none / "samples.npz")["arr_0"] / 255
+    np.testing.assert_allclose(drawn, images.permute(0, 2, 3, 1), rtol=0, atol=1.01 / 255)
+    assert "class 10, 'no class': 4" in capsys.readouterr().out
     again = np.load(run("fewer", "--num_images", 10) / "samples.npz")["arr_1"]
     np.testing.assert_array_equal(again, random[:10])
 
@@ -359,6 +368,7 @@ def test_what_is_there_is_not_overwritten_unasked(run):
         (["--num_images", "1", "--guidance_interval", "0.5", "0.2"], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
         (["--num_images", "1", "--scheduler", "ddim"], "invalid choice: 'ddim'"),
         (["--class_labels", "1", "--label_sampling", "balanced"], "--label_sampling goes with --num_images"),
+        (["--class_labels", "1", "--label_sampling", "none"], "--label_sampling goes with --num_images"),
     ],
 )
 def test_wrong_arguments_are_usage_errors(run, capsys, arguments, message):

@@ -5,7 +5,7 @@
 import difflib
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -31,7 +31,11 @@ def unique_names(ids_of_name: dict[str, list[int]]) -> dict[str, int]:
 
 
 def find_class_ids(
-    class_labels: Iterable[Any], id2label: dict[int, str] | None, num_classes: int, argument: str = "class_labels"
+    class_labels: Iterable[Any],
+    id2label: dict[int, str] | None,
+    num_classes: int,
+    argument: str = "class_labels",
+    with_null: bool = False,
 ) -> list[int]:
     """
     Maps classes to their ids. A text that could be both a name and an id, as in a command line, is the name: `"1"` is
@@ -42,9 +46,10 @@ def find_class_ids(
         id2label (`dict[int, str]`, *optional*): Names of the classes, see [`find_names`].
         num_classes (`int`): How many classes there are.
         argument (`str`, defaults to `"class_labels"`): What messages call `class_labels`.
+        with_null (`bool`, defaults to `False`): Whether the integer `num_classes` is allowed, which is no class.
 
     Returns:
-        `list[int]`: An id in `0..num_classes - 1` for each of them.
+        `list[int]`: An id in `0..num_classes - 1` for each of them, or in `0..num_classes` with `with_null`.
 
     Raises:
         `ValueError`: if there is no such class, or if several classes have the name.
@@ -71,12 +76,52 @@ def find_class_ids(
                     f"`{argument}` has to be a class id, the name of a class, or a list of these, but holds"
                     f" {label!r} of type {type(label).__name__}."
                 ) from None
-        if not 0 <= class_id < num_classes:
+        is_null = with_null and class_id == num_classes and not isinstance(label, str)
+        if not 0 <= class_id < num_classes and not is_null:
             is_digits = isinstance(label, str) and not candidates
             hint = f" {_describe_names(label, ids_of_name)}" if is_digits and ids_of_name else ""
             raise ValueError(f"`{argument}` has to lie in 0..{num_classes - 1}, but holds {class_id}.{hint}")
         ids.append(class_id)
     return ids
+
+
+def find_call_ids(
+    find: Callable[..., list[int]],
+    class_labels: Any,
+    negative_class_labels: Any,
+    num_images_per_label: int,
+    null_id: int,
+) -> tuple[list[int], list[int]]:
+    """
+    The class of every image of a pipeline's call, and the class that its guidance leads away from; images of one label
+    stand next to each other.
+
+    Args:
+        find (`Callable`): Maps labels to ids, as `find(labels, name of the argument)`.
+        class_labels, negative_class_labels: What the call was given; None is no class.
+        num_images_per_label (`int`): Images of each of `class_labels`.
+        null_id (`int`): What stands for no class.
+
+    Raises:
+        `ValueError`: if there are no labels, or if their numbers do not go together.
+    """
+    if num_images_per_label < 1:
+        raise ValueError(f"`num_images_per_label` has to be at least 1, but is {num_images_per_label}.")
+    ids = [null_id] if class_labels is None else find(class_labels)
+    if not ids:
+        raise ValueError("`class_labels` has to hold at least one class, but is empty.")
+    negative_ids = [null_id]
+    if negative_class_labels is not None:
+        negative_ids = find(negative_class_labels, "negative_class_labels")
+    if len(negative_ids) not in (1, len(ids)):
+        raise ValueError(
+            f"`negative_class_labels` has to be one class, or one for each of the {len(ids)} `class_labels`, but holds"
+            f" {len(negative_ids)}."
+        )
+    if len(negative_ids) == 1:
+        negative_ids = negative_ids * len(ids)
+    ids, negative_ids = ([i for i in each for _ in range(num_images_per_label)] for each in (ids, negative_ids))
+    return ids, negative_ids
 
 
 def _describe_names(name: str, ids_of_name: dict[str, list[int]]) -> str:

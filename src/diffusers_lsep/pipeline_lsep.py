@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import inspect
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,23 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
+from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .flow_schedulers import check_scheduler, set_timesteps
+from .guidance import GuidanceMixin, check_guidance, is_in_interval
 from .interpolants import get_interpolant
-from .labels import find_class_ids, find_names, unique_names
+from .labels import find_call_ids, find_class_ids, find_names, unique_names
 from .transformer_sit import SiTTransformer2DModel
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-# The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
-INTERVAL_TOLERANCE = 1e-6
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -41,7 +41,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LSEPPipeline(DiffusionPipeline):
+class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
     r"""
     Class-conditional image generation with a [`SiTTransformer2DModel`], in the latent space of a VAE or on pixels.
 
@@ -63,7 +63,7 @@ class LSEPPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "class_labels", "negative_class_labels", "prompt_embeds"]
 
     def __init__(
         self,
@@ -92,13 +92,8 @@ class LSEPPipeline(DiffusionPipeline):
         return unique_names(find_names(self.config.id2label))
 
     @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the current step is guided."""
-        return self._guidance_active
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
 
     @property
     def num_timesteps(self) -> int:
@@ -182,16 +177,20 @@ class LSEPPipeline(DiffusionPipeline):
             self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
         )
 
-    def get_label_ids(self, label: int | str | list[int | str] | torch.Tensor) -> list[int]:
+    def get_label_ids(
+        self, label: int | str | list[int | str] | torch.Tensor, argument: str = "class_labels"
+    ) -> list[int]:
         """
         Maps classes, by name or by id, to their ids. What could be both a name and an id is the name: `"1"` is the
-        class of that name, or where there is none the class with the id 1. An integer is an id.
+        class of that name, or where there is none the class with the id 1. An integer is an id, or `num_classes` for
+        no class.
 
         Args:
             label (`int`, `str` or a list of these): Classes.
+            argument (`str`, defaults to `"class_labels"`): What messages call `label`.
 
         Returns:
-            `list[int]`: Class ids.
+            `list[int]`: Class ids, in `0..num_classes`.
 
         Raises:
             `ValueError`: if there is no such class, or if several classes have the name.
@@ -199,7 +198,9 @@ class LSEPPipeline(DiffusionPipeline):
         if isinstance(label, torch.Tensor):
             label = label.tolist()
         labels = label if isinstance(label, (list, tuple, range, np.ndarray)) else [label]
-        return find_class_ids(labels, self.config.id2label, self.transformer.config.num_classes)
+        return find_class_ids(
+            labels, self.config.id2label, self.transformer.config.num_classes, argument, with_null=True
+        )
 
     def check_inputs(
         self,
@@ -212,17 +213,10 @@ class LSEPPipeline(DiffusionPipeline):
         sigmas: list[float] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        guider: BaseGuidance | None = None,
     ):
-        if batch_size == 0:
-            raise ValueError("`class_labels` has to hold at least one class, but is empty.")
         if sigmas is None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale}.")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval}."
-            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` has to be one generator or a list of one for each of the {batch_size} images, but is a"
@@ -239,60 +233,10 @@ class LSEPPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has to be a part of {self._callback_tensor_inputs}, but has"
                 f" {unknown}."
             )
-        self._check_scheduler(sigmas)
+        check_guidance(guidance_scale, guidance_interval, guider)
+        check_scheduler(self.scheduler, self.config.path_type, sigmas)
         if output_type != "latent":
             self.check_decodable()
-
-    @property
-    def _scheduler_has_path(self) -> bool:
-        # Of all schedulers only those of this package. Not told by their classes, of which there are several where a
-        # repository brings its own code (see `hub.add_code`).
-        return hasattr(self.scheduler, "path")
-
-    @property
-    def _scheduler_uses_flow_sigmas(self) -> bool:
-        # The config alone does not tell: it also holds settings of the scheduler that this one was made from.
-        takes_them = "use_flow_sigmas" in inspect.signature(self.scheduler.__init__).parameters
-        return takes_them and bool(self.scheduler.config.use_flow_sigmas)
-
-    def _check_scheduler(self, sigmas: list[float] | None):
-        scheduler, path_type = self.scheduler, self.config.path_type
-        name = type(scheduler).__name__
-        if sigmas is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"`sigmas` cannot be used with {name}, which does not take any.")
-
-        if self._scheduler_has_path:
-            if scheduler.config.path_type != path_type:
-                raise ValueError(
-                    f"`scheduler` has `path_type={scheduler.config.path_type!r}`, but the transformer was trained on"
-                    f" the path {path_type!r}."
-                )
-            return
-
-        is_flow_match = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
-        if not is_flow_match and not self._scheduler_uses_flow_sigmas:
-            if "use_flow_sigmas" in inspect.signature(scheduler.__init__).parameters:
-                hint = f"{name}.from_config(pipe.scheduler.config, use_flow_sigmas=True"
-                hint += ", prediction_type='flow_prediction')"
-            else:
-                hint = f"FlowMatchSDEScheduler.from_config(pipe.scheduler.config, path_type={path_type!r})"
-            raise ValueError(
-                f"`scheduler` has to be a flow-matching scheduler, but {name} has no `use_flow_sigmas=True`. Try"
-                f" `{hint}`."
-            )
-        if not is_flow_match and scheduler.config.get("prediction_type") != "flow_prediction":
-            raise ValueError(
-                f"`scheduler` has to take a velocity, `prediction_type='flow_prediction'`, but {name} has"
-                f" `prediction_type={scheduler.config.get('prediction_type')!r}`."
-            )
-        # These two follow dx = v dt and nothing else; all others use the linear path's alpha and sigma.
-        if path_type != "linear" and (not is_flow_match or scheduler.config.get("stochastic_sampling", False)):
-            raise ValueError(
-                f"`scheduler` {name} is for the linear path, but the transformer was trained on the path"
-                f" {path_type!r}. Use FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler,"
-                " FlowMatchHeunODEScheduler, FlowMatchEulerDiscreteScheduler (without `stochastic_sampling`) or"
-                " FlowMatchHeunDiscreteScheduler."
-            )
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         config = self.transformer.config
@@ -309,18 +253,6 @@ class LSEPPipeline(DiffusionPipeline):
         if latents is not None:
             return latents.to(device=device, dtype=torch.float32)
         return randn_tensor(self._latents_shape(batch_size), generator=generator, device=device, dtype=torch.float32)
-
-    def _set_timesteps(self, num_inference_steps: int, device: torch.device, sigmas: list[float] | None):
-        scheduler = self.scheduler
-        takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-        if sigmas is None and takes_sigmas and not self._scheduler_has_path and not self._scheduler_uses_flow_sigmas:
-            # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
-        if sigmas is not None:
-            # Some schedulers calculate with them as they are, which takes an array.
-            scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float64), device=device)
-        else:
-            scheduler.set_timesteps(num_inference_steps, device=device)
 
     def check_decodable(self):
         """Raises a `ValueError` if there are only latents to be had, for want of a VAE."""
@@ -371,26 +303,19 @@ class LSEPPipeline(DiffusionPipeline):
         with torch.autocast(latents.device.type, enabled=False), upcast:
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
-    def predict_velocity(
-        self, latents: torch.Tensor, t: float, class_ids: torch.Tensor, guidance_scale: float = 1.0
-    ) -> torch.Tensor:
-        """The velocity at the time `t`, float32 `[B, C, S, S]`, of the guidance if its scale is above 1."""
-        sample = latents.to(self.transformer.dtype)
-        if guidance_scale > 1:
-            sample = torch.cat([sample, sample])
-            class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
-        time = torch.full((len(sample),), t, dtype=torch.float32, device=latents.device)
-        velocity = self.transformer(sample, timestep=time, class_labels=class_ids, return_dict=False)[0].float()
-        if guidance_scale > 1:
-            velocity, null_velocity = velocity.chunk(2)
-            velocity = null_velocity + guidance_scale * (velocity - null_velocity)
-        return velocity
+    def _call_back(
+        self, callback: Callable, names: list[str], i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ):
+        # `prompt_embeds` is what diffusers' SDCFGCutoffCallback asks for: it sees the classes, and changes nothing.
+        shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
+        outputs = callback(self, i, timestep, {name: shown[name] for name in names}) or {}
+        tensors.update({name: outputs[name] for name in tensors if name in outputs})
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        class_labels: int | str | list[int | str],
+        class_labels: int | str | list[int | str] | None = None,
         num_inference_steps: int = 250,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -399,22 +324,27 @@ class LSEPPipeline(DiffusionPipeline):
         sigmas: list[float] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, as in all pipelines of diffusers
+        negative_class_labels: int | str | list[int | str] | None = None,
+        num_images_per_label: int = 1,
+        guider: BaseGuidance | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         r"""
-        Generates one image for each class label.
+        Generates images of classes.
 
         Args:
-            class_labels (`int`, `str` or a list of these):
-                Class ids in `0..num_classes - 1`, or names of classes (see `labels` and `get_label_ids`).
+            class_labels (`int`, `str` or a list of these, *optional*):
+                Class ids in `0..num_classes - 1`, or names of classes (see `labels` and `get_label_ids`). None, or the
+                id `num_classes`, draws from all classes at once, unconditionally.
             num_inference_steps (`int`, defaults to `250`): Number of steps of the scheduler.
             guidance_scale (`float`, defaults to `1.0`):
                 Scale `s` of classifier-free guidance (arXiv 2207.12598), `v_null + s (v_class - v_null)`. Off if not
-                above 1.
+                above 1, or with a `guider`.
             guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
-                The times `t`, both ends included, at which guidance acts (arXiv 2404.07724). Outside, the model is
-                evaluated once per step and not twice.
+                The times `t`, both ends included, at which guidance or the `guider` acts (arXiv 2404.07724). Outside,
+                the model is evaluated once per step.
             generator (`torch.Generator` or a list of them, *optional*):
                 Makes generation deterministic. With a list of one generator per image, an image depends on its own
                 generator only, not on the rest of the batch.
@@ -425,9 +355,20 @@ class LSEPPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
                 Called at the end of each step as `callback_on_step_end(pipe, i, timestep, callback_kwargs)`. What it
-                returns under `"latents"` replaces the latents.
+                returns under `"latents"`, `"class_labels"` or `"negative_class_labels"` replaces these. What it sets
+                in `pipe._guidance_scale`, `_guidance_interval`, `_guider`, `_attention_kwargs` or `_interrupt` holds
+                from the next step on.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                The tensors that `callback_kwargs` holds.
+                The tensors that `callback_kwargs` holds: `"latents"`, and the ids `"class_labels"` and
+                `"negative_class_labels"`, `[B]`. A callback of diffusers brings its own list.
+            negative_class_labels (`int`, `str` or a list of these, *optional*):
+                Classes that guidance leads away from, one for all or one for each of `class_labels`; no class if not
+                given.
+            num_images_per_label (`int`, defaults to `1`):
+                Images of each of `class_labels`, next to each other. A list of generators has one for each image.
+            guider (`BaseGuidance`, *optional*):
+                A guider of diffusers, such as [`AdaptiveProjectedGuidance`], in place of `guidance_scale`.
+            attention_kwargs (`dict`, *optional*): For the transformer; `scale` scales its LoRA layers.
 
         Examples:
 
@@ -437,8 +378,14 @@ class LSEPPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: if an argument is none of the above, before any work.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
         # 1. Check inputs
-        label_ids = self.get_label_ids(class_labels)
+        config = self.transformer.config
+        label_ids, negative_ids = find_call_ids(
+            self.get_label_ids, class_labels, negative_class_labels, num_images_per_label, config.num_classes
+        )
         batch_size = len(label_ids)
         self.check_inputs(
             batch_size,
@@ -450,49 +397,55 @@ class LSEPPipeline(DiffusionPipeline):
             sigmas,
             output_type,
             callback_on_step_end_tensor_inputs,
+            guider,
         )
-        self._guidance_scale = guidance_scale
+        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._guider, self._attention_kwargs = guider, attention_kwargs
         self._interrupt = False
         device = self._execution_device
 
         # 2. Timesteps. Times are compared on the host: no synchronisation in the loop.
-        self._set_timesteps(num_inference_steps, device, sigmas)
-        self.scheduler.set_begin_index(0)
-        timesteps = self.scheduler.timesteps
-        times = self.scheduler.sigmas[: len(timesteps)].tolist()
+        num_tokens = (config.sample_size // config.get("patch_size", 1)) ** 2
+        timesteps, times = set_timesteps(
+            self.scheduler, num_inference_steps, device, sigmas, self.config.path_type, num_tokens
+        )
         self._num_timesteps = len(timesteps)
 
         # 3. Latents and classes
-        latents = self.prepare_latents(batch_size, device, generator, latents)
-        class_ids = torch.tensor(label_ids, device=device)
+        tensors = {
+            "latents": self.prepare_latents(batch_size, device, generator, latents),
+            "class_labels": torch.tensor(label_ids, device=device),
+            "negative_class_labels": torch.tensor(negative_ids, device=device),
+        }
 
         # 4. Denoising loop
-        low, high = guidance_interval
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if accepts_generator else {}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                # The second evaluation of a step is guided if the first one was.
+                self._current_timestep = timestep
+                # The second evaluation of a step is guided as the first one was.
                 if getattr(self.scheduler, "state_in_first_order", True):
-                    in_interval = low - INTERVAL_TOLERANCE <= times[i] <= high + INTERVAL_TOLERANCE
-                    self._guidance_active = guidance_scale > 1 and in_interval
+                    in_interval = is_in_interval(times[i], self.guidance_interval)
+                    scale = self.guidance_scale if in_interval else 1.0
 
-                scale = guidance_scale if self.do_classifier_free_guidance else 1.0
-                velocity = self.predict_velocity(latents, times[i], class_ids, scale)
-                latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
+                step = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": timestep}
+                velocity = self._predict_step(tensors, times[i], scale, in_interval, step)
+                tensors["latents"] = self.scheduler.step(
+                    velocity, timestep, tensors["latents"], **step_kwargs, return_dict=False
+                )[0]
                 if callback_on_step_end is not None:
-                    callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
+                    self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, tensors)
 
                 progress_bar.update()
+        self._current_timestep = None
 
         # 5. Decode
-        image = latents
+        image = tensors["latents"]
         if output_type != "latent":
-            image = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+            image = self.image_processor.postprocess(self.decode_latents(image), output_type=output_type)
 
         self.maybe_free_model_hooks()
 

@@ -27,7 +27,7 @@ from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
 
 
 SAMPLERS = ("sde", "sde2", "ode", "heun", "dpmpp", "unipc")
-LABEL_SAMPLINGS = ("random", "balanced")
+LABEL_SAMPLINGS = ("random", "balanced", "none")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -147,12 +147,15 @@ def choose_class_ids(num_images: int, num_classes: int, label_sampling: str = "r
     Args:
         num_images (`int`): How many images.
         num_classes (`int`): How many classes.
-        label_sampling (`str`, defaults to `"random"`): `"random"`, or `"balanced"`: all equally often, in turn.
+        label_sampling (`str`, defaults to `"random"`):
+            `"random"`, `"balanced"`: all equally often, in turn, or `"none"`: no class, `num_classes`, for all.
         seed (`int`, defaults to `0`): Of the random ones.
 
     Returns:
         `np.ndarray`: int64 `[num_images]`. Fewer images have the first of these classes.
     """
+    if label_sampling == "none":
+        return np.full(num_images, num_classes)
     if label_sampling == "balanced":
         return np.arange(num_images) % num_classes
     return np.random.default_rng(np.random.Philox(key=seed)).integers(num_classes, size=num_images)
@@ -287,6 +290,8 @@ class DrawnSamples:
                 "`samples`: every class is drawn equally often; the papers draw classes at random, which gives a"
                 " higher FID"
             )
+        if label_sampling == "none":
+            self.notes.append("`samples`: drawn without classes, unlike those of the papers")
         self.settings = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,

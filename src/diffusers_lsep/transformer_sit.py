@@ -9,6 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -144,7 +145,7 @@ class SiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp.unsqueeze(1) * self.ff(norm_hidden_states)
 
 
-class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     r"""
     The Scalable Interpolant Transformer (SiT, arXiv 2401.08740): a class-conditional DiT that predicts the velocity of
     a flow from data (`t = 0`) to noise (`t = 1`).

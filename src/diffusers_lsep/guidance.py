@@ -1,0 +1,192 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance away from a class, or from none: by a scale, or by one of diffusers' guiders."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.guiders import BaseGuidance
+
+from .interpolants import get_interpolant
+
+
+# The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
+INTERVAL_TOLERANCE = 1e-6
+
+# What a guider may ask the model for: with and without the class, and with the class through some of the blocks only.
+GUIDER_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip")
+
+
+def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: BaseGuidance | None):
+    """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale}.")
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise ValueError(
+            f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval}."
+        )
+    if guider is None:
+        return
+    if not isinstance(guider, BaseGuidance):
+        raise ValueError(f"`guider` has to be a guider of diffusers, but is {guider!r}.")
+    if guidance_scale != 1:
+        raise ValueError(
+            f"`guidance_scale` has to be left at 1.0 with a `guider`, which has its own, but is {guidance_scale}."
+        )
+    others = [name for name in guider._input_predictions if name not in GUIDER_PREDICTIONS]
+    if others:
+        raise ValueError(
+            f"`guider` has to combine predictions out of {list(GUIDER_PREDICTIONS)}, but {type(guider).__name__} needs"
+            f" {others}."
+        )
+
+
+def is_in_interval(t: float, guidance_interval: tuple[float, float]) -> bool:
+    """Whether guidance acts at the time `t`; both ends belong to the interval."""
+    low, high = guidance_interval
+    return low - INTERVAL_TOLERANCE <= t <= high + INTERVAL_TOLERANCE
+
+
+class GuidanceMixin:
+    """
+    What a pipeline predicts with its `transformer`: the velocity, guided as its attributes say. Callbacks may set
+    these while it runs.
+    """
+
+    config: Any
+    transformer: Any
+    _guidance_scale: float
+    _guidance_interval: tuple[float, float]
+    _guidance_active: bool
+    _guider: BaseGuidance | None
+    _attention_kwargs: dict[str, Any] | None
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        return self._guidance_interval
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current step is guided."""
+        return self._guidance_active
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    def predict_velocity(
+        self,
+        latents: torch.Tensor,
+        t: float,
+        class_ids: torch.Tensor,
+        guidance_scale: float = 1.0,
+        negative_class_ids: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        step: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """
+        Predicts the velocity, with classifier-free guidance (arXiv 2207.12598) if its scale is above 1.
+
+        Args:
+            latents (`torch.Tensor` of shape `[B, C, S, S]`): The state at the time `t`.
+            t (`float`): The time, in [0, 1].
+            class_ids (`torch.Tensor` of shape `[B]`): Classes.
+            guidance_scale (`float`, defaults to `1.0`): Scale of the guidance.
+            negative_class_ids (`torch.Tensor` of shape `[B]`, *optional*): What it leads away from (no class).
+            attention_kwargs (`dict`, *optional*): For the transformer.
+            step (`dict`, *optional*):
+                `step_index`, `num_inference_steps` and `timestep`, which tell caches where in a loop this is.
+
+        Returns:
+            `torch.Tensor`: float32 `[B, C, S, S]`.
+        """
+        step = step or {}
+        if guidance_scale <= 1:
+            return self._call_transformer(latents, t, attention_kwargs, step, "cond", class_ids)
+        if negative_class_ids is None:
+            negative_class_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
+        # In the order of diffusers' pipelines, which some caches rely on
+        latents, class_ids = torch.cat([latents, latents]), torch.cat([negative_class_ids, class_ids])
+        velocity = self._call_transformer(latents, t, attention_kwargs, step, "cond_uncond", class_ids)
+        negative_velocity, velocity = velocity.chunk(2)
+        return negative_velocity + guidance_scale * (velocity - negative_velocity)
+
+    def _call_transformer(
+        self,
+        latents: torch.Tensor,
+        t: float,
+        attention_kwargs: dict[str, Any] | None,
+        step: dict[str, Any],
+        context: str,
+        class_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        time = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
+        latents = latents.to(self.transformer.dtype)
+        arguments = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
+        with self._cache_context(context, t, step):
+            output = self.transformer(latents, timestep=time, class_labels=class_ids, return_dict=False, **arguments)
+        return output[0].float()
+
+    def _cache_context(self, name: str, t: float, step: dict[str, Any]) -> AbstractContextManager[None]:
+        """
+        Says to a cache which kind of call is made, and where in the loop. A module in the transformer's place, which
+        need not be one of diffusers, may have no caches.
+        """
+        if not hasattr(self.transformer, "cache_context"):
+            return nullcontext()
+        if step:
+            path = get_interpolant(self.config.path_type)
+            alpha, sigma = path.alpha(t), path.sigma(t)
+            step = {
+                **step,
+                "sigma": sigma / (alpha + sigma),
+            }  # the linear path's time with this ratio of noise to data
+        return self.transformer.cache_context(name, **step)
+
+    def _set_guidance_active(self, is_active: bool, step_index: int):
+        """What caches hold is from an interrupted call, or too old once the guidance goes on or off."""
+        is_new = step_index == 0 or is_active != self._guidance_active
+        if is_new and hasattr(self.transformer, "_reset_stateful_cache"):
+            self.transformer._reset_stateful_cache()
+        self._guidance_active = is_active
+
+    def _predict_step(
+        self, tensors: dict[str, torch.Tensor], t: float, scale: float, in_interval: bool, step: dict[str, Any]
+    ) -> torch.Tensor:
+        """The velocity of a step of the loop. `tensors` are what callbacks see."""
+        latents, class_ids = tensors["latents"], tensors["class_labels"]
+        negative_class_ids = tensors["negative_class_labels"]
+        if self._guider is None:
+            self._set_guidance_active(scale > 1, step["step_index"])
+            return self.predict_velocity(
+                latents, t, class_ids, scale, negative_class_ids, self._attention_kwargs, step
+            )
+
+        # As the modular pipelines of diffusers do it
+        guider = self._guider
+        guider.set_state(step["step_index"], step["num_inference_steps"], step["timestep"])
+        was_enabled = guider._enabled
+        if not in_interval:
+            guider.disable()
+        try:
+            batches = guider.prepare_inputs({"class_labels": (class_ids, negative_class_ids)})
+            self._set_guidance_active(len(batches) > 1, step["step_index"])
+            for batch in batches:
+                guider.prepare_models(self.transformer)
+                try:
+                    context = getattr(batch, guider._identifier_key)
+                    batch.noise_pred = self._call_transformer(
+                        latents, t, self._attention_kwargs, step, context, batch.class_labels
+                    )
+                finally:
+                    guider.cleanup_models(self.transformer)
+            return guider(batches).pred
+        finally:
+            if was_enabled:
+                guider.enable()
