@@ -266,7 +266,7 @@ def test_convert_refuses_a_vae_of_other_latents(tmp_path, vae):
     weights["final_layer.linear.weight"], weights["final_layer.linear.bias"] = torch.randn(24, 64), torch.randn(24)
     torch.save(weights, tmp_path / "sit.pt")
     message = error_of(convert_tiny, tmp_path / "pipeline", "--vae", vae, checkpoint=tmp_path / "sit.pt")
-    assert "has 4 latent channels, but the model has 3" in message
+    assert "`--vae` has 4 latent channels (AutoencoderKL), but `transformer` has `in_channels=3`" in message
     assert not (tmp_path / "pipeline").exists()
 
 

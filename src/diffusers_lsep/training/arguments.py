@@ -202,7 +202,8 @@ def add_model_flags(flags: Flags):
     add(
         "--pretrained_vae_model_name_or_path",
         changeable=True,
-        help="An AutoencoderKL: the transformer then works on its latents. Without one it works on pixels.",
+        help="An AutoencoderKL or another autoencoder of diffusers: the transformer then works on its latents. Without"
+        " one it works on pixels.",
     )
 
 

@@ -3,6 +3,7 @@
 """From the flags of `examples/train_lsep.py` to data and model, with every check that can be made before training."""
 
 import argparse
+import json
 import math
 import zlib
 from dataclasses import dataclass
@@ -10,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
+from ..autoencoders import (
+    Autoencoder,
+    get_image_channels,
+    get_latent_channels,
+    get_normalization,
+    get_scale_factor,
+    load_autoencoder,
+)
 from ..command_line import with_values
 from ..data.images import ImageSource, load_image_dataset, open_images
 from ..data.moments import MomentsDataset, OriginalMomentsDataset
@@ -46,7 +54,7 @@ class Setup:
     data: TrainingData
     config: dict[str, Any]  # of the transformer
     start: Start | None  # from a saved pipeline
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     encoder: REPAEncoder | None
     samples_per_step: int
     facts: dict[str, Any]  # what a continued run has to have in common with its checkpoint, beside flags
@@ -100,7 +108,8 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "training_images": len(data.source.labels),
         "training_labels": None if args.streaming else hash_labels(data.source.labels),
         "class_names": zlib.crc32("\n".join(data.names).encode()),
-        "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
+        "vae": zlib.crc32(next(vae.encoder.parameters()).numpy().tobytes()) if vae is not None else None,
+        "vae_normalization": zlib.crc32(json.dumps(get_normalization(vae)).encode()) if vae is not None else None,
         "repa_encoder_weights": hash_weights(encoder.model) if encoder is not None else None,
     }
     return Setup(args, data, config, start, vae, encoder, samples_per_step, facts)
@@ -117,7 +126,7 @@ def open_vae(
     args: argparse.Namespace,
     latents: MomentsDataset | OriginalMomentsDataset | None,
     pretrained: PretrainedPipeline | None,
-) -> tuple[AutoencoderKL | None, str | None]:
+) -> tuple[Autoencoder | None, str | None]:
     """Loads the VAE that is asked for, or else that of the pipeline to start from or of the latents; and its name."""
     name_or_path = args.pretrained_vae_model_name_or_path
     options: dict[str, Any] = {}
@@ -130,21 +139,18 @@ def open_vae(
         raise ValueError("`--latents_dir` of this kind needs `--pretrained_vae_model_name_or_path` to make images.")
     if name_or_path is None:
         return None, None
-    flag = f"`--pretrained_vae_model_name_or_path` {name_or_path!r}"
-    try:
-        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
-    except OSError as error:
-        raise ValueError(f"{flag} cannot be loaded: {error}") from error
+    flag = "--pretrained_vae_model_name_or_path"
+    vae = load_autoencoder(name_or_path, flag, **options)
     if isinstance(latents, MomentsDataset):
-        latents.check_vae(vae, flag)
-    return vae.requires_grad_(False).eval(), name_or_path
+        latents.check_vae(vae, f"`{flag}` {name_or_path!r}")
+    return vae, name_or_path
 
 
 def choose_architecture(
     args: argparse.Namespace,
     latents: MomentsDataset | OriginalMomentsDataset | None,
     pretrained: PretrainedPipeline | None,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
 ) -> tuple[dict[str, Any], int, int]:
     """The config of the transformer, without its classes; the side of the images in pixels, and their channels."""
     # 1. What flags and other models say: later ones win
@@ -160,7 +166,7 @@ def choose_architecture(
     config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
 
     # 2. Size
-    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+    vae_factor = get_scale_factor(vae) if vae is not None else 1
     resolution = args.resolution
     if latents is not None:
         config["sample_size"] = given(config, "sample_size", latents.moments_shape[-1], "`--latents_dir`")
@@ -176,8 +182,13 @@ def choose_architecture(
 
     # 3. Channels
     if vae is not None:
-        config["in_channels"] = given(config, "in_channels", vae.config.latent_channels, "the VAE")
-        return config, resolution, given(vars(args), "image_channels", vae.config.in_channels, "the VAE")
+        config["in_channels"] = given(config, "in_channels", get_latent_channels(vae), "the VAE")
+        if latents is not None and latents.moments_shape[0] != 2 * config["in_channels"]:
+            raise ValueError(
+                f"`--latents_dir` has {latents.moments_shape[0] // 2} latent channels, but"
+                f" `--pretrained_vae_model_name_or_path` has {config['in_channels']}."
+            )
+        return config, resolution, given(vars(args), "image_channels", get_image_channels(vae), "the VAE")
     if config.get("in_channels", 3) not in (1, 3):
         raise ValueError(
             f"`--pretrained_vae_model_name_or_path` is needed: the model has {config['in_channels']} channels, which"
