@@ -80,7 +80,8 @@ class Trainer:
         self.validation_labels = self.get_validation_labels()
         if setup.vae is not None:
             setup.vae.to(accelerator.device)
-            setup.vae.enable_slicing()
+            if hasattr(setup.vae, "use_slicing"):  # nearly all have it
+                setup.vae.enable_slicing()
             # Numbers per channel go to the device once, and not in every step.
             self.normalization: dict[str, Any] = {
                 name: torch.tensor(value, device=accelerator.device) if isinstance(value, list) else value
