@@ -69,6 +69,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image_column", default="image", help="Column of images there.")
     parser.add_argument("--label_column", default="label", help="Column of labels there.")
     parser.add_argument(
+        "--unconditional",
+        action="store_true",
+        help="The images have no labels, or these are not to be read; for the flag of this name in training.",
+    )
+    parser.add_argument(
         "--output_dir", required=True, help="A new folder, or one that this script began with the same arguments."
     )
     parser.add_argument(
@@ -149,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             args.dataset_config_name,
             args.split,
             args.image_column,
-            args.label_column,
+            None if args.unconditional else args.label_column,
         )
         vae_name = args.pretrained_vae_model_name_or_path
         vae = load_vae_to_encode(vae_name, args.resolution, args.vae_subfolder, args.vae_revision)

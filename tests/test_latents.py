@@ -673,7 +673,7 @@ class TestMomentsDataset:
         """As "crane" does in ImageNet."""
         source = open_image_files(images_dir)
         source.id2label = {0: "crane", 1: "crane", 2: "maillot"}
-        monkeypatch.setattr("diffusers_lsep.data.encoding.open_image_files", lambda path: source)
+        monkeypatch.setattr("diffusers_lsep.data.encoding.open_image_files", lambda path, labelled: source)
         script.main(arguments(images_dir, tmp_path / "out"))
         assert MomentsDataset(tmp_path / "out").id2label == source.id2label
         assert datasets.load_from_disk(str(tmp_path / "out"))["label"][:] == source.labels.tolist()

@@ -151,11 +151,12 @@ def _takes_frames(vae: Autoencoder) -> bool:
 # --- Normalisation
 
 
-def get_normalization(vae: Autoencoder) -> dict[str, Any]:
+def get_normalization(vae: Autoencoder, device: torch.device | None = None) -> dict[str, Any]:
     """
     What an autoencoder's latents are normalised by: `scaling_factor`, `shift_factor`, and `latents_mean` and
     `latents_std`, one number per channel; None where there is none. For Flux2 the last two are the statistics of its
-    batch norm, over the channels of a patch. Arguments of [`normalize_latents`] and [`denormalize_latents`].
+    batch norm, over the channels of a patch. Arguments of [`normalize_latents`] and [`denormalize_latents`]: lists, as
+    JSON has them, or tensors on `device` where that is given and they are used again and again.
     """
     config = vae.config
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -165,7 +166,10 @@ def get_normalization(vae: Autoencoder) -> dict[str, Any]:
         values["latents_std"] = torch.sqrt(vae.bn.running_var.float() + config["batch_norm_eps"]).tolist()
     if values["scaling_factor"] is None:
         values["scaling_factor"] = 1.0
-    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()}
+    for name in ("latents_mean", "latents_std"):
+        if values[name] is not None:
+            values[name] = list(values[name]) if device is None else torch.tensor(values[name], device=device)
+    return values
 
 
 def normalize_latents(

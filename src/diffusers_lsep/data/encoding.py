@@ -29,7 +29,7 @@ PLACES = ("source", "vae", "vae_subfolder", "vae_revision")
 class DatasetImages:
     """Images of a `datasets.Dataset`, as [`ImageFiles`]; an image's name is its row."""
 
-    def __init__(self, dataset, image_column: str, label_column: str):
+    def __init__(self, dataset, image_column: str, label_column: str | None):
         from datasets import Image
 
         if not isinstance(dataset.features.get(image_column), Image):
@@ -37,6 +37,8 @@ class DatasetImages:
                 f"`--image_column` has to be a column of images, but is {image_column}; there are {dataset.features}."
             )
         self.labels, names = read_labels(dataset, label_column)
+        if label_column is None:
+            self.labels = np.zeros_like(self.labels)  # a file has no index for the null class
         self.id2label = dict(enumerate(names))
         self.names = [f"{row:08d}" for row in range(len(dataset))]
         self._images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
@@ -53,7 +55,7 @@ def open_images_to_encode(
     dataset_config_name: str | None = None,
     split: str = "train",
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
 ) -> ImageFiles | DatasetImages:
     """
     Labelled images by row, their bytes as they are stored.
@@ -70,7 +72,7 @@ def open_images_to_encode(
         image_column (`str`, defaults to `"image"`):
             The column of images.
         label_column (`str`, defaults to `"label"`):
-            The column of labels.
+            The column of labels. None for images without labels, whatever they are given as.
 
     Raises:
         `ValueError`: if there are no images, or it is in doubt what their classes are.
@@ -80,7 +82,7 @@ def open_images_to_encode(
         if split not in splits:
             raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {split}.")
         return DatasetImages(splits[split], image_column, label_column)
-    return open_image_files(train_data_dir)
+    return open_image_files(train_data_dir, labelled=label_column is not None)
 
 
 class ImageBatches(torch.utils.data.Dataset):

@@ -263,6 +263,8 @@ class OriginalMomentsDataset:
     Args:
         folder (`str` or `os.PathLike`):
             The `vae-sd` folder.
+        labelled (`bool`, defaults to `True`):
+            Whether there are labels to be read; else `dataset.json` may say anything, and all rows have the class 0.
 
     Attributes:
         labels (`np.ndarray` of int64, shape `[len(self)]`): Class of each row; rows are in the order of the names.
@@ -278,14 +280,16 @@ class OriginalMomentsDataset:
     kind = "moments"
     has_flips = False
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, labelled: bool = True):
         self.folder = Path(folder)
         if not (self.folder / "dataset.json").is_file():
             raise ValueError(f"`folder` has to hold dataset.json beside the .npy files, but {self.folder} has none.")
         names = sorted(name for name in walk_files(self.folder) if name.endswith(".npy"))
         if not names:
             raise ValueError(f"`folder` holds no .npy file: {self.folder}.")
-        self.labels = pair_labels((self.folder / "dataset.json").read_bytes(), names)
+        self.labels = np.zeros(len(names), np.int64)
+        if labelled:
+            self.labels = pair_labels((self.folder / "dataset.json").read_bytes(), names)
         self.id2label = {index: str(index) for index in range(int(self.labels.max()) + 1)}
         # Fixed-width bytes: 1.28 M names take 50 MB, and worker processes share them.
         self._names = np.array([os.fsencode(name) for name in names])

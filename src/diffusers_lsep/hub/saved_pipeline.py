@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from ..autoencoders import describe_normalization, get_latent_channels, get_scale_factor
 from ..files import hash_saved_weights
+from ..labels import UNLABELED
 from ..transformer_sit import SIT_PRESETS
 
 
@@ -171,6 +172,11 @@ class SavedPipeline:
             f"`{type(vae).__name__}`, {get_latent_channels(vae)} channels, {get_scale_factor(vae)} times smaller than"
             f" the image; its latents `x` are normalised as {describe_normalization(vae)}"
         )
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether it was trained without labels."""
+        return self.index.get("id2label") == dict(zip("0", UNLABELED))
 
     @property
     def has_probe(self) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..autoencoders import (
@@ -26,6 +27,7 @@ from ..data.moments import MomentsDataset, OriginalMomentsDataset
 from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels
 from ..data.streamed import open_stream
 from ..files import hash_weights
+from ..labels import UNLABELED
 from ..objective import LinearProbe, LSEPObjective
 from ..transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
@@ -75,7 +77,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     Raises:
         `ValueError`: if something is missing, or does not fit the rest.
     """
-    latents = open_latents(args.latents_dir) if args.latents_dir is not None else None
+    latents = open_latents(args.latents_dir, not args.unconditional) if args.latents_dir is not None else None
     pretrained = None
     if args.pretrained_model_name_or_path is not None:
         pretrained = read_pretrained(args.pretrained_model_name_or_path)
@@ -88,6 +90,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     if pretrained is not None:
         check_fit(args, config, pretrained.config, pretrained.path_type)
         new_classes = args.new_classes or len(data.names) != pretrained.config["num_classes"]
+        new_classes |= args.unconditional and pretrained.names != data.names
         start = Start(pretrained, config, data.names, new_classes)
     encoder = None
     if args.repa_encoder is not None:
@@ -115,10 +118,10 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     return Setup(args, data, config, start, vae, encoder, samples_per_step, facts)
 
 
-def open_latents(folder: str) -> MomentsDataset | OriginalMomentsDataset:
+def open_latents(folder: str, labelled: bool) -> MomentsDataset | OriginalMomentsDataset:
     """The images that a VAE has encoded, in the layout of this package or of EDM2 and REPA."""
     if (Path(folder) / "dataset.json").is_file():
-        return OriginalMomentsDataset(folder)
+        return OriginalMomentsDataset(folder, labelled)
     return MomentsDataset(folder)
 
 
@@ -234,6 +237,8 @@ def open_data(
     num_classes = args.num_classes or config.get("num_classes")
 
     size, columns = (resolution, image_channels), (args.image_column, args.label_column)
+    if args.unconditional:
+        columns, num_classes = (args.image_column, None), None
     location = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     if latents is not None:
         if split is not None:
@@ -265,6 +270,8 @@ def open_moments(
     if args.random_flip and not latents.has_flips:
         raise ValueError("`--random_flip` needs latents with mirror images, but `--latents_dir` has none.")
     names = [latents.id2label[index] for index in range(len(latents.id2label))]
+    if args.unconditional:
+        names, latents.labels = list(UNLABELED), np.full_like(latents.labels, len(UNLABELED))
     if num_classes is not None and not len(names) <= num_classes:
         raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
     data = TrainingData(latents, None, names + [str(index) for index in range(len(names), num_classes or 0)])

@@ -82,11 +82,7 @@ class Trainer:
             setup.vae.to(accelerator.device)
             if hasattr(setup.vae, "use_slicing"):  # nearly all have it
                 setup.vae.enable_slicing()
-            # Numbers per channel go to the device once, and not in every step.
-            self.normalization: dict[str, Any] = {
-                name: torch.tensor(value, device=accelerator.device) if isinstance(value, list) else value
-                for name, value in get_normalization(setup.vae).items()
-            }
+            self.normalization = get_normalization(setup.vae, accelerator.device)
         if setup.encoder is not None:
             setup.encoder.to(accelerator.device)
 
@@ -393,6 +389,9 @@ class Trainer:
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
+        if self.args.unconditional:  # its one class is what was trained, the null class
+            with torch.no_grad():
+                transformer.class_embedding.weight[:-1] = transformer.class_embedding.weight[-1]
         pipeline = LSEPPipeline(
             transformer=transformer,
             scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
