@@ -687,6 +687,7 @@ def test_unconditional(train, loose_images, tmp_path, capsys):
     assert "class-conditional" not in card and "plain SiT" in card and 'class_labels=["unconditional"]' in card
 
 
+@pytest.mark.slow
 def test_unconditional_training_reads_no_labels(train, own_images, loose_images, tmp_path):
     """Images in folders of classes, or in one: the same run, of the null class alone."""
     for name, images in (("folders", own_images), ("loose", loose_images)):
@@ -701,6 +702,7 @@ def test_unconditional_training_reads_no_labels(train, own_images, loose_images,
     assert torch.equal(other, other_later) and not torch.equal(null, null_later)
 
 
+@pytest.mark.slow
 def test_unconditional_fine_tuning(train, tmp_path, own_images, loose_images):
     """The labels of a model go, what it knows of images stays."""
     images = ("--train_data_dir", own_images, "--resolution", 16)
