@@ -67,7 +67,7 @@ def to_model(name, vae, latents):
         return (latents - column(config.latents_mean)) * config.scaling_factor / column(config.latents_std)
     if name == "KL-shift":
         return (latents - config.shift_factor) * config.scaling_factor
-    return latents * config.scaling_factor
+    return latents * config.get("scaling_factor", 1.0)
 
 
 def encode(vae, images):
@@ -155,6 +155,8 @@ class TestEveryClass:
             "Tiny": "`x`",
             "DC": "`x * 0.41`",
             "Flux2": "`(x - mean) / std`, with the running statistics of its batch norm over patches of 2 × 2 latents",
+            "HunyuanImage": "`x * 0.76`",
+            "KVAE": "`x`",
             "QwenImage": "`(x - mean) / std`, per channel",
             "Wan": "`(x - mean) / std`, per channel",
             "Asymmetric": "`x * 0.18215`",
@@ -316,7 +318,14 @@ def test_channels_that_do_not_fit_are_refused_when_the_pipeline_is_made(train, i
         ),
         ({"latents_std": [1.0] * 5}, "`vae` has to have one value of `latents_std` for each of its 4 channels, .* 5"),
         ({"in_channels": 5}, "`vae` has to be for grey or RGB images, but AutoencoderKL is for 5 channels"),
-        ({"block_out_channels": None}, "`vae` has to say how much smaller its latents are, by `spatial_compression_"),
+        (
+            {"latent_channels": None},
+            "`vae` has to have one of `latent_channels`, .* but AutoencoderKL has",
+        ),
+        (
+            {"block_out_channels": None},
+            "`vae` has to have one of `encoder_block_out_ch.*, but AutoencoderKL has",
+        ),
     ],
 )
 def test_configs_that_say_something_else(change, message):

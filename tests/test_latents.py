@@ -512,6 +512,19 @@ class TestImageFiles:
         with pytest.raises(ValueError, match="`train_data_dir` holds no images"):
             open_image_files(tmp_path)
 
+    @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+    def test_without_labels_folders_mean_nothing(self, kind, images_dir, tmp_path):
+        folder = tmp_path / "images"
+        shutil.copytree(images_dir, folder / "train" / "deeper")
+        shutil.copy(images_dir / "n01" / "n01_0.png", folder / "loose.png")
+        path = folder
+        if kind != "folder":
+            path = Path(shutil.make_archive(str(tmp_path / "images"), kind, folder))
+        images = open_image_files(path, labelled=False)
+        assert sorted(images.names) == sorted(["loose.png", *(f"train/deeper/{n}" for n in names_in(images_dir))])
+        assert images.id2label == {0: "unconditional"} and not images.labels.any()
+        assert images.read(images.names.index("loose.png")) == (folder / "loose.png").read_bytes()
+
     def test_images_without_a_class(self, tmp_path):
         (tmp_path / "loose.png").touch()
         with pytest.raises(ValueError, match="one folder of images per class, but loose.png lies in none"):

@@ -64,6 +64,15 @@ AUTOENCODERS = {
         | {f"{part}_qkv_multiscales": ((), (5,)) for part in ("encoder", "decoder")},
     ),
     "Flux2": ("AutoencoderKLFlux2", {**_BLOCKS, "latent_channels": 2, "sample_size": 16}),
+    "HunyuanImage": (
+        "AutoencoderKLHunyuanImage",
+        {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64)}
+        | {"layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 16, "scaling_factor": 0.76},
+    ),
+    "KVAE": (
+        "AutoencoderKLKVAE",
+        {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1)},
+    ),
     "QwenImage": ("AutoencoderKLQwenImage", {**_VIDEO, **_STATISTICS}),
     "Wan": ("AutoencoderKLWan", {**_VIDEO, **_STATISTICS, "scale_factor_spatial": 2}),
     "Asymmetric": (

@@ -17,6 +17,8 @@ from diffusers.models import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
+    AutoencoderKLKVAE,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     AutoencoderTiny,
@@ -29,6 +31,8 @@ Autoencoder: TypeAlias = (
     | AsymmetricAutoencoderKL
     | AutoencoderDC
     | AutoencoderKLFlux2
+    | AutoencoderKLHunyuanImage
+    | AutoencoderKLKVAE
     | AutoencoderKLQwenImage
     | AutoencoderKLWan
     | AutoencoderTiny
@@ -111,31 +115,35 @@ def get_scale_factor(vae: Autoencoder) -> int:
     Raises:
         `ValueError`: if the autoencoder does not say it.
     """
-    config = vae.config
-    # Not as an attribute of its own: for a part of the config diffusers would log a warning.
-    factor = vars(vae).get("spatial_compression_ratio") or config.get("spatial_compression_ratio")
-    blocks = config.get("encoder_block_out_channels") or config.get("block_out_channels")
-    if factor is None and blocks is None:
-        raise ValueError(
-            "`vae` has to say how much smaller its latents are, by `spatial_compression_ratio`,"
-            f" `encoder_block_out_channels` or `block_out_channels`, but {type(vae).__name__} has none of these."
-        )
-    return (factor or 2 ** (len(blocks) - 1)) * _patch_size(vae)
+    # Asked of the object's own attributes: for a part of the config, `vae.name` would log a warning.
+    factor = vars(vae).get("spatial_compression_ratio") or vae.config.get("spatial_compression_ratio")
+    if factor is None:
+        factor = 2 ** (len(_read_config(vae, "encoder_block_out_channels", "block_out_channels", "ch_mult")) - 1)
+    return factor * _patch_size(vae)
 
 
 def get_latent_channels(vae: Autoencoder) -> int:
-    """Channels of the latents as the transformer sees them."""
-    config = vae.config
-    return (config.get("latent_channels") or config["z_dim"]) * _patch_size(vae) ** 2
+    """Channels of the latents as the transformer sees them. Errors as in [`get_scale_factor`]."""
+    return _read_config(vae, "latent_channels", "z_dim", "z_channels") * _patch_size(vae) ** 2
 
 
 def get_image_channels(vae: Autoencoder) -> int:
-    """Channels of the images: 1 for grey, 3 for RGB."""
-    config = vae.config
-    channels = config.get("input_channels") or config["in_channels"]
-    if isinstance(vae, AutoencoderKLWan) and config.get("patch_size"):  # of the images, which its encoder unfolds
-        channels //= config["patch_size"] ** 2
+    """Channels of the images: 1 for grey, 3 for RGB. Errors as in [`get_scale_factor`]."""
+    channels = _read_config(vae, "in_channels", "input_channels", "num_channels")
+    if isinstance(vae, AutoencoderKLWan) and vae.config.get("patch_size"):  # of the images, which its encoder unfolds
+        channels //= vae.config["patch_size"] ** 2
     return channels
+
+
+def _read_config(vae: Autoencoder, *names: str) -> Any:
+    """What the first of these says that the config has."""
+    for name in names:
+        if vae.config.get(name) is not None:
+            return vae.config[name]
+    raise ValueError(
+        f"`vae` has to have one of {', '.join(f'`{name}`' for name in names)} in its config, but"
+        f" {type(vae).__name__} has none."
+    )
 
 
 def _patch_size(vae: Autoencoder) -> int:

@@ -240,7 +240,7 @@ def describe_vae(vae: Autoencoder) -> dict[str, Any]:
     encoder = {**encoder_options(vae), "weights": hash_weights(vae, ("encoder.", "quant_conv."))}
     return {
         "vae_sha256": hash_weights(vae),
-        "vae_encoder_sha256": hashlib.sha256(json.dumps(encoder).encode()).hexdigest(),
+        "vae_encoder_sha256": hashlib.sha256(json.dumps(encoder, default=str).encode()).hexdigest(),
         **get_normalization(vae),
     }
 
