@@ -4,8 +4,9 @@
 
     accelerate launch examples/encode_latents.py --train_data_dir imagenet/train --output_dir imagenet-256 --flip
 
-Each row of the result holds the mean and the standard deviation of an image's posterior, unscaled, as EDM2 and REPA
-store them. `diffusers_lsep.data.moments.MomentsDataset` reads the folder, `datasets.load_from_disk` opens it too.
+Each row of the result holds the mean and the standard deviation of an image's posterior, not normalised, as EDM2 and
+REPA store them; the deviation is 0 where an autoencoder has no posterior. `diffusers_lsep.data.moments.MomentsDataset`
+reads the folder, `datasets.load_from_disk` opens it too.
 
 Which image lies in which shard and batch depends on its position in the input alone, so any number of processes gives
 the same files, byte for byte, on one kind of machine (on CPU: with the same number of threads). Killed and started
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from diffusers import AutoencoderKL
 
+from diffusers_lsep.autoencoders import Autoencoder, get_image_channels, get_latent_channels, get_scale_factor
 from diffusers_lsep.command_line import ArgumentParser, number, run_script
 from diffusers_lsep.data.archives import ImageFiles
 from diffusers_lsep.data.encoding import (
@@ -68,12 +69,17 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image_column", default="image", help="Column of images there.")
     parser.add_argument("--label_column", default="label", help="Column of labels there.")
     parser.add_argument(
+        "--unconditional",
+        action="store_true",
+        help="The images have no labels, or these are not to be read; for the flag of this name in training.",
+    )
+    parser.add_argument(
         "--output_dir", required=True, help="A new folder, or one that this script began with the same arguments."
     )
     parser.add_argument(
         "--pretrained_vae_model_name_or_path",
         default="stabilityai/sd-vae-ft-mse",
-        help="Id or folder of an AutoencoderKL.",
+        help="Id or folder of an AutoencoderKL or another autoencoder of diffusers.",
     )
     parser.add_argument("--vae_subfolder", help="Sub-folder of the VAE, for example vae in a pipeline.")
     parser.add_argument("--vae_revision", help="Branch, tag or commit of the VAE on the Hub.")
@@ -104,9 +110,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def resolve_settings(
-    args: argparse.Namespace, images: ImageFiles | DatasetImages, vae: AutoencoderKL
-) -> dict[str, Any]:
+def resolve_settings(args: argparse.Namespace, images: ImageFiles | DatasetImages, vae: Autoencoder) -> dict[str, Any]:
     """Everything that decides the bytes of the result; kept in the output folder and compared when a run continues."""
     rows = hashlib.sha256()
     rows.update(json.dumps(images.names).encode())
@@ -114,7 +118,7 @@ def resolve_settings(
     # Training finds the VAE by what is stored here, from wherever it is started.
     places = {"source": args.train_data_dir or args.dataset_name, "vae": args.pretrained_vae_model_name_or_path}
     places = {name: str(Path(place).resolve() if Path(place).exists() else place) for name, place in places.items()}
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = args.resolution // get_scale_factor(vae)
     return {
         "source": places["source"],
         "source_sha256": rows.hexdigest(),
@@ -127,7 +131,7 @@ def resolve_settings(
         "resolution": args.resolution,
         "crop": "ADM centre crop",
         "apply_exif": args.apply_exif,
-        "moments_shape": [2 * vae.config.latent_channels, side, side],
+        "moments_shape": [2 * get_latent_channels(vae), side, side],
         "dtype": {"fp16": "float16", "fp32": "float32"}[args.dtype],
         "flip": args.flip,
         "images": args.keep_images,
@@ -150,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             args.dataset_config_name,
             args.split,
             args.image_column,
-            args.label_column,
+            None if args.unconditional else args.label_column,
         )
         vae_name = args.pretrained_vae_model_name_or_path
         vae = load_vae_to_encode(vae_name, args.resolution, args.vae_subfolder, args.vae_revision)
@@ -213,7 +217,7 @@ def encode_shards(
     args: argparse.Namespace,
     accelerator: Accelerator,
     images: ImageFiles | DatasetImages,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     settings: dict[str, Any],
     features,
     shards: dict[Path, range],
@@ -231,7 +235,7 @@ def encode_shards(
     loader = torch.utils.data.DataLoader(
         ImageBatches(
             images,
-            (args.batch_size, args.resolution, args.resolution, vae.config.in_channels),
+            (args.batch_size, args.resolution, args.resolution, get_image_channels(vae)),
             args.keep_images,
             args.apply_exif,
         ),

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 import diffusers_lsep
 from diffusers_lsep import LSEPPipeline
+from diffusers_lsep.autoencoders import get_image_channels
 from diffusers_lsep.command_line import ArgumentParser, number, run_script
 from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.files import write_text
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None):
 
     # 3. Images
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    channels = pipe.vae.config.out_channels if pipe.vae is not None else pipe.transformer.config.in_channels
+    channels = get_image_channels(pipe.vae) if pipe.vae is not None else pipe.transformer.config.in_channels
     store = ImageStore(output_dir / ".unfinished", len(class_ids), (side, side, channels), args.batch_size)
     if accelerator.is_main_process:
         models = describe_models(pipe)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from tiny_models import make_vae
+from tiny_models import make_autoencoder, make_vae
 
 from diffusers_lsep import LinearProbe, __version__, convert_original_checkpoint
 from diffusers_lsep.cli import COMMANDS, main
@@ -266,8 +266,16 @@ def test_convert_refuses_a_vae_of_other_latents(tmp_path, vae):
     weights["final_layer.linear.weight"], weights["final_layer.linear.bias"] = torch.randn(24, 64), torch.randn(24)
     torch.save(weights, tmp_path / "sit.pt")
     message = error_of(convert_tiny, tmp_path / "pipeline", "--vae", vae, checkpoint=tmp_path / "sit.pt")
-    assert "has 4 latent channels, but the model has 3" in message
+    assert "`--vae` has 4 latent channels (AutoencoderKL), but `transformer` has `in_channels=3`" in message
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_convert_with_an_autoencoder_of_another_class(tmp_path):
+    make_autoencoder("DC").save_pretrained(tmp_path / "vae")
+    convert_tiny(tmp_path / "pipeline", "--vae", tmp_path / "vae")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(pipe.vae) is AutoencoderDC and pipe.vae_scale_factor == 2
+    assert "| Autoencoder | `AutoencoderDC`, 4 channels" in (tmp_path / "pipeline" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -439,22 +439,20 @@ class TestRefusals:
         assert not (tmp_path / "out").exists()
 
     def test_vae(self, script, arguments, images_dir, vae_dir, tmp_path):
-        with pytest.raises(
-            ValueError, match="_path` has to be the id or folder of an AutoencoderKL, but is .*nowhere"
-        ):
+        with pytest.raises(ValueError, match="_path` '.*nowhere' cannot be loaded: "):
             script.main(
                 arguments(images_dir, tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "nowhere")
             )
         shutil.copytree(vae_dir, tmp_path / "other")
-        config = json.loads((vae_dir / "config.json").read_text()) | {"_class_name": "VQModel"}
+        config = json.loads((vae_dir / "config.json").read_text()) | {"_class_name": "UNet2DModel"}
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="_path` has to be an AutoencoderKL, but .* is VQModel"):
+        with pytest.raises(ValueError, match="cannot be loaded: it is no autoencoder of diffusers, but UNet2DModel"):
             script.main(
                 arguments(images_dir, tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "other")
             )
         (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
         AutoencoderKL(in_channels=5, norm_num_groups=1, block_out_channels=(4,)).save_pretrained(tmp_path / "other")
-        with pytest.raises(ValueError, match="_path` has to encode grey or RGB images, but .* has 5 channels"):
+        with pytest.raises(ValueError, match="_path` has to be for grey or RGB images, but Auto.* is for 5 channels"):
             script.main(
                 arguments(images_dir, tmp_path / "out", "--pretrained_vae_model_name_or_path", tmp_path / "other")
             )
@@ -513,6 +511,19 @@ class TestImageFiles:
             open_image_files(tmp_path / "nowhere")
         with pytest.raises(ValueError, match="`train_data_dir` holds no images"):
             open_image_files(tmp_path)
+
+    @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+    def test_without_labels_folders_mean_nothing(self, kind, images_dir, tmp_path):
+        folder = tmp_path / "images"
+        shutil.copytree(images_dir, folder / "train" / "deeper")
+        shutil.copy(images_dir / "n01" / "n01_0.png", folder / "loose.png")
+        path = folder
+        if kind != "folder":
+            path = Path(shutil.make_archive(str(tmp_path / "images"), kind, folder))
+        images = open_image_files(path, labelled=False)
+        assert sorted(images.names) == sorted(["loose.png", *(f"train/deeper/{n}" for n in names_in(images_dir))])
+        assert images.id2label == {0: "unconditional"} and not images.labels.any()
+        assert images.read(images.names.index("loose.png")) == (folder / "loose.png").read_bytes()
 
     def test_images_without_a_class(self, tmp_path):
         (tmp_path / "loose.png").touch()
@@ -675,7 +686,7 @@ class TestMomentsDataset:
         """As "crane" does in ImageNet."""
         source = open_image_files(images_dir)
         source.id2label = {0: "crane", 1: "crane", 2: "maillot"}
-        monkeypatch.setattr("diffusers_lsep.data.encoding.open_image_files", lambda path: source)
+        monkeypatch.setattr("diffusers_lsep.data.encoding.open_image_files", lambda path, labelled: source)
         script.main(arguments(images_dir, tmp_path / "out"))
         assert MomentsDataset(tmp_path / "out").id2label == source.id2label
         assert datasets.load_from_disk(str(tmp_path / "out"))["label"][:] == source.labels.tolist()

@@ -660,6 +660,112 @@ def test_latents_in_the_original_layout_train_like_the_images(train, own_images,
     assert DiffusionPipeline.from_pretrained(tmp_path / "latents").vae is not None
 
 
+# --- Without labels
+
+
+@pytest.fixture(scope="module")
+def loose_images(tmp_path_factory, own_images):
+    """The same images in one folder, with nothing that says what they are."""
+    folder = tmp_path_factory.mktemp("loose")
+    for path in sorted(own_images.glob("*/*.png")):
+        shutil.copy(path, folder / f"{path.parent.name}-{path.name}")  # in the same order
+    return folder
+
+
+def draw_both(pipeline):
+    """Images of the one class and of the null class, from the same noise."""
+    noise = torch.randn(2, pipeline.transformer.config.in_channels, *[pipeline.transformer.config.sample_size] * 2)
+    time, null = torch.full((2,), 0.5), pipeline.transformer.config.num_classes
+    with torch.no_grad():
+        return [pipeline.transformer(noise, time, torch.full((2,), i)).sample for i in (0, null)]
+
+
+def test_unconditional(train, loose_images, tmp_path, capsys):
+    flags = ("--train_data_dir", loose_images, "--resolution", 16, "--unconditional", "--validation_split", 0.2)
+    assert train(*flags) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "5 to train on, 1 held out, without labels: all are the null class, and LSEP, which needs classes, is off"
+        in printed
+    )
+    assert "At every validation, images to draw: 1\n  class 0, 'unconditional': 1\n" in printed
+    run = tmp_path / "run"
+    settings, first = settings_of(run), read_metrics(run / "metrics.jsonl")[0]
+    assert settings["no_lsep"] and settings["validation_guidance_scale"] == 1.0 and not (run / "probe").exists()
+    assert "probe_loss" not in first and first["loss"] == first["denoising_loss"]
+    for folder in (run, run / "checkpoint-2" / "pipeline"):
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        assert pipeline.transformer.config.num_classes == 1 and pipeline.labels == {"unconditional": 0}
+        assert torch.equal(*draw_both(pipeline)), "its class is the null class"
+    assert pipeline("unconditional", num_inference_steps=2).images[0].size == (16, 16)
+    card = (run / "README.md").read_text()
+    assert "An unconditional flow-matching model" in card and "| Classes | none: trained without labels |" in card
+    assert "class-conditional" not in card and "plain SiT" in card and 'class_labels=["unconditional"]' in card
+
+
+@pytest.mark.slow
+def test_unconditional_training_reads_no_labels(train, own_images, loose_images, tmp_path):
+    """Images in folders of classes, or in one: the same run, of the null class alone."""
+    for name, images in (("folders", own_images), ("loose", loose_images)):
+        train("--train_data_dir", images, "--resolution", 16, "--unconditional", output_dir=tmp_path / name)
+    assert_same_weights(tmp_path / "loose", tmp_path / "folders")
+    (other, null), (other_later, null_later) = (
+        load_file(tmp_path / "loose" / f"checkpoint-{step}" / "model.safetensors")[
+            "transformer.class_embedding.weight"
+        ]
+        for step in (2, 4)
+    )
+    assert torch.equal(other, other_later) and not torch.equal(null, null_later)
+
+
+@pytest.mark.slow
+def test_unconditional_fine_tuning(train, tmp_path, own_images, loose_images):
+    """The labels of a model go, what it knows of images stays."""
+    images = ("--train_data_dir", own_images, "--resolution", 16)
+    train(*images, output_dir=tmp_path / "classes")
+    before = DiffusionPipeline.from_pretrained(tmp_path / "classes")
+    start = ("--pretrained_model_name_or_path", tmp_path / "classes")
+    flags = ("--train_data_dir", loose_images, "--unconditional", "--learning_rate", 0)
+    assert train(*flags, *start, tiny=TINY_RUN) == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    torch.manual_seed(0)
+    null, _ = draw_both(pipeline)
+    torch.manual_seed(0)
+    torch.testing.assert_close(null, draw_both(before)[1])
+
+
+@pytest.mark.slow
+def test_unconditional_latents_and_streams(train, load_example, loose_images, tiny_vae_folder, tmp_path):
+    encode, vae = load_example("encode_latents"), ("--pretrained_vae_model_name_or_path", str(tiny_vae_folder))
+    arguments = ["--train_data_dir", str(loose_images), "--output_dir", str(tmp_path / "moments"), *vae]
+    arguments += ["--resolution", "16", "--dataloader_num_workers", "0", "--dtype", "fp32"]
+    with pytest.raises(ValueError, match="one folder of images per class"):
+        encode.main(arguments)
+    encode.main([*arguments, "--unconditional"])
+    train("--latents_dir", tmp_path / "moments", "--unconditional", output_dir=tmp_path / "latents")
+    train(
+        "--train_data_dir", loose_images, "--resolution", 16, *vae, "--unconditional", output_dir=tmp_path / "images"
+    )
+    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("images", "latents")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    # Latents in the layout of EDM2, whose document says that there are no labels
+    (tmp_path / "vae-sd").mkdir()
+    for row in range(4):
+        np.save(tmp_path / "vae-sd" / f"img-mean-std-{row:08d}.npy", np.ones((8, 8, 8), np.float32))
+    (tmp_path / "vae-sd" / "dataset.json").write_text('{"labels": null}')
+    assert train("--latents_dir", tmp_path / "vae-sd", *vae, "--unconditional") == 0
+    stream = ("--train_data_dir", loose_images, "--streaming", "--num_train_images", 6, "--resolution", 16)
+    assert train(*stream, "--unconditional", "--max_train_steps", 2, output_dir=tmp_path / "stream") == 0
+    assert torch.equal(*draw_both(DiffusionPipeline.from_pretrained(tmp_path / "stream")))
+
+
+@pytest.mark.parametrize("flags", [("--num_classes", 3), ("--validation_labels", 1), ("--new_classes",)])
+def test_unconditional_runs_have_no_classes(train, tmp_path, flags, capsys):
+    with pytest.raises(SystemExit):
+        train("--unconditional", "--pretrained_model_name_or_path", "model", *flags)
+    assert f"--unconditional trains without classes: leave out {flags[0]}" in capsys.readouterr().err
+
+
 # --- What is refused
 
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with random weights everywhere, as small as they can be."""
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL
 from transformers import Dinov2Config, Dinov2Model
@@ -37,6 +38,60 @@ def make_vae(blocks=2, **config) -> AutoencoderKL:
         "latent_channels": 4,
     }
     return AutoencoderKL(**{**defaults, **config}).eval()
+
+
+# Every class of autoencoder that has tests: latents of four channels, half as large as the image; of Flux2 patches of
+# 2 x 2 latents, eight channels and a quarter as large. As their own pipelines have them: SD3 and Flux with a shift.
+_BLOCKS = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+_BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+_STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.5], "latents_std": [0.5, 1.5, 2.0, 0.25]}
+_VIDEO = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+AUTOENCODERS = {
+    "KL": ("AutoencoderKL", {**_BLOCKS, "scaling_factor": 0.5}),
+    "KL-shift": ("AutoencoderKL", {**_BLOCKS, "scaling_factor": 1.5, "shift_factor": 0.06, "use_quant_conv": False}),
+    "KL-statistics": ("AutoencoderKL", {**_BLOCKS, "scaling_factor": 0.5, **_STATISTICS}),
+    "Tiny": (
+        "AutoencoderTiny",
+        {f"{part}_block_out_channels": (4, 4) for part in ("encoder", "decoder")}
+        | {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")},
+    ),
+    "DC": (
+        "AutoencoderDC",
+        {"latent_channels": 4, "attention_head_dim": 2, "scaling_factor": 0.41}
+        | {f"{part}_block_types": ("ResBlock", "EfficientViTBlock") for part in ("encoder", "decoder")}
+        | {f"{part}_block_out_channels": (4, 8) for part in ("encoder", "decoder")}
+        | {f"{part}_layers_per_block": (1, 1) for part in ("encoder", "decoder")}
+        | {f"{part}_qkv_multiscales": ((), (5,)) for part in ("encoder", "decoder")},
+    ),
+    "Flux2": ("AutoencoderKLFlux2", {**_BLOCKS, "latent_channels": 2, "sample_size": 16}),
+    "HunyuanImage": (
+        "AutoencoderKLHunyuanImage",
+        {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64)}
+        | {"layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 16, "scaling_factor": 0.76},
+    ),
+    "KVAE": (
+        "AutoencoderKLKVAE",
+        {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1)},
+    ),
+    "QwenImage": ("AutoencoderKLQwenImage", {**_VIDEO, **_STATISTICS}),
+    "Wan": ("AutoencoderKLWan", {**_VIDEO, **_STATISTICS, "scale_factor_spatial": 2}),
+    "Asymmetric": (
+        "AsymmetricAutoencoderKL",
+        {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        | {"down_block_out_channels": (4, 8), "up_block_out_channels": (4, 8), "norm_num_groups": 2},
+    ),
+}
+
+
+def make_autoencoder(name, **config):
+    """One of `AUTOENCODERS`, with other arguments where they are given."""
+    torch.manual_seed(0)
+    class_name, arguments = AUTOENCODERS[name]
+    vae = getattr(diffusers, class_name)(**{**arguments, **config}).eval()
+    if name == "Flux2":
+        vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 8))
+        vae.bn.running_var.copy_(torch.linspace(0.2, 3, 8))
+    return vae
 
 
 def make_dinov2(**config) -> Dinov2Model:

@@ -11,6 +11,9 @@ from typing import Any
 
 NUM_LISTED = 20  # classes and names, until there are too many to read
 
+# The classes of data without labels: one, which is the null class. That has the index of the classes' number, here 1.
+UNLABELED = ("unconditional",)
+
 
 def find_names(id2label: dict[int, str] | None) -> dict[str, list[int]]:
     """

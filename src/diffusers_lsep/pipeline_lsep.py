@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,19 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .autoencoders import (
+    Autoencoder,
+    autoencoder_in_float32,
+    check_autoencoder,
+    decode_latents,
+    get_scale_factor,
+)
 from .flow_schedulers import check_scheduler, set_timesteps
 from .guidance import GuidanceMixin, check_guidance, is_in_interval
 from .interpolants import get_interpolant
@@ -52,7 +58,8 @@ class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
         transformer ([`SiTTransformer2DModel`]): Predicts the velocity of the flow.
         scheduler (a flow-matching scheduler, of diffusers or of this package, such as [`FlowMatchSDEScheduler`]):
             Integrates the flow.
-        vae ([`AutoencoderKL`], *optional*): Decodes latents. Without it the model works on pixels in [-1, 1].
+        vae (an autoencoder of diffusers, such as [`AutoencoderKL`], *optional*):
+            Decodes latents. Without it the model works on pixels in [-1, 1].
         id2label (`dict[int, str]`, *optional*):
             Names of the classes; several names of one class are separated by commas, as in `facebook/DiT-XL-2-256`.
         path_type (`str`, *optional*):
@@ -69,7 +76,7 @@ class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
         self,
         transformer: SiTTransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: Autoencoder | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         path_type: str | None = None,
     ):
@@ -77,13 +84,15 @@ class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
         if path_type is None:
             path_type = scheduler.config.get("path_type", "linear")
         get_interpolant(path_type)
+        if vae is not None:
+            check_autoencoder(vae, "vae", transformer.config.in_channels if transformer is not None else None)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
         # JSON has only strings as keys.
         id2label = {int(class_id): label for class_id, label in id2label.items()} if id2label is not None else None
         self.register_to_config(id2label=id2label, path_type=path_type)
 
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.vae_scale_factor = get_scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
@@ -255,8 +264,10 @@ class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
         return randn_tensor(self._latents_shape(batch_size), generator=generator, device=device, dtype=torch.float32)
 
     def check_decodable(self):
-        """Raises a `ValueError` if there are only latents to be had, for want of a VAE."""
+        """Raises a `ValueError` if there are only latents to be had, for want of a VAE that fits."""
         channels = self.transformer.config.in_channels
+        if self.vae is not None:
+            check_autoencoder(self.vae, "vae", channels)
         if self.vae is None and channels not in (1, 3):
             raise ValueError(
                 f"`vae` is needed for images, but is None: the {channels} channels of the transformer are latents, not"
@@ -264,44 +275,16 @@ class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
                 ' `output_type="latent"`.'
             )
 
-    @contextmanager
-    def vae_in_float32(self) -> Iterator[None]:
-        """
-        Has a VAE in half precision compute in float32 for a while. It keeps its dtype where something else casts or
-        moves the weights while they are used: layerwise casting, quantization, offload of groups.
-        """
-        vae, dtype = self.vae, self.vae.dtype if self.vae is not None else torch.float32
-        if (
-            dtype.itemsize >= 4
-            or any(parameter.dtype != dtype for parameter in vae.parameters())
-            or self._maybe_raise_error_if_group_offload_active(module=vae)
-        ):
-            yield
-            return
-        vae.float()
-        try:
-            yield
-        finally:
-            torch.nn.Module.to(vae, dtype)  # that of diffusers would log a warning, every time
+    def vae_in_float32(self) -> AbstractContextManager[None]:
+        """Has a VAE in half precision compute in float32 for a while ([`~autoencoders.autoencoder_in_float32`])."""
+        return autoencoder_in_float32(self.vae)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
-        Decodes latents `[B, C, S, S]` into images in [-1, 1], `[B, 3, H, W]`; without a VAE they are the images.
-
-        Both are float32, and never under autocast. A VAE in half precision decodes in float32 if its config has
-        `force_upcast`, as AutoencoderKL's has by default: in bfloat16 images come out off by 0.1 grey levels, which
-        the FID notices.
+        Decodes latents `[B, C, S, S]` into images in [-1, 1], `[B, 3, H, W]`; without a VAE they are the images. Both
+        are float32 ([`~autoencoders.decode_latents`]).
         """
-        latents = latents.float()
-        if self.vae is None:
-            return latents
-        config = self.vae.config
-        latents = latents / config.scaling_factor
-        if config.get("shift_factor") is not None:
-            latents = latents + config.shift_factor
-        upcast = self.vae_in_float32() if config.get("force_upcast") else nullcontext()
-        with torch.autocast(latents.device.type, enabled=False), upcast:
-            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        return latents.float() if self.vae is None else decode_latents(self.vae, latents)
 
     def _call_back(
         self, callback: Callable, names: list[str], i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--vae",
         metavar="ID_OR_DIR",
-        help="An AutoencoderKL, saved with the pipeline, e.g. stabilityai/sd-vae-ft-ema. Without it the pipeline has"
-        " to be given one when it is loaded.",
+        help="An AutoencoderKL or another autoencoder of diffusers, saved with the pipeline, e.g."
+        " stabilityai/sd-vae-ft-ema. Without it the pipeline has to be given one when it is loaded.",
     )
     parser.add_argument(
         "--id2label",
@@ -72,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     """Does the work of `diffusers-lsep convert`."""
-    from diffusers import AutoencoderKL
-
+    from ..autoencoders import check_autoencoder, load_autoencoder
     from ..hub.model_card import write_model_card
     from ..hub.push import push_folder
     from ..hub.remote_code import add_code
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace):
             "`--push_to_hub` needs `--license`: no licence is guessed, the original weights may have none."
         )
     id2label = read_id2label(args.id2label) if args.id2label else None
-    vae = AutoencoderKL.from_pretrained(args.vae) if args.vae else None
+    vae = load_autoencoder(args.vae, "--vae") if args.vae else None
 
     # 2. Convert
     overrides = {
@@ -116,11 +115,8 @@ def run(args: argparse.Namespace):
         for model in (transformer, probe):
             if model is not None:
                 model.to(getattr(torch, args.dtype))
-    if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
-        raise ValueError(
-            f"`--vae` {args.vae} has {vae.config.latent_channels} latent channels, but the model has"
-            f" {transformer.config.in_channels}."
-        )
+    if vae is not None:
+        check_autoencoder(vae, "--vae", transformer.config.in_channels)
     pipeline = LSEPPipeline(transformer, converted.scheduler, vae, id2label)
 
     # 3. Write

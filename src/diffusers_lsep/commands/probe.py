@@ -13,6 +13,7 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..autoencoders import get_image_channels
 from ..command_line import number
 from ..data.archives import list_some
 from ..data.images import ImageSource, load_image_dataset, open_images, read_labels
@@ -251,7 +252,7 @@ def _load_splits(data: str):
 def _image_size(pipe: LSEPPipeline) -> tuple[int, int]:
     """Side and channels of the images that the pipeline makes."""
     config = pipe.transformer.config
-    channels = config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+    channels = config.in_channels if pipe.vae is None else get_image_channels(pipe.vae)
     return config.sample_size * pipe.vae_scale_factor, channels
 
 

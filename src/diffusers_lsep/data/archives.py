@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..labels import UNLABELED
+
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
@@ -49,9 +51,9 @@ class ImageFiles:
         return zlib.decompress(data, -15) if deflated else data
 
 
-def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
+def open_image_files(train_data_dir: str | os.PathLike, labelled: bool = True) -> ImageFiles:
     """
-    Find labelled images. Rows are in the order of the names; nothing is decoded.
+    Find images and their labels. Rows are in the order of the names; nothing is decoded.
 
     Args:
         train_data_dir (`str` or `os.PathLike`):
@@ -59,6 +61,8 @@ def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
             in a .zip, a folder with one .tar per class, a .tar of such .tar files (ImageNet as distributed), or an
             `images` folder or zip of EDM2/REPA, whose `dataset.json` gives the labels. Classes are numbered in the
             alphabetical order of their names.
+        labelled (`bool`, defaults to `True`):
+            Whether they have labels; without, folders mean nothing, and all images are of one class.
 
     Raises:
         `ValueError`: if there are no images, or it is in doubt what their classes are.
@@ -66,11 +70,11 @@ def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
     path = Path(train_data_dir)
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
-        images = _open_tars(path, tars) if tars else _open_folder(path)
+        images = _open_tars(path, tars, labelled) if tars else _open_folder(path, labelled)
     elif path.is_file() and path.suffix == ".tar":
-        images = _open_tars(path, [path])
+        images = _open_tars(path, [path], labelled)
     elif zipfile.is_zipfile(path):
-        images = _open_zip(path)
+        images = _open_zip(path, labelled)
     else:
         raise ValueError(f"`train_data_dir` has to be a folder, an uncompressed .tar or a .zip, but is {path}.")
     if not images.names:
@@ -78,8 +82,10 @@ def open_image_files(train_data_dir: str | os.PathLike) -> ImageFiles:
     return images
 
 
-def _open_folder(root: Path) -> ImageFiles:
+def _open_folder(root: Path, labelled: bool) -> ImageFiles:
     names = sorted(name for name in walk_files(root) if _is_image(name))
+    if not labelled:
+        return ImageFiles(root, names, *_one_class(names))
     if (root / "dataset.json").is_file():
         labels = pair_labels((root / "dataset.json").read_bytes(), names)
         return ImageFiles(root, names, labels, _numbered_classes(labels))
@@ -92,7 +98,7 @@ def _open_folder(root: Path) -> ImageFiles:
     return ImageFiles(root, names, *_classes_of_folders(names))
 
 
-def _open_zip(path: Path) -> ImageFiles:
+def _open_zip(path: Path, labelled: bool) -> ImageFiles:
     places = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
@@ -106,7 +112,9 @@ def _open_zip(path: Path) -> ImageFiles:
                 offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
                 places[info.filename] = (0, offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
         names = sorted(places)
-        if "dataset.json" in archive.namelist():
+        if not labelled:
+            classes = _one_class(names)
+        elif "dataset.json" in archive.namelist():
             labels = pair_labels(archive.read("dataset.json"), names)
             classes = labels, _numbered_classes(labels)
         else:
@@ -114,7 +122,7 @@ def _open_zip(path: Path) -> ImageFiles:
     return ImageFiles(path, names, *classes, [path], np.array([places[name] for name in names], np.int64))
 
 
-def _open_tars(root: Path, tars: list[Path]) -> ImageFiles:
+def _open_tars(root: Path, tars: list[Path], labelled: bool) -> ImageFiles:
     """Index of one archive (of folders, or of an archive per class), or of a folder with one archive per class."""
     places = {}
     for index, path in enumerate(tars):
@@ -137,7 +145,7 @@ def _open_tars(root: Path, tars: list[Path]) -> ImageFiles:
                 elif _is_image(name):
                     places[prefix + name] = (index, offset, size, 0)
     names = sorted(places)
-    classes = _classes_of_folders(_without_wrapper(names))
+    classes = _classes_of_folders(_without_wrapper(names)) if labelled else _one_class(names)
     return ImageFiles(root, names, *classes, tars, np.array([places[name] for name in names], np.int64))
 
 
@@ -160,6 +168,10 @@ def _is_image(name: str) -> bool:
 
 def _numbered_classes(labels: np.ndarray) -> dict[int, str]:
     return {index: str(index) for index in range(int(labels.max(initial=-1)) + 1)}
+
+
+def _one_class(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+    return np.zeros(len(names), np.int64), dict(enumerate(UNLABELED))
 
 
 def _without_wrapper(names: list[str]) -> list[str]:

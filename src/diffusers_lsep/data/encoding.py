@@ -14,9 +14,9 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
+from ..autoencoders import Autoencoder, encode_moments, get_scale_factor, load_autoencoder
 from .archives import ImageFiles, open_image_files
 from .images import center_crop, convert_mode, damage, load_image_dataset, read_labels
 from .moments import METADATA_FILE, SETTINGS_FILE, shorten
@@ -29,7 +29,7 @@ PLACES = ("source", "vae", "vae_subfolder", "vae_revision")
 class DatasetImages:
     """Images of a `datasets.Dataset`, as [`ImageFiles`]; an image's name is its row."""
 
-    def __init__(self, dataset, image_column: str, label_column: str):
+    def __init__(self, dataset, image_column: str, label_column: str | None):
         from datasets import Image
 
         if not isinstance(dataset.features.get(image_column), Image):
@@ -37,6 +37,8 @@ class DatasetImages:
                 f"`--image_column` has to be a column of images, but is {image_column}; there are {dataset.features}."
             )
         self.labels, names = read_labels(dataset, label_column)
+        if label_column is None:
+            self.labels = np.zeros_like(self.labels)  # a file has no index for the null class
         self.id2label = dict(enumerate(names))
         self.names = [f"{row:08d}" for row in range(len(dataset))]
         self._images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
@@ -53,7 +55,7 @@ def open_images_to_encode(
     dataset_config_name: str | None = None,
     split: str = "train",
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
 ) -> ImageFiles | DatasetImages:
     """
     Labelled images by row, their bytes as they are stored.
@@ -70,7 +72,7 @@ def open_images_to_encode(
         image_column (`str`, defaults to `"image"`):
             The column of images.
         label_column (`str`, defaults to `"label"`):
-            The column of labels.
+            The column of labels. None for images without labels, whatever they are given as.
 
     Raises:
         `ValueError`: if there are no images, or it is in doubt what their classes are.
@@ -80,7 +82,7 @@ def open_images_to_encode(
         if split not in splits:
             raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {split}.")
         return DatasetImages(splits[split], image_column, label_column)
-    return open_image_files(train_data_dir)
+    return open_image_files(train_data_dir, labelled=label_column is not None)
 
 
 class ImageBatches(torch.utils.data.Dataset):
@@ -119,7 +121,7 @@ class ImageBatches(torch.utils.data.Dataset):
 
 def load_vae_to_encode(
     name: str, resolution: int, subfolder: str | None = None, revision: str | None = None
-) -> AutoencoderKL:
+) -> Autoencoder:
     """
     Loads a VAE in float32.
 
@@ -130,23 +132,14 @@ def load_vae_to_encode(
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
-        `ValueError`: if it is no AutoencoderKL of grey or RGB images, or does not fit `resolution`.
+        `ValueError`: if it is no autoencoder of grey or RGB images, or does not fit `resolution`.
     """
-    where = {"subfolder": subfolder, "revision": revision}
-    flag = "`--pretrained_vae_model_name_or_path`"
-    try:
-        class_name = AutoencoderKL.load_config(name, **where).get("_class_name")
-        if class_name != "AutoencoderKL":
-            raise ValueError(f"{flag} has to be an AutoencoderKL, but {name} is {class_name}.")
-        vae = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, **where)
-    except OSError as error:
-        raise ValueError(f"{flag} has to be the id or folder of an AutoencoderKL, but is {name} ({error})") from error
-    if vae.config.in_channels not in (1, 3):
-        raise ValueError(f"{flag} has to encode grey or RGB images, but {name} has {vae.config.in_channels} channels.")
-    downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
+    flag = "--pretrained_vae_model_name_or_path"
+    vae = load_autoencoder(name, flag, subfolder=subfolder, revision=revision)
+    downsampling = get_scale_factor(vae)
     if resolution % downsampling:
         raise ValueError(f"`--resolution` has to be a multiple of {downsampling} for {name}, but is {resolution}.")
-    return vae.eval().requires_grad_(False)
+    return vae
 
 
 def check_output_dir(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +161,8 @@ def check_output_dir(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     # A folder that does not say it is of a version that always turned the images.
     before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}
     if before.get("vae_sha256") == settings["vae_sha256"]:  # an older version knew no more
-        before.setdefault("vae_encoder_sha256", settings["vae_encoder_sha256"])
+        for name in ("vae_encoder_sha256", "latents_mean", "latents_std"):
+            before.setdefault(name, settings[name])
     different = [name for name, value in settings.items() if name not in PLACES and before.get(name) != value]
     if different:
         changes = "; ".join(f"{name}: {shorten(before.get(name))} -> {shorten(settings[name])}" for name in different)
@@ -178,16 +172,8 @@ def check_output_dir(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: before[name] for name in settings}
 
 
-@torch.inference_mode()
-def _encode(vae: AutoencoderKL, pixels: torch.Tensor, dtype: np.dtype) -> np.ndarray:
-    """Mean and standard deviation `[B, 2 * C, h, w]` of the posterior of pixels in [-1, 1]."""
-    posterior = vae.encode(pixels).latent_dist
-    with np.errstate(over="ignore"):  # the caller looks for what is not finite
-        return torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().astype(dtype)
-
-
 def encode_batch(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     batch: dict[str, Any],
     rows: range,
     images: ImageFiles | DatasetImages,
@@ -197,7 +183,7 @@ def encode_batch(
     Encodes a batch.
 
     Args:
-        vae ([`AutoencoderKL`]): Of [`load_vae_to_encode`].
+        vae (an autoencoder of diffusers): Of [`load_vae_to_encode`].
         batch (`dict[str, Any]`): Of [`ImageBatches`].
         rows (`range`): The rows that it is of.
         images ([`ImageFiles`] or [`DatasetImages`]): Where these come from.
@@ -215,7 +201,8 @@ def encode_batch(
     columns = {"id": ids, "label": [int(images.labels[rows[position]]) for position in good]}
     for name, copy in {"moments": pixels, "moments_flipped": pixels.flip(-1) if settings["flip"] else None}.items():
         if copy is not None:
-            moments = _encode(vae, copy, np.dtype(settings["dtype"]))[good]
+            with np.errstate(over="ignore"):  # what is not finite is looked for
+                moments = encode_moments(vae, copy).cpu().numpy().astype(settings["dtype"])[good]
             finite = np.isfinite(moments).all(axis=(1, 2, 3))
             if not finite.all():
                 raise ValueError(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..labels import UNLABELED
+
 
 if TYPE_CHECKING:
     import datasets
@@ -130,7 +132,7 @@ def has_one_class(folder: Path) -> bool:
 
 def read_labels(
     dataset: "datasets.Dataset",
-    label_column: str = "label",
+    label_column: str | None = "label",
     num_classes: int | None = None,
     names: list[str] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
@@ -139,7 +141,8 @@ def read_labels(
 
     Args:
         dataset (`datasets.Dataset`): The data set.
-        label_column (`str`, defaults to `"label"`): Column of the labels: class indices, or names.
+        label_column (`str`, defaults to `"label"`):
+            Column of the labels: class indices, or names. None where all rows are the null class, `UNLABELED`.
         num_classes (`int`, *optional*):
             Number of classes `K`; if not given, that of the column's `ClassLabel` feature, or one more than the
             largest index, or the number of different names.
@@ -154,6 +157,8 @@ def read_labels(
     """
     import datasets
 
+    if label_column is None:
+        return np.full(len(dataset), len(UNLABELED), dtype=np.int64), list(UNLABELED)
     if label_column not in dataset.column_names:
         raise ValueError(
             f"`label_column` has to be a column of the data set, but there is no {label_column!r}; the columns are"
@@ -354,7 +359,7 @@ def open_images(
     resolution: int,
     num_channels: int,
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | None = "label",
     num_classes: int | None = None,
     validation_split: str | None = None,
 ) -> tuple[ImageSource, ImageSource | None, list[str]]:
@@ -366,7 +371,7 @@ def open_images(
         resolution (`int`): Side of the images in pixels.
         num_channels (`int`): 1 for grey, 3 for RGB.
         image_column (`str`, defaults to `"image"`): Column of the images.
-        label_column (`str`, defaults to `"label"`): Column of the labels.
+        label_column (`str`, defaults to `"label"`): Column of the labels; None where there are none, or none are read.
         num_classes (`int`, *optional*): Number of classes, if the labels do not show all.
         validation_split (`str`, *optional*): Name of the held-out split.
 

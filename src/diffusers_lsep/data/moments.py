@@ -13,18 +13,15 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..autoencoders import Autoencoder, encoder_options, get_normalization, normalize_latents
 from ..files import hash_weights
 from .archives import list_some, number_in, pair_labels, walk_files
 from .images import ImageSource
-
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 MOMENTS_FORMAT = "diffusers_lsep.moments"
@@ -39,10 +36,9 @@ DECIDES_LATENTS = {
     "vae_encoder_sha256": "SHA-256 of the encoder",
     "scaling_factor": "scaling factor",
     "shift_factor": "shift factor",
+    "latents_mean": "mean of the latents",
+    "latents_std": "deviation of the latents",
 }
-
-# Of the encoder's config what its weights do not show: neither their names nor their shapes.
-ENCODER_OPTIONS = ("act_fn", "down_block_types", "norm_num_groups")
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -51,19 +47,24 @@ def shard_name(index: int, num_shards: int) -> str:
 
 
 def sample_posterior(
-    moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float, shift_factor: float | None = None
+    moments: torch.Tensor,
+    noise: torch.Tensor,
+    scaling_factor: float = 1.0,
+    shift_factor: float | None = None,
+    latents_mean: Sequence[float] | torch.Tensor | None = None,
+    latents_std: Sequence[float] | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Latents from the moments of a VAE's posterior, `(mean + std * noise - shift_factor) * scaling_factor`.
+    Latents from the moments of a VAE's posterior, `mean + std * noise`, as the transformer sees them: normalised by
+    [`~autoencoders.normalize_latents`], whose arguments the last four are.
 
     Args:
         moments (`torch.Tensor` of shape `[B, 2 C, S, S]`): Mean and standard deviation.
         noise (`torch.Tensor` of shape `[B, C, S, S]`): Standard normal noise.
-        scaling_factor (`float`): From the VAE's config.
-        shift_factor (`float`, *optional*): From the VAE's config.
+        scaling_factor, shift_factor, latents_mean, latents_std: By [`~autoencoders.get_normalization`] of the VAE.
     """
     mean, std = moments.float().chunk(2, dim=1)
-    return (mean + std * noise - (shift_factor or 0.0)) * scaling_factor
+    return normalize_latents(mean + std * noise, scaling_factor, shift_factor, latents_mean, latents_std)
 
 
 class MomentsDataset(torch.utils.data.Dataset):
@@ -88,7 +89,8 @@ class MomentsDataset(torch.utils.data.Dataset):
         moments_shape (`tuple[int, int, int]`): `(2 * C, h, w)`.
         dtype (`np.dtype`): float16 or float32.
         has_flips (`bool`): Whether each row has the moments of its mirror image too.
-        scaling_factor (`float`), shift_factor (`float` or `None`): From the VAE's config.
+        scaling_factor (`float`), shift_factor (`float` or `None`), latents_mean, latents_std (`list` or `None`):
+            What the latents are normalised by, of the VAE that encoded them ([`~autoencoders.get_normalization`]).
 
     Raises:
         `ValueError`: if the folder is not a complete set of moments.
@@ -104,6 +106,8 @@ class MomentsDataset(torch.utils.data.Dataset):
         self.has_flips = self.metadata["flip"]
         self.scaling_factor = self.metadata["scaling_factor"]
         self.shift_factor = self.metadata["shift_factor"]
+        self.latents_mean = self.metadata.get("latents_mean")  # which older versions did not know
+        self.latents_std = self.metadata.get("latents_std")
         self.id2label = {int(index): name for index, name in self.metadata["id2label"].items()}
 
         self._row_bytes = math.prod(self.moments_shape) * self.dtype.itemsize
@@ -180,17 +184,17 @@ class MomentsDataset(torch.utils.data.Dataset):
             start += len(row)
         return torch.from_numpy(moments)
 
-    def check_vae(self, vae: "AutoencoderKL", name: str) -> None:
+    def check_vae(self, vae: Autoencoder, name: str) -> None:
         """
         Refuses a VAE whose encoder is not the one that encoded the rows: its latents mean something else. The decoder
         may be another one, as that of sd-vae-ft-ema is for sd-vae-ft-mse.
 
         Args:
-            vae (`AutoencoderKL`): The VAE.
+            vae (an autoencoder of diffusers): The VAE.
             name (`str`): What the message calls it.
 
         Raises:
-            `ValueError`: if its encoder or its scale is another one, or if the folder does not say enough to know.
+            `ValueError`: if its encoder or its normalisation is another one, or if the folder does not say enough.
         """
         expected, found = self.metadata, describe_vae(vae)
         encoded = f"{self.folder} was encoded by the VAE {expected['vae']!r}"
@@ -231,15 +235,13 @@ class MomentsDataset(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
 
-def describe_vae(vae: "AutoencoderKL") -> dict[str, Any]:
-    """What the metadata of a folder says of the VAE (`AutoencoderKL`) that encoded it."""
-    encoder = {name: vae.config[name] for name in ENCODER_OPTIONS}
-    encoder["weights"] = hash_weights(vae, ("encoder.", "quant_conv."))
+def describe_vae(vae: Autoencoder) -> dict[str, Any]:
+    """What the metadata of a folder says of the VAE that encoded it."""
+    encoder = {**encoder_options(vae), "weights": hash_weights(vae, ("encoder.", "quant_conv."))}
     return {
         "vae_sha256": hash_weights(vae),
-        "vae_encoder_sha256": hashlib.sha256(json.dumps(encoder).encode()).hexdigest(),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor,
+        "vae_encoder_sha256": hashlib.sha256(json.dumps(encoder, default=str).encode()).hexdigest(),
+        **get_normalization(vae),
     }
 
 
@@ -261,6 +263,8 @@ class OriginalMomentsDataset:
     Args:
         folder (`str` or `os.PathLike`):
             The `vae-sd` folder.
+        labelled (`bool`, defaults to `True`):
+            Whether there are labels to be read; else `dataset.json` may say anything, and all rows have the class 0.
 
     Attributes:
         labels (`np.ndarray` of int64, shape `[len(self)]`): Class of each row; rows are in the order of the names.
@@ -276,14 +280,16 @@ class OriginalMomentsDataset:
     kind = "moments"
     has_flips = False
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, labelled: bool = True):
         self.folder = Path(folder)
         if not (self.folder / "dataset.json").is_file():
             raise ValueError(f"`folder` has to hold dataset.json beside the .npy files, but {self.folder} has none.")
         names = sorted(name for name in walk_files(self.folder) if name.endswith(".npy"))
         if not names:
             raise ValueError(f"`folder` holds no .npy file: {self.folder}.")
-        self.labels = pair_labels((self.folder / "dataset.json").read_bytes(), names)
+        self.labels = np.zeros(len(names), np.int64)
+        if labelled:
+            self.labels = pair_labels((self.folder / "dataset.json").read_bytes(), names)
         self.id2label = {index: str(index) for index in range(int(self.labels.max()) + 1)}
         # Fixed-width bytes: 1.28 M names take 50 MB, and worker processes share them.
         self._names = np.array([os.fsencode(name) for name in names])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..labels import UNLABELED
 from .images import check_image_column, decode_images
 from .stream import SampleStream
 
@@ -34,7 +35,7 @@ class StreamedImages:
         resolution (`int`): Side of the square that images are cropped to, in pixels.
         num_channels (`int`, defaults to `3`): 1 for grey, 3 for RGB.
         image_column (`str`, defaults to `"image"`): Column of the images.
-        label_column (`str`, defaults to `"label"`): Column of the labels.
+        label_column (`str`, defaults to `"label"`): Column of the labels. None where all rows are the null class.
         num_classes (`int`, *optional*): Number of classes; not needed if the column is a `ClassLabel`.
         buffer_size (`int`, defaults to `10000`): Size of the buffer, in rows.
 
@@ -52,7 +53,7 @@ class StreamedImages:
         resolution: int,
         num_channels: int = 3,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
         num_classes: int | None = None,
         buffer_size: int = 10_000,
     ):
@@ -60,14 +61,16 @@ class StreamedImages:
 
         if dataset.features is None:
             raise ValueError("the data set does not declare its columns, and can only be used without streaming.")
-        if label_column not in dataset.features:
+        if label_column is not None and label_column not in dataset.features:
             raise ValueError(
                 f"`label_column` has to be a column of the data set, but there is no {label_column!r}; the columns are"
                 f" {dataset.column_names}."
             )
         check_image_column(dataset, image_column)
-        feature = dataset.features[label_column]
+        feature = dataset.features.get(label_column)
         names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+        if label_column is None:
+            names = list(UNLABELED)
         if not names and num_classes is None:
             raise ValueError(f"`num_classes` has to be given: the streamed column {label_column!r} does not say it.")
         if num_classes is not None and num_classes < len(names):
@@ -80,7 +83,8 @@ class StreamedImages:
         self.image_column = image_column
         self.label_column = label_column
         as_bytes = datasets.Image(decode=False)
-        dataset = dataset.select_columns([image_column, label_column]).cast_column(image_column, as_bytes)
+        columns = [image_column] if label_column is None else [image_column, label_column]
+        dataset = dataset.select_columns(columns).cast_column(image_column, as_bytes)
         self.dataset = dataset.shuffle(seed=seed, buffer_size=buffer_size)
         self._iterator: Iterator[dict] | None = None
         self._position = 0  # the sample that it gives next
@@ -98,8 +102,8 @@ class StreamedImages:
         self._kept = {row: sample for row, sample in self._kept.items() if row >= min(rows)}
         for row in rows.tolist():
             sample = self._kept[row] = self._kept.get(row) or self._seek(row)
-            label = sample[self.label_column]
-            if not isinstance(label, int) or not 0 <= label < len(self.names):
+            label = self._label(sample)
+            if self.label_column is not None and not (isinstance(label, int) and 0 <= label < len(self.names)):
                 raise ValueError(
                     f"`label_column` {self.label_column!r} has to hold labels in 0..{len(self.names) - 1}, but sample"
                     f" {row} of the stream has {label!r}."
@@ -109,7 +113,10 @@ class StreamedImages:
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
         """The class indices of rows that the last call of `load` was for, whether or not it could read them all."""
-        return np.array([self._kept[row][self.label_column] for row in rows.tolist()], dtype=np.int64)
+        return np.array([self._label(self._kept[row]) for row in rows.tolist()], dtype=np.int64)
+
+    def _label(self, sample: dict) -> int:
+        return len(self.names) if self.label_column is None else sample[self.label_column]
 
     def _seek(self, row: int) -> dict:
         if torch.utils.data.get_worker_info() is not None:

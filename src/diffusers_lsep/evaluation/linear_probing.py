@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..autoencoders import encode_moments, get_normalization
 from ..data.draws import Purpose, keyed_generator
 from ..data.moments import sample_posterior
 from ..data.sources import SampleSource
@@ -187,11 +188,9 @@ class HiddenStates:
         for start, rows in self._batches(len(latents), f"{name} images"):
             batch = source.load(rows, np.zeros(len(rows), dtype=bool)).to(pipe.device)
             if source.kind == "images" and pipe.vae is not None:
-                posterior = pipe.vae.encode(batch).latent_dist
-                batch = torch.cat([posterior.mean, posterior.std], dim=1)
+                batch = encode_moments(pipe.vae, batch)
             if pipe.vae is not None:
-                vae = pipe.vae.config
-                batch = sample_posterior(batch, torch.zeros(()), vae.scaling_factor, vae.get("shift_factor"))
+                batch = sample_posterior(batch, torch.zeros((), device=pipe.device), **get_normalization(pipe.vae))
             latents[start : start + len(rows)] = batch.cpu().numpy()
         return latents
 

@@ -161,7 +161,7 @@ def write_model_card(
         license=license,
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAG,
-        tags=[*TAGS, *METHOD_TAGS[method]],
+        tags=[*(TAGS[1:] if pipeline.is_unconditional else TAGS), *METHOD_TAGS[method]],
         datasets=[dataset] if dataset is not None else None,
         base_model=None if _is_local(base_model) else base_model,
         model_name=name if results else None,

@@ -17,7 +17,9 @@ import torch
 from diffusers.utils import logging
 from safetensors import safe_open
 
+from ..autoencoders import describe_normalization, get_latent_channels, get_scale_factor
 from ..files import hash_saved_weights
+from ..labels import UNLABELED
 from ..transformer_sit import SIT_PRESETS
 
 
@@ -151,8 +153,30 @@ class SavedPipeline:
     @property
     def image_size(self) -> int:
         """Height and width of the images in pixels; of the latents, if there is no VAE to decode them."""
-        factor = 2 ** (len(self.vae["block_out_channels"]) - 1) if self.vae is not None else 1
+        factor = get_scale_factor(self._autoencoder) if self.vae is not None else 1
         return self.transformer["sample_size"] * factor
+
+    @cached_property
+    def _autoencoder(self) -> Any:
+        """The VAE without its weights."""
+        with torch.device("meta"):
+            return getattr(diffusers, (self.vae or {})["_class_name"]).from_config(self.vae)
+
+    @property
+    def autoencoder(self) -> str | None:
+        """Which VAE it is and how its latents are normalised, in Markdown."""
+        if self.vae is None:
+            return None
+        vae = self._autoencoder
+        return (
+            f"`{type(vae).__name__}`, {get_latent_channels(vae)} channels, {get_scale_factor(vae)} times smaller than"
+            f" the image; its latents `x` are normalised as {describe_normalization(vae)}"
+        )
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether it was trained without labels."""
+        return self.index.get("id2label") == dict(zip("0", UNLABELED))
 
     @property
     def has_probe(self) -> bool:

@@ -118,6 +118,12 @@ def add_data_flags(flags: Flags):
         help="Number of classes, if there are more than the labels show.",
     )
     add(
+        "--unconditional",
+        action="store_true",
+        help="Train on images without labels, or without reading these: all are the null class, and LSEP, which needs"
+        " classes, is off.",
+    )
+    add(
         "--resolution",
         type=size,
         changeable=True,
@@ -202,7 +208,8 @@ def add_model_flags(flags: Flags):
     add(
         "--pretrained_vae_model_name_or_path",
         changeable=True,
-        help="An AutoencoderKL: the transformer then works on its latents. Without one it works on pixels.",
+        help="An AutoencoderKL or another autoencoder of diffusers: the transformer then works on its latents. Without"
+        " one it works on pixels.",
     )
 
 
@@ -453,6 +460,12 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
             parser.error(f"--{flag} needs a model to start from: --pretrained_model_name_or_path")
     if args.lora_rank is not None and importlib.util.find_spec("peft") is None:
         parser.error("--lora_rank needs peft: pip install peft")
+    if args.unconditional:
+        for flag in ("num_classes", "new_classes", "validation_labels"):
+            if getattr(args, flag):
+                parser.error(f"--unconditional trains without classes: leave out --{flag}")
+        args.no_lsep = True
+        args.validation_guidance_scale = 1.0  # nothing to be guided to
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args

@@ -3,21 +3,31 @@
 """From the flags of `examples/train_lsep.py` to data and model, with every check that can be made before training."""
 
 import argparse
+import json
 import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
+from ..autoencoders import (
+    Autoencoder,
+    get_image_channels,
+    get_latent_channels,
+    get_normalization,
+    get_scale_factor,
+    load_autoencoder,
+)
 from ..command_line import with_values
 from ..data.images import ImageSource, load_image_dataset, open_images
 from ..data.moments import MomentsDataset, OriginalMomentsDataset
 from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels
 from ..data.streamed import open_stream
 from ..files import hash_weights
+from ..labels import UNLABELED
 from ..objective import LinearProbe, LSEPObjective
 from ..transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
@@ -46,7 +56,7 @@ class Setup:
     data: TrainingData
     config: dict[str, Any]  # of the transformer
     start: Start | None  # from a saved pipeline
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     encoder: REPAEncoder | None
     samples_per_step: int
     facts: dict[str, Any]  # what a continued run has to have in common with its checkpoint, beside flags
@@ -67,7 +77,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     Raises:
         `ValueError`: if something is missing, or does not fit the rest.
     """
-    latents = open_latents(args.latents_dir) if args.latents_dir is not None else None
+    latents = open_latents(args.latents_dir, not args.unconditional) if args.latents_dir is not None else None
     pretrained = None
     if args.pretrained_model_name_or_path is not None:
         pretrained = read_pretrained(args.pretrained_model_name_or_path)
@@ -80,6 +90,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     if pretrained is not None:
         check_fit(args, config, pretrained.config, pretrained.path_type)
         new_classes = args.new_classes or len(data.names) != pretrained.config["num_classes"]
+        new_classes |= args.unconditional and pretrained.names != data.names
         start = Start(pretrained, config, data.names, new_classes)
     encoder = None
     if args.repa_encoder is not None:
@@ -100,16 +111,17 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "training_images": len(data.source.labels),
         "training_labels": None if args.streaming else hash_labels(data.source.labels),
         "class_names": zlib.crc32("\n".join(data.names).encode()),
-        "vae": zlib.crc32(vae.encoder.conv_in.weight.numpy().tobytes()) if vae is not None else None,
+        "vae": zlib.crc32(next(vae.encoder.parameters()).numpy().tobytes()) if vae is not None else None,
+        "vae_normalization": zlib.crc32(json.dumps(get_normalization(vae)).encode()) if vae is not None else None,
         "repa_encoder_weights": hash_weights(encoder.model) if encoder is not None else None,
     }
     return Setup(args, data, config, start, vae, encoder, samples_per_step, facts)
 
 
-def open_latents(folder: str) -> MomentsDataset | OriginalMomentsDataset:
+def open_latents(folder: str, labelled: bool) -> MomentsDataset | OriginalMomentsDataset:
     """The images that a VAE has encoded, in the layout of this package or of EDM2 and REPA."""
     if (Path(folder) / "dataset.json").is_file():
-        return OriginalMomentsDataset(folder)
+        return OriginalMomentsDataset(folder, labelled)
     return MomentsDataset(folder)
 
 
@@ -117,7 +129,7 @@ def open_vae(
     args: argparse.Namespace,
     latents: MomentsDataset | OriginalMomentsDataset | None,
     pretrained: PretrainedPipeline | None,
-) -> tuple[AutoencoderKL | None, str | None]:
+) -> tuple[Autoencoder | None, str | None]:
     """Loads the VAE that is asked for, or else that of the pipeline to start from or of the latents; and its name."""
     name_or_path = args.pretrained_vae_model_name_or_path
     options: dict[str, Any] = {}
@@ -130,21 +142,18 @@ def open_vae(
         raise ValueError("`--latents_dir` of this kind needs `--pretrained_vae_model_name_or_path` to make images.")
     if name_or_path is None:
         return None, None
-    flag = f"`--pretrained_vae_model_name_or_path` {name_or_path!r}"
-    try:
-        vae = AutoencoderKL.from_pretrained(name_or_path, **options)
-    except OSError as error:
-        raise ValueError(f"{flag} cannot be loaded: {error}") from error
+    flag = "--pretrained_vae_model_name_or_path"
+    vae = load_autoencoder(name_or_path, flag, **options)
     if isinstance(latents, MomentsDataset):
-        latents.check_vae(vae, flag)
-    return vae.requires_grad_(False).eval(), name_or_path
+        latents.check_vae(vae, f"`{flag}` {name_or_path!r}")
+    return vae, name_or_path
 
 
 def choose_architecture(
     args: argparse.Namespace,
     latents: MomentsDataset | OriginalMomentsDataset | None,
     pretrained: PretrainedPipeline | None,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
 ) -> tuple[dict[str, Any], int, int]:
     """The config of the transformer, without its classes; the side of the images in pixels, and their channels."""
     # 1. What flags and other models say: later ones win
@@ -160,7 +169,7 @@ def choose_architecture(
     config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
 
     # 2. Size
-    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+    vae_factor = get_scale_factor(vae) if vae is not None else 1
     resolution = args.resolution
     if latents is not None:
         config["sample_size"] = given(config, "sample_size", latents.moments_shape[-1], "`--latents_dir`")
@@ -176,8 +185,13 @@ def choose_architecture(
 
     # 3. Channels
     if vae is not None:
-        config["in_channels"] = given(config, "in_channels", vae.config.latent_channels, "the VAE")
-        return config, resolution, given(vars(args), "image_channels", vae.config.in_channels, "the VAE")
+        config["in_channels"] = given(config, "in_channels", get_latent_channels(vae), "the VAE")
+        if latents is not None and latents.moments_shape[0] != 2 * config["in_channels"]:
+            raise ValueError(
+                f"`--latents_dir` has {latents.moments_shape[0] // 2} latent channels, but"
+                f" `--pretrained_vae_model_name_or_path` has {config['in_channels']}."
+            )
+        return config, resolution, given(vars(args), "image_channels", get_image_channels(vae), "the VAE")
     if config.get("in_channels", 3) not in (1, 3):
         raise ValueError(
             f"`--pretrained_vae_model_name_or_path` is needed: the model has {config['in_channels']} channels, which"
@@ -223,6 +237,8 @@ def open_data(
     num_classes = args.num_classes or config.get("num_classes")
 
     size, columns = (resolution, image_channels), (args.image_column, args.label_column)
+    if args.unconditional:
+        columns, num_classes = (args.image_column, None), None
     location = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     if latents is not None:
         if split is not None:
@@ -254,6 +270,8 @@ def open_moments(
     if args.random_flip and not latents.has_flips:
         raise ValueError("`--random_flip` needs latents with mirror images, but `--latents_dir` has none.")
     names = [latents.id2label[index] for index in range(len(latents.id2label))]
+    if args.unconditional:
+        names, latents.labels = list(UNLABELED), np.full_like(latents.labels, len(UNLABELED))
     if num_classes is not None and not len(names) <= num_classes:
         raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
     data = TrainingData(latents, None, names + [str(index) for index in range(len(names), num_classes or 0)])

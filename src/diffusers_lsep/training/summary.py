@@ -109,12 +109,15 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     held_out = len(data.held_out.labels) if data.held_out is not None else 0
     state, activations = (value / 1e9 for value in needed)
+    classes = f"{len(data.names)} classes"
+    if args.unconditional:
+        classes = "without labels: all are the null class, and LSEP, which needs classes, is off"
     average = f"decay {args.ema_decay:.6g}{', after a warm-up' if args.ema_warmup else ''}" if args.use_ema else "none"
     lines = [
         f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {transformer.inner_dim}",
         f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them",
         f"tokens: {(config.sample_size // config.patch_size) ** 2} per image",
-        f"images: {len(data.source.labels):,} to train on, {held_out:,} held out, {len(data.names)} classes",
+        f"images: {len(data.source.labels):,} to train on, {held_out:,} held out, {classes}",
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
         f"average of the weights: {average}",
         f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",

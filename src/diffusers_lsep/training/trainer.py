@@ -27,6 +27,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from ..autoencoders import encode_moments, get_normalization
 from ..data.moments import sample_posterior
 from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
@@ -81,7 +82,9 @@ class Trainer:
         self.validation_labels = self.get_validation_labels()
         if setup.vae is not None:
             setup.vae.to(accelerator.device)
-            setup.vae.enable_slicing()
+            if hasattr(setup.vae, "use_slicing"):  # nearly all have it
+                setup.vae.enable_slicing()
+            self.normalization = get_normalization(setup.vae, accelerator.device)
         if setup.encoder is not None:
             setup.encoder.to(accelerator.device)
 
@@ -218,16 +221,11 @@ class Trainer:
         if self.setup.encoder is not None:
             with self.accelerator.autocast():
                 batch["targets"] = {"repa": self.setup.encoder(images)}
-        vae = self.setup.vae
-        if vae is None:
+        if self.setup.vae is None:
             return {"latents": images, **batch}
         if moments is None:
-            # In float32, also inside of autocast: in bfloat16 latents are off by 1 to 2 % of their deviation.
-            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-                posterior = vae.encode(images).latent_dist
-            moments = torch.cat([posterior.mean, posterior.std], dim=1)
-        shift = vae.config.get("shift_factor")
-        return {"latents": sample_posterior(moments, noise, vae.config.scaling_factor, shift), **batch}
+            moments = encode_moments(self.setup.vae, images)
+        return {"latents": sample_posterior(moments, noise, **self.normalization), **batch}
 
     def train(self) -> bool:
         """Trains to the end, and returns True, or until a signal arrives."""
@@ -418,6 +416,9 @@ class Trainer:
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
+        if self.args.unconditional:  # its one class is what was trained, the null class
+            with torch.no_grad():
+                transformer.class_embedding.weight[:-1] = transformer.class_embedding.weight[-1]
         pipeline = LSEPPipeline(
             transformer=transformer,
             scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
