@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo
 
 from .interpolants import get_interpolant
 from .labels import find_class_ids, find_names, unique_names
+from .lora_pipeline import LSEPLoraLoaderMixin
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -41,7 +42,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LSEPPipeline(DiffusionPipeline):
+class LSEPPipeline(DiffusionPipeline, LSEPLoraLoaderMixin):
     r"""
     Class-conditional image generation with a [`SiTTransformer2DModel`], in the latent space of a VAE or on pixels.
 

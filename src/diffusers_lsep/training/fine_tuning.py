@@ -4,11 +4,12 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 
+from ..lora_pipeline import replace_classes
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
 from ..transformer_sit import SiTTransformer2DModel
@@ -120,20 +121,6 @@ class Start:
         return transformer, probe
 
 
-def replace_classes(transformer: SiTTransformer2DModel, num_classes: int):
-    """
-    Gives a transformer a new label table, of which every row is the old null class's: it starts as the model that
-    draws anything.
-
-    Args:
-        transformer ([`SiTTransformer2DModel`]): The model, changed in place.
-        num_classes (`int`): The new number of classes, without the null class.
-    """
-    null_row = transformer.class_embedding.weight.detach()[-1:]
-    transformer.class_embedding = nn.Embedding.from_pretrained(null_row.repeat(num_classes + 1, 1), freeze=False)
-    transformer.register_to_config(num_classes=num_classes)
-
-
 def add_lora(transformer: SiTTransformer2DModel, rank: int):
     """
     Freezes a transformer but for its label table, and adds trainable LoRA layers (arXiv 2106.09685) of this rank to
@@ -158,3 +145,41 @@ def merge_lora(transformer: SiTTransformer2DModel) -> SiTTransformer2DModel:
         merged.fuse_lora()
         merged.unload_lora()
     return merged
+
+
+def save_lora(folder: Path, transformer: SiTTransformer2DModel, start: Start):
+    """
+    Writes the LoRA layers of a trained transformer for `LSEPPipeline.load_lora_weights`, with all that makes its
+    images: the label table, trained whole, as a layer of full rank, and the names of the classes.
+
+    Args:
+        folder (`Path`): Where to write `pytorch_lora_weights.safetensors`.
+        transformer ([`SiTTransformer2DModel`]): The model that [`add_lora`] has changed.
+        start ([`Start`]): From which weights the run started.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(transformer)
+    metadata = transformer.peft_config["default"].to_dict()
+    table = transformer.class_embedding.weight.detach().float().cpu()
+    change = table - start.load()[0].class_embedding.weight.detach()
+    rank = min(change.shape)
+    # change.T is B A, of which one is the identity
+    rows, width = change.shape
+    factors = (torch.eye(rows), change.T) if rows <= width else (change.T, torch.eye(width))
+    for name, factor in zip(("A", "B"), factors):
+        layers[f"class_embedding.lora_embedding_{name}"] = factor.contiguous()
+    metadata["target_modules"] = [*metadata["target_modules"], "class_embedding"]
+    for name in ("rank_pattern", "alpha_pattern"):
+        metadata[name] = {**metadata[name], "class_embedding": rank}
+    LSEPPipeline.save_lora_weights(
+        folder,
+        layers,
+        transformer_lora_adapter_metadata=metadata,
+        classes={
+            "num_classes": start.config["num_classes"],
+            "id2label": dict(enumerate(start.names)),
+            "new_classes": start.new_classes,
+            "sample_size": start.config["sample_size"],
+        },
+    )
