@@ -18,6 +18,8 @@ from ..transformer_sit import SiTTransformer2DModel
 # The layers of a block that LoRA adapts; the modulation and the embeddings stay as they are, but for the label table.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
+LORA_FOLDER = "lora"  # beside the pipeline
+
 
 @dataclass
 class PretrainedPipeline:
