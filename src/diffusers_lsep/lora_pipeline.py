@@ -166,8 +166,8 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
             )
         if transformer_lora_adapter_metadata is None:
             logger.warning(
-                "`transformer_lora_adapter_metadata` is not given: whoever loads these layers takes the rank for alpha."
-                " Give `transformer.peft_config[adapter_name].to_dict()`."
+                "`transformer_lora_adapter_metadata` is not given: whoever loads these layers takes the rank for"
+                " alpha. Give `transformer.peft_config[adapter_name].to_dict()`."
             )
         cls._save_lora_weights(
             save_directory=save_directory,

@@ -17,9 +17,11 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .auto_map import AutoMapMixin
 from .interpolants import get_interpolant
 from .labels import find_class_ids, find_names, unique_names
 from .lora_pipeline import LSEPLoraLoaderMixin
+from .single_file import LSEPSingleFileMixin
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -42,7 +44,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LSEPPipeline(DiffusionPipeline, LSEPLoraLoaderMixin):
+class LSEPPipeline(AutoMapMixin, DiffusionPipeline, LSEPLoraLoaderMixin, LSEPSingleFileMixin):
     r"""
     Class-conditional image generation with a [`SiTTransformer2DModel`], in the latent space of a VAE or on pixels.
 

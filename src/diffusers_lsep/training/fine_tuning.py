@@ -45,9 +45,11 @@ def read_pretrained(name_or_path: str) -> PretrainedPipeline:
     """
     try:
         index = LSEPPipeline.load_config(name_or_path)
-        if index.get("_class_name") != "LSEPPipeline":
-            raise ValueError(f"it is no LSEPPipeline, but a {index.get('_class_name')}")
+        class_name = index.get("_class_name")  # with its module, where the repository brings its code
+        if (class_name[-1] if isinstance(class_name, list) else class_name) != "LSEPPipeline":
+            raise ValueError(f"it is no LSEPPipeline, but a {class_name}")
         config = SiTTransformer2DModel.load_config(name_or_path, subfolder="transformer")
+        config.pop("auto_map", None)
     except (OSError, ValueError) as error:
         raise ValueError(f"`--pretrained_model_name_or_path` {name_or_path!r} cannot be loaded: {error}") from error
     try:
