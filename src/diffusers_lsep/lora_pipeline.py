@@ -108,10 +108,10 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
             for name, value in (metadata or {}).items()
             if name.startswith(PIPELINE_PREFIX)
         }
+        adapter_name = adapter_name or get_adapter_name(self.transformer)
         if classes:
             if classes.get("id2label"):
                 classes["id2label"] = {int(class_id): label for class_id, label in classes["id2label"].items()}
-            adapter_name = adapter_name or get_adapter_name(self.transformer)
             self._check_classes(classes, hotswap)
 
         with self._without_offloading():

@@ -49,20 +49,22 @@ def load_model(
     )
 
     # 2. The file
-    path, beside = (given, None) if isinstance(given, dict) else _find_file(given, hub_options)
-    content, disable_mmap = path, kwargs.pop("disable_mmap", False)
-    if isinstance(path, Path) and path.suffix in (".safetensors", ".gguf"):
+    content: Any
+    content, beside = (given, None) if isinstance(given, dict) else _find_file(given, hub_options)
+    disable_mmap = kwargs.pop("disable_mmap", False)
+    if isinstance(content, Path) and content.suffix in (".safetensors", ".gguf"):
         try:
-            content = load_state_dict(path, disable_mmap)
+            content = load_state_dict(content, disable_mmap)
         except (OSError, ValueError) as error:
-            raise ValueError(f"`{ARGUMENT}` {path} is damaged: {error}") from error
+            raise ValueError(f"`{ARGUMENT}` {content} is damaged: {error}") from error
 
     # 3. Its weights in diffusers' layout, and the config
     is_original = not (isinstance(content, dict) and any(str(k).startswith("transformer_blocks.") for k in content))
     config = _read_config(model_class, hub_options, **config_options) if "config" in config_options else None
     if is_original:
-        for name in ("num_attention_heads", "attention_head_dim", "sample_size") if config is not None else ():
-            kwargs.setdefault(name, config[name])
+        if config is not None:
+            shapeless = ("num_attention_heads", "attention_head_dim", "sample_size")
+            kwargs = {**{name: config[name] for name in shapeless if name in config}, **kwargs}
         try:
             converted = convert_original_checkpoint(content, weights, source, **kwargs)
         except ValueError as error:
@@ -117,14 +119,14 @@ def load_pipeline(
                 f"`{name}` is for `SiTTransformer2DModel.from_single_file`, a pipeline has more than one."
             )
     components = {name: kwargs.pop(name) for name in ("vae", "scheduler", "id2label") if name in kwargs}
-    of_model = {"config": config, "subfolder": "transformer"} if config is not None else {}
+    of_model: dict[str, Any] = {"config": config, "subfolder": "transformer"} if config is not None else {}
     model_class = SiTTransformer2DModel
     transformer, path_type, is_original = load_model(model_class, given, source, weights, **of_model, **kwargs)
     if config is None:
         scheduler = FlowMatchSDEScheduler(path_type=path_type or "linear")
         if is_original and transformer.config.num_classes == 1000:
             components.setdefault("id2label", imagenet_id2label())
-        return pipeline_class(transformer, **{"scheduler": scheduler, "path_type": path_type, **components})
+        return pipeline_class(transformer, path_type=path_type, **{"scheduler": scheduler, **components})
 
     options = {name: kwargs[name] for name in ("dtype", "torch_dtype", *HUB_OPTIONS) if name in kwargs}
     options["revision"] = kwargs.get("config_revision")

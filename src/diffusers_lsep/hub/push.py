@@ -134,7 +134,7 @@ def _commit(
     create_pr: bool,
 ) -> CommitInfo:
     """Uploads these files of a folder, and its card brought together with the one on the Hub."""
-    if license is None and card.data.license is None:
+    if license is None and getattr(card.data, "license", None) is None:
         logger.warning(f"`license` is not given: the model card of {repo_id} claims none.")
 
     api = HfApi(token=token)

@@ -37,9 +37,9 @@ REMOTE_PIPELINE_FILE = "pipeline.py"
 def add_code(folder: str | os.PathLike):
     """
     Adds the code of the model, the scheduler and the pipeline to a saved pipeline, so that diffusers loads it with
-    `trust_remote_code=True` where this package is not installed, and the transformer alone by `AutoModel`. From then on diffusers asks for that argument
-    wherever the folder is loaded. Components of other libraries are left as they are. Code that was added for another
-    class of a component is removed.
+    `trust_remote_code=True` where this package is not installed, and the transformer alone by `AutoModel`. From then
+    on diffusers asks for that argument wherever the folder is loaded. Components of other libraries are left as they
+    are. Code that was added for another class of a component is removed.
 
     The files are made of this package's modules. Each stands alone and holds what it imports from other modules.
 
