@@ -334,6 +334,8 @@ def test_a_run_with_lora_continues_bit_for_bit(train, pretrained, images, tmp_pa
         )
         assert whole.keys() == parts.keys() and len(whole) > 10
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    whole, parts = (load_file(tmp_path / run / "lora/pytorch_lora_weights.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     with pytest.raises(ValueError, match="another method.*lora_rank: 2 -> 4"):
         fine_tune(train, pretrained, images[1], *flags, *resume, "--lora_rank", 4, output_dir=tmp_path / "parts")
 

@@ -61,10 +61,9 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs):
         """
         The layers in a file, see [`~loaders.StableDiffusionLoraLoaderMixin.lora_state_dict`]. Files of
-        `transformer.save_lora_adapter` are read too, and no pickles unless `use_safetensors` says so.
+        `transformer.save_lora_adapter` are read too. Of pickles (`.bin`) diffusers reads tensors alone.
         """
         return_metadata = kwargs.pop("return_lora_metadata", False)
-        kwargs = {"use_safetensors": True, **kwargs}
         state_dict, metadata = super().lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )

@@ -76,6 +76,7 @@ class Start:
     config: dict[str, Any]  # of the transformer in training
     names: list[str]  # of its classes
     new_classes: bool
+    label_table: torch.Tensor | None = None  # once it is loaded, as it was before training
 
     def describe(self) -> str:
         """What is kept and what starts anew, for the user."""
@@ -122,6 +123,7 @@ class Start:
             ) from error
         if self.new_classes:
             replace_classes(transformer, self.config["num_classes"])
+        self.label_table = transformer.class_embedding.weight.detach().clone()
         return transformer, probe
 
 
@@ -165,8 +167,10 @@ def save_lora(folder: Path, transformer: SiTTransformer2DModel, start: Start):
 
     layers = get_peft_model_state_dict(transformer)
     metadata = transformer.peft_config["default"].to_dict()
-    table = transformer.class_embedding.weight.detach().float().cpu()
-    change = table - start.load()[0].class_embedding.weight.detach()
+    before = start.label_table
+    if before is None:  # a run that was continued
+        before = start.load()[0].class_embedding.weight.detach()
+    change = transformer.class_embedding.weight.detach().float().cpu() - before
     rank = min(change.shape)
     # change.T is B A, of which one is the identity
     rows, width = change.shape
