@@ -16,6 +16,7 @@ extras["test"] = [
     *extras["train"],
     *extras["eval"],
     *extras["quality"],
+    "gguf>=0.10",  # single files of quantized weights
     "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
     "peft>=0.18",
     "pytest>=8",

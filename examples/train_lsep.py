@@ -27,9 +27,10 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 import torch
 
 from diffusers_lsep.command_line import run_script
-from diffusers_lsep.hub.push import push_folder
+from diffusers_lsep.hub.push import push_folder, push_lora
 from diffusers_lsep.labels import describe_classes
 from diffusers_lsep.training.arguments import parse_args
+from diffusers_lsep.training.fine_tuning import LORA_FOLDER
 from diffusers_lsep.training.output_folder import (
     compare_settings,
     find_run_to_continue,
@@ -101,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.push_to_hub:
             repo_id = args.hub_model_id or output_dir.resolve().name
             print(f"Pushed it: {push_folder(output_dir, repo_id, args.license).repo_url}")
+        if args.hub_lora_model_id:
+            lora = push_lora(output_dir / LORA_FOLDER, args.hub_lora_model_id, args.license)
+            print(f"Pushed its LoRA layers: {lora.repo_url}")
     accelerator.end_training()
     return 0 if finished else EXIT_STOPPED
 

@@ -4,18 +4,25 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from client_process import run_client
 from diffusers import AutoencoderKL, DiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from image_folders import save_class_folders
 from safetensors.torch import load_file
 from tiny_models import make_pipeline
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.training.fine_tuning import LORA_TARGETS, add_lora, merge_lora, read_pretrained, replace_classes
+from diffusers_lsep.hub.model_card import write_lora_card
+from diffusers_lsep.lora_pipeline import replace_classes
+from diffusers_lsep.training.fine_tuning import LORA_TARGETS, add_lora, merge_lora, read_pretrained
 
 
 NAMES = ["ant", "bee", "cow"]
@@ -224,6 +231,94 @@ def test_training_lora(train, pretrained, images, tmp_path, capsys):
     assert "base_model:" not in card and str(tmp_path) not in card
 
 
+def draw(pipeline, labels=(0, 1), **options):
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", **options}
+    return pipeline(list(labels), generator=torch.Generator().manual_seed(0), **options).images
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["same classes", "new classes"])
+def test_the_adapter_gives_the_images_of_the_merged_pipeline(train, pretrained, images, tmp_path, which):
+    assert fine_tune(train, pretrained, images[which], "--lora_rank", 2, "--learning_rate", 1e-1) == 0
+    folder = tmp_path / "run" / "lora"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "pytorch_lora_weights.safetensors"}
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    pipeline = DiffusionPipeline.from_pretrained(pretrained)
+    before, names = draw(pipeline), pipeline.labels
+    pipeline.load_lora_weights(folder)
+    assert pipeline.labels == merged.labels
+    assert pipeline.transformer.config.num_classes == merged.transformer.config.num_classes
+    assert np.abs(draw(merged) - before).max() > 0.01
+    np.testing.assert_allclose(draw(pipeline), draw(merged), rtol=0, atol=1e-5)
+    null = pipeline.transformer.config.num_classes  # trained too
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        drawn = [p.transformer(x, t, torch.tensor([null, 0])).sample for p in (pipeline, merged)]
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-5)
+    pipeline.unload_lora_weights()
+    np.testing.assert_allclose(draw(pipeline), before, rtol=0, atol=1e-6)
+    assert pipeline.labels == names
+
+
+def test_the_card_of_the_adapter(train, pretrained, images, tmp_path):
+    flags = ("--lora_rank", 2, "--license", "mit", "--random_flip")
+    assert fine_tune(train, pretrained, images[1], *flags) == 0
+    card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == "diffusers" and "lora" in card.data.tags
+    assert card.data.base_model is None  # a folder
+    for text in (
+        "LoRA layers of rank 2 (0.0 MB) for the class-conditional flow-matching model `pretrained`, a pipeline in a",
+        "They bring 2 classes of their own: dog, elk.",
+        'pipe.load_lora_weights("lora")',
+        "| `random_flip` | `True` |",
+    ):
+        assert text in card.text
+    assert str(tmp_path) not in card.text
+    write_lora_card(tmp_path / "run" / "lora", "lsep/base", {"lora_rank": 2}, "lsep/pets")
+    card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
+    assert card.data.base_model == "lsep/base" and card.data.base_model_relation == "adapter"
+    assert "[lsep/base](https://huggingface.co/lsep/base)" in card.text
+    assert 'DiffusionPipeline.from_pretrained("lsep/base")' in card.text
+
+
+LORA_ON_THE_HUB = """
+from pathlib import Path
+from diffusers import DiffusionPipeline
+import numpy as np, torch
+import diffusers_lsep
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe([0, 1], num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+pipe = DiffusionPipeline.from_pretrained("lsep/base")
+pipe.load_lora_weights("lsep/pets")
+REPORT["labels"] = pipe.labels
+REPORT["error"] = float(np.abs(draw(pipe) - draw(DiffusionPipeline.from_pretrained("run"))).max())
+"""
+
+
+@pytest.mark.slow
+def test_the_adapter_goes_to_the_hub_and_comes_back(pretrained, images, tmp_path):
+    script = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"
+    with HubServer(tmp_path / "hub", {"hf_owner": "lsep"}) as hub:
+        environment = hub.environment(tmp_path / "home", HF_TOKEN="hf_owner")
+        push = f"import diffusers_lsep\ndiffusers_lsep.LSEPPipeline.from_pretrained({str(pretrained)!r})"
+        run_client(f"{push}.push_to_hub('lsep/base', license='mit')", environment, tmp_path)
+        flags = ("--lora_rank", "2", "--hub_lora_model_id", "lsep/pets", "--license", "mit", "--learning_rate", "0.1")
+        data = ("--train_data_dir", images[1], "--pretrained_model_name_or_path", "lsep/base")
+        command = [sys.executable, script, *SHORT, *data, *flags, "--output_dir", tmp_path / "run"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "Pushed its LoRA layers: " in result.stdout and "Pushed it: " not in result.stdout
+        files = hub.files("lsep/pets")
+        report = run_client(LORA_ON_THE_HUB, environment, tmp_path)
+    assert set(files) - {".gitattributes"} == {"README.md", "pytorch_lora_weights.safetensors"}
+    card = files["README.md"].decode()
+    assert "base_model: lsep/base" in card and 'pipe.load_lora_weights("lsep/pets")' in card
+    assert report["labels"] == {"dog": 0, "elk": 1} and report["error"] <= 1e-5
+
+
 @pytest.mark.slow
 def test_a_run_with_lora_continues_bit_for_bit(train, pretrained, images, tmp_path, capsys):
     flags = ["--lora_rank", 2, "--learning_rate", 1e-2]
@@ -239,6 +334,8 @@ def test_a_run_with_lora_continues_bit_for_bit(train, pretrained, images, tmp_pa
         )
         assert whole.keys() == parts.keys() and len(whole) > 10
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    whole, parts = (load_file(tmp_path / run / "lora/pytorch_lora_weights.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
     with pytest.raises(ValueError, match="another method.*lora_rank: 2 -> 4"):
         fine_tune(train, pretrained, images[1], *flags, *resume, "--lora_rank", 4, output_dir=tmp_path / "parts")
 
@@ -301,6 +398,10 @@ def test_other_pipelines_and_damaged_weights(train, pretrained, images, tmp_path
     [
         (["--lora_rank", "4"], "--lora_rank needs a model to start from: --pretrained_model_name_or_path"),
         (["--new_classes"], "--new_classes needs a model to start from: --pretrained_model_name_or_path"),
+        (
+            ["--pretrained_model_name_or_path", "a", "--lora_rank", "4", "--hub_lora_model_id", "b"],
+            "--hub_lora_model_id needs --lora_rank, whose layers it uploads, and --license",
+        ),
         (["--lora_rank", "0"], "--lora_rank: has to be at least 1, but is 0"),
         (
             ["--pretrained_model_name_or_path", "a", "--model_config_name_or_path", "b"],

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import diffusers
 import pytest
+from diffusers.loaders import single_file_model
 from diffusers.pipelines import pipeline_loading_utils
 
 import diffusers_lsep
@@ -27,4 +28,11 @@ def test_registering_fails_loudly_where_diffusers_changed(monkeypatch, moved):
     with pytest.raises(
         ImportError, match=f"cannot register with diffusers {diffusers.__version__}: .*LOADABLE_CLASSES"
     ):
+        register_with_diffusers()
+
+
+@pytest.mark.parametrize("moved", [None, {}, {"SD3Transformer2DModel": {"another_fn": None}}])
+def test_registering_fails_loudly_where_single_files_changed(monkeypatch, moved):
+    monkeypatch.setattr(single_file_model, "SINGLE_FILE_LOADABLE_CLASSES", moved)
+    with pytest.raises(ImportError, match="cannot register with diffusers .*SINGLE_FILE_LOADABLE_CLASSES"):
         register_with_diffusers()

@@ -23,6 +23,7 @@ from diffusers_lsep import (
     SiTTransformer2DModel,
 )
 from diffusers_lsep.hub.remote_code import LEFT_TO_BASE_CLASS, REMOTE_COMPONENTS, add_code
+from diffusers_lsep.training.fine_tuning import read_pretrained
 
 
 # Both processes start with this. The images do not depend on the process, only on the number of threads.
@@ -52,6 +53,7 @@ from diffusers import DiffusionPipeline
 for name in ("linear", "multistep", "heun"):
     pipe = DiffusionPipeline.from_pretrained(f"{os.environ['FOLDERS']}/plain/{name}")
     pipe.push_to_hub(f"lsep/{name}", license="mit", with_code=True, token="hf_owner")
+pipe.push_to_hub("lsep/plain", token="hf_owner")
 """
 
 LOAD_WITHOUT_PACKAGE = """
@@ -63,7 +65,7 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 handler = logging.Handler()
@@ -80,6 +82,18 @@ for name in ("multistep", "heun", "linear"):
     pipe = DiffusionPipeline.from_pretrained(f"lsep/{name}", trust_remote_code=True)
     IMAGES[f"{name}, hub"] = generate(pipe)
 REPORT["modules"] = [type(part).__module__ for part in (pipe, pipe.transformer, pipe.scheduler)]
+for name, where in {
+    "AutoModel, local": {"pretrained_model_or_path": os.environ["FOLDERS"] + "/linear", "subfolder": "transformer"},
+    "AutoModel, hub": {"pretrained_model_or_path": "lsep/linear", "subfolder": "transformer"},
+    "AutoModel, folder": {"pretrained_model_or_path": os.environ["FOLDERS"] + "/linear/transformer"},
+}.items():
+    pipe.transformer = AutoModel.from_pretrained(**where, trust_remote_code=True)
+    IMAGES[name] = generate(pipe)
+    REPORT[name] = [type(pipe.transformer).__name__, type(pipe.transformer).__module__.split(".")[0]]
+    RECORDS[:] = [record for record in RECORDS if not record.startswith("`trust_remote_code` is enabled")]
+REPORT["not trusted, AutoModel"] = error_of(AutoModel.from_pretrained, "lsep/linear", subfolder="transformer")
+REPORT["without code, local"] = error_of(DiffusionPipeline.from_pretrained, os.environ["FOLDERS"] + "/plain/linear")
+REPORT["without code, hub"] = error_of(DiffusionPipeline.from_pretrained, "lsep/plain")
 pipe.scheduler = type(pipe.scheduler)(path_type="cosine")
 REPORT["wrong path"] = error_of(generate, pipe)
 REPORT["records"] = RECORDS
@@ -176,7 +190,30 @@ def test_loads_without_warnings(loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "hub", "folder"])
+def test_the_transformer_loads_alone(loaded, expected, where):
+    assert loaded[0][f"AutoModel, {where}"] == ["SiTTransformer2DModel", "diffusers_modules"]
+    assert np.array_equal(loaded[1][f"AutoModel, {where}"], expected["linear"])
+
+
+@pytest.mark.slow
+def test_what_is_seen_without_the_package_is_explained(hub, loaded):
+    """Whoever searches for the message finds what to do: in the README and in the first lines of the card."""
+    card = hub.files("lsep/plain")["README.md"].decode().split("\n---\n")[1]
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for where, message in {
+        "local": "module diffusers has no attribute LSEPPipeline",
+        "hub": "diffusers_lsep.py as defined in `model_index.json` does not exist",
+    }.items():
+        for text in (loaded[0][f"without code, {where}"], "\n".join(card.splitlines()[:8]), " ".join(readme.split())):
+            assert message in text
+    assert "write `import diffusers_lsep` before" in card
+    assert "has no attribute" not in hub.files("lsep/linear")["README.md"].decode()
+
+
+@pytest.mark.slow
 def test_code_is_run_on_request_only(loaded):
+    assert "contains custom code. Pass `trust_remote_code=True`" in loaded[0]["not trusted, AutoModel"]
     for where in ("local", "hub"):
         message = loaded[0][f"not trusted, {where}"]
         assert message.startswith("ValueError: The ")
@@ -289,7 +326,8 @@ def test_with_the_package_such_a_folder_needs_trust_too(folders):
     with pytest.raises(ValueError, match="contains custom code in pipeline.py"):
         DiffusionPipeline.from_pretrained(folders / "linear")
     model = SiTTransformer2DModel.from_pretrained(folders / "linear", subfolder="transformer")
-    assert model.config.num_classes == 3
+    assert model.config.num_classes == 3 and "auto_map" not in model.config
+    assert read_pretrained(str(folders / "linear")).config == read_pretrained(str(folders / "plain" / "linear")).config
 
 
 def test_refuses_other_pipelines(tmp_path):

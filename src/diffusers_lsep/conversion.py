@@ -4,6 +4,7 @@
 
 import argparse
 import inspect
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -79,7 +80,10 @@ class ConvertedCheckpoint:
 
 
 def convert_original_checkpoint(
-    checkpoint_path: str | PathLike, weights: str = "ema", source: str | None = None, **config_overrides
+    checkpoint_path: str | PathLike | dict[str, Any],
+    weights: str = "ema",
+    source: str | None = None,
+    **config_overrides,
 ) -> ConvertedCheckpoint:
     r"""
     Reads a checkpoint of the original LSEP, REPA or SiT code. No code from the file is run.
@@ -90,8 +94,9 @@ def convert_original_checkpoint(
     unused half of its channels.
 
     Args:
-        checkpoint_path (`str` or `os.PathLike`):
-            The `.pt` file: a training checkpoint (`{"model", "ema", "opt", "args", ...}`) or a bare state dict.
+        checkpoint_path (`str`, `os.PathLike` or `dict`):
+            The `.pt` file: a training checkpoint (`{"model", "ema", "opt", "args", ...}`) or a bare state dict. Or a
+            `.safetensors` file, or what such a file holds.
         weights (`str`, defaults to `"ema"`):
             Which weights of a training checkpoint to take, `"ema"` or `"model"`. A bare state dict has one set only,
             which counts as `"ema"`.
@@ -112,8 +117,9 @@ def convert_original_checkpoint(
         exactly the weights of such a model; if `source` or the number of heads is needed and not given.
     """
     # 1. Check inputs
-    path = Path(checkpoint_path)
-    if not path.is_file():
+    checkpoint: Any = checkpoint_path
+    path = None if isinstance(checkpoint_path, dict) else Path(checkpoint_path)
+    if path is not None and not path.is_file():
         raise ValueError(f"`checkpoint_path` has to be a file, but there is none at {path}.")
     if weights not in WEIGHTS:
         raise ValueError(f"`weights` has to be one of {list(WEIGHTS)}, but is {weights!r}.")
@@ -131,7 +137,9 @@ def convert_original_checkpoint(
 
     try:
         # 2. Read the file and find out what it is.
-        state_dict, args = _select_weights(load_checkpoint(path), weights)
+        if path is not None:
+            checkpoint = load_checkpoint(path)
+        state_dict, args = _select_weights(checkpoint, weights)
         source = _find_source(state_dict, args, source)
         path_type = _find_path_type(args, source, path_type)
         state_dict = _rename_decoder_blocks(state_dict, args)
@@ -150,7 +158,7 @@ def convert_original_checkpoint(
         doubled = source == "sit" and _has_doubled_output(state_dict)
         _check_tensors(state_dict, targets, source, doubled)
     except ValueError as error:
-        raise ValueError(f"`checkpoint_path` {path}: {error}") from None
+        raise ValueError(f"`checkpoint_path`{f' {path}' if path else ''}: {error}") from None
 
     # 5. Convert. Copies, because a mapped file that somebody writes to would change the model.
     weights_of: dict[torch.nn.Module | None, dict[str, torch.Tensor]] = {transformer: {}, probe: {}}
@@ -166,6 +174,16 @@ def convert_original_checkpoint(
         probe.load_state_dict(weights_of[probe], assign=True)
         probe.eval()
     return ConvertedCheckpoint(transformer.eval(), probe, FlowMatchSDEScheduler(path_type=path_type), source)
+
+
+def imagenet_id2label() -> dict[int, str]:
+    """
+    The 1,000 classes of ImageNet, which the original models of 1,000 classes have: the names that WordNet gives the
+    class and, last, its synset id, separated by commas (`0: "tench, Tinca tinca, n01440764"`). The source and licence
+    of the names stand in `imagenet_labels.json`.
+    """
+    text = Path(__file__).with_name("imagenet_labels.json").read_text(encoding="utf-8")
+    return {int(class_id): label for class_id, label in json.loads(text)["id2label"].items()}
 
 
 def _select_weights(checkpoint: Any, weights: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

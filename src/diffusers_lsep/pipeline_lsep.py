@@ -17,6 +17,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .auto_map import AutoMapMixin
 from .autoencoders import (
     Autoencoder,
     autoencoder_in_float32,
@@ -28,6 +29,8 @@ from .flow_schedulers import check_scheduler, set_timesteps
 from .guidance import GuidanceMixin, check_guidance, is_in_interval
 from .interpolants import get_interpolant
 from .labels import find_call_ids, find_class_ids, find_names, unique_names
+from .lora_pipeline import LSEPLoraLoaderMixin
+from .single_file import LSEPSingleFileMixin
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -47,7 +50,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LSEPPipeline(DiffusionPipeline, GuidanceMixin):
+class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoaderMixin, LSEPSingleFileMixin):
     r"""
     Class-conditional image generation with a [`SiTTransformer2DModel`], in the latent space of a VAE or on pixels.
 

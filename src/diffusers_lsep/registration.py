@@ -5,6 +5,7 @@
 from typing import Any
 
 import diffusers
+from diffusers.loaders import single_file_model
 from diffusers.pipelines import pipeline_loading_utils
 
 
@@ -28,13 +29,21 @@ def register_with_diffusers(*classes: type):
         `ImportError`: if this version of diffusers keeps its loadable classes elsewhere.
     """
     loadable_classes: Any = getattr(pipeline_loading_utils, "LOADABLE_CLASSES", None)
+    single_file_classes: Any = getattr(single_file_model, "SINGLE_FILE_LOADABLE_CLASSES", None)
+    where = "pipelines.pipeline_loading_utils.LOADABLE_CLASSES"
     try:
         base_classes = {name: list(loadable_classes["diffusers"][name]) for name in ("ModelMixin", "SchedulerMixin")}
+        where = "loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES"
+        # Single files come to diffusers in its own layout: see `single_file_loading.py`.
+        entry = {"checkpoint_mapping_fn": lambda checkpoint, **kwargs: checkpoint, "default_subfolder": "transformer"}
+        single_file_classes["SiTTransformer2DModel"] = {
+            key: entry[key] for key in single_file_classes["SD3Transformer2DModel"]
+        }
     except (KeyError, TypeError) as error:
         raise ImportError(
-            f"diffusers_lsep cannot register with diffusers {diffusers.__version__}:"
-            " `diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES` is not what it was in diffusers 0.42."
-            " Install a version of diffusers that diffusers_lsep supports, or a newer diffusers_lsep."
+            f"diffusers_lsep cannot register with diffusers {diffusers.__version__}: `diffusers.{where}` is not what"
+            " it was in diffusers 0.42. Install a version of diffusers that diffusers_lsep supports, or a newer"
+            " diffusers_lsep."
         ) from error
 
     loadable_classes[LIBRARY_NAME] = base_classes

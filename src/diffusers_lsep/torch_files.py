@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reads `.pt` files as data."""
+"""Reads `.pt` and `.safetensors` files as data."""
 
 import argparse
 import pickle
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 def load_checkpoint(path: Path) -> Any:
     """
-    Reads a file of `torch.save` and runs no code from it: only tensors, plain containers and `argparse.Namespace`,
-    which holds the training arguments in the files of LSEP, REPA and SiT, are allowed. Where the format of the file
-    permits, the tensors stay mapped to it and come into memory when they are used.
+    Reads a file of `torch.save` or of safetensors and runs no code from it: only tensors, plain containers and
+    `argparse.Namespace`, which holds the training arguments in the files of LSEP, REPA and SiT, are allowed. Where the
+    format of the file permits, the tensors stay mapped to it and come into memory when they are used.
 
     Args:
         path (`Path`): The file.
@@ -24,6 +26,11 @@ def load_checkpoint(path: Path) -> Any:
     Raises:
         `ValueError`: if the file is damaged, would run code, or has tensors that claim more than it holds.
     """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"the file is damaged, or is no safetensors file ({error}).") from None
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
 

@@ -16,6 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.utils import apply_lora_scale
 
+from .auto_map import AutoMapMixin
+from .single_file import SiTSingleFileMixin
+
 
 # Widths, depths and heads of DiT (arXiv 2212.09748, table 1), which SiT, REPA and LSEP keep.
 _SIZES = {
@@ -145,7 +148,9 @@ class SiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp.unsqueeze(1) * self.ff(norm_hidden_states)
 
 
-class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class SiTTransformer2DModel(
+    AutoMapMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SiTSingleFileMixin
+):
     r"""
     The Scalable Interpolant Transformer (SiT, arXiv 2401.08740): a class-conditional DiT that predicts the velocity of
     a flow from data (`t = 0`) to noise (`t = 1`).

@@ -4,14 +4,13 @@
 
 import argparse
 import json
-from importlib import resources
 from os import PathLike
 from pathlib import Path
 
 import torch
 
 from ..command_line import number
-from ..conversion import DTYPES, SOURCES, WEIGHTS, convert_original_checkpoint
+from ..conversion import DTYPES, SOURCES, WEIGHTS, convert_original_checkpoint, imagenet_id2label
 from ..files import whole_folder
 
 
@@ -22,7 +21,7 @@ _WRITTEN = {"README.md", "model_index.json", "pipeline.py", "probe", "scheduler"
 def add_arguments(parser: argparse.ArgumentParser):
     """Adds the arguments of `diffusers-lsep convert`."""
     parser.description = "Turns a checkpoint of the original LSEP, REPA or SiT code into an LSEPPipeline folder."
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="The original .pt file.")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="The original .pt or .safetensors file.")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="Where the pipeline is written.")
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="Replace the pipeline that is in --output_dir."
@@ -143,15 +142,6 @@ def run(args: argparse.Namespace):
     if args.push_to_hub:
         commit = push_folder(output_dir, args.push_to_hub, license=args.license)
         print(f"Pushed: {commit.commit_url}")
-
-
-def imagenet_id2label() -> dict[int, str]:
-    """
-    The 1,000 classes of ImageNet: the names that WordNet gives the class and, last, its synset id, separated by commas
-    (`0: "tench, Tinca tinca, n01440764"`). The source and licence of the names stand in `imagenet_labels.json`.
-    """
-    text = resources.files(__package__.rpartition(".")[0]).joinpath("imagenet_labels.json").read_text(encoding="utf-8")
-    return {int(class_id): label for class_id, label in json.loads(text)["id2label"].items()}
 
 
 def read_id2label(path: str | PathLike) -> dict[int, str]:

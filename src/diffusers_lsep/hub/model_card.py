@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
-from ..files import whole_file
+from ..files import hash_file, whole_file
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
 CARD_NAME = "README.md"
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 TEMPLATE = Path(__file__).with_name("model_card_template.md")  # of Jinja2, which torch brings along
+LORA_TEMPLATE = Path(__file__).with_name("lora_card_template.md")
 
 PIPELINE_TAG = "unconditional-image-generation"
 TAGS = ["class-conditional", "sit"]
@@ -39,7 +43,10 @@ METHOD_TAGS = {
 SOURCES = ("lsep", "repa", "sit", "training")
 
 # The metadata that is generated; everything else in a card is somebody's own.
-METADATA = ("license", "library_name", "pipeline_tag", "tags", "datasets", "base_model", "model-index")
+METADATA = (
+    *("license", "library_name", "pipeline_tag", "tags", "datasets"),
+    *("base_model", "base_model_relation", "model-index"),
+)
 
 METRIC_NAMES = {
     "fid": "FID",
@@ -190,6 +197,57 @@ def write_model_card(
     return _save(path, card)
 
 
+def write_lora_card(
+    folder: str | os.PathLike,
+    base_model: str,
+    training_args: Mapping[str, Any],
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """
+    Writes the model card of an adapter, `README.md`.
+
+    Args:
+        folder (`str` or `os.PathLike`): Holds `pytorch_lora_weights.safetensors`, with its metadata.
+        base_model (`str`): Id on the Hub, or folder, of the pipeline that it is for.
+        training_args (`Mapping[str, Any]`): Flags of the training run. Tokens are left out.
+        repo_id (`str`, *optional*): Where the adapter is going to be on the Hub; the folder itself if not given.
+        license (`str`, *optional*): Licence of the layers, as the Hub spells it. None is claimed if not given.
+
+    Returns:
+        `Path`: the card.
+    """
+    folder = Path(folder)
+    with safe_open(folder / LORA_WEIGHTS_NAME, framework="np") as file:
+        metadata = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    flags = without_folders(training_args)
+    dataset = None if _is_local(training_args.get("dataset_name")) else training_args.get("dataset_name")
+    names = list((metadata.get("pipeline.id2label") or {}).values())
+    data = ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=["lora", *TAGS, *METHOD_TAGS[_method_of(flags)]],
+        datasets=[dataset] if dataset is not None else None,
+        base_model=None if _is_local(base_model) else base_model,
+        base_model_relation=None if _is_local(base_model) else "adapter",
+    )
+    card = ModelCard.from_template(
+        data,
+        str(LORA_TEMPLATE),
+        name=repo_id.split("/")[-1] if repo_id is not None else folder.resolve().name,
+        repo_id=repo_id or without_folders(str(folder)),
+        base_name=without_folders(base_model),
+        metadata=metadata,
+        size=(folder / LORA_WEIGHTS_NAME).stat().st_size / 1e6,
+        names=names,
+        example=_literal(names[0]) if names else 0,
+        scale=flags.get("validation_guidance_scale", 1.0),
+        flags=_flags_to_show(flags),
+    )
+    return _save(folder / CARD_NAME, _set_facts(card, {"lora": hash_file(folder / LORA_WEIGHTS_NAME)}, data.to_dict()))
+
+
 def update_evaluation(folder: str | os.PathLike) -> Path:
     """
     Brings the metrics in the model card of a saved pipeline up to date with its `eval_results.json`, and nothing else:
@@ -321,10 +379,11 @@ def declare_license(card: ModelCard, license: str):
 
 
 def point_usage_at(card: ModelCard, repo_id: str):
-    """Lets the code in a card load the model from `repo_id`, wherever it loaded it from."""
+    """Lets the code in a card load the model or the adapter from `repo_id`, wherever it loaded it from."""
 
     def point(match: re.Match) -> str:
-        return re.sub(r'(DiffusionPipeline\.from_pretrained\()"[^"]*"', rf'\1"{repo_id}"', match[0])
+        call = "load_lora_weights" if "load_lora_weights" in match[0] else r"DiffusionPipeline\.from_pretrained"
+        return re.sub(rf'({call}\()"[^"]*"', rf'\1"{repo_id}"', match[0])
 
     card.text = _section_pattern("usage").sub(point, card.text)
 

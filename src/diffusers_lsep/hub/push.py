@@ -13,8 +13,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
+from ..files import hash_file
 from .model_card import (
     CARD_NAME,
+    LORA_WEIGHTS_NAME,
     declare_license,
     is_about_other_weights,
     merge_model_cards,
@@ -86,7 +88,53 @@ def push_folder(
         write_model_card(folder, repo_id=repo_id, license=license)
     card = ModelCard.load(folder / CARD_NAME)
     files = _files_to_push(pipeline, card)
-    if license is None and card.data.license is None:
+    arguments = (token, private, revision, commit_message or "Upload LSEPPipeline", create_pr)
+    return _commit(folder, files, card, pipeline.hashes, repo_id, license, *arguments)
+
+
+def push_lora(folder: str | os.PathLike, repo_id: str, license: str | None, token: str | None = None) -> CommitInfo:
+    """
+    Uploads an adapter to a repository of its own, in one commit: the file of its layers and its model card. What
+    somebody wrote into the card on the Hub is kept.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder `lora` that `train_lsep.py --lora_rank` wrote.
+        repo_id (`str`): The repository, `"namespace/name"`; created if it does not exist.
+        license (`str`): Licence of the layers, as the Hub spells it.
+        token (`str`, *optional*): Access token; the one of `hf auth login` if not given.
+
+    Returns:
+        `CommitInfo`: the commit.
+
+    Raises:
+        `ValueError`: if there is no adapter in `folder`.
+        `ConnectionError`: if the connection breaks. Pushing again completes it.
+    """
+    validate_repo_id(repo_id)
+    folder = Path(folder)
+    for name in (LORA_WEIGHTS_NAME, CARD_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"`folder` has to hold LoRA layers and their card, but there is no {name} in {folder}.")
+    card, hashes = ModelCard.load(folder / CARD_NAME), {"lora": hash_file(folder / LORA_WEIGHTS_NAME)}
+    arguments = (token, None, None, "Upload LoRA layers", False)
+    return _commit(folder, [LORA_WEIGHTS_NAME], card, hashes, repo_id, license, *arguments)
+
+
+def _commit(
+    folder: Path,
+    files: list[str],
+    card: ModelCard,
+    hashes: dict[str, str],
+    repo_id: str,
+    license: str | None,
+    token: str | None,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> CommitInfo:
+    """Uploads these files of a folder, and its card brought together with the one on the Hub."""
+    if license is None and getattr(card.data, "license", None) is None:
         logger.warning(f"`license` is not given: the model card of {repo_id} claims none.")
 
     api = HfApi(token=token)
@@ -99,8 +147,8 @@ def push_folder(
         if license is not None:
             declare_license(card, license)
         card_on_hub = _card_on_hub(api, repo_id, revision) or card
-        outdated = {EVAL_RESULTS_NAME} - {*files} if is_about_other_weights(card_on_hub, pipeline.hashes) else set()
-        card = merge_model_cards(card_on_hub, card, pipeline.hashes)
+        outdated = {EVAL_RESULTS_NAME} - {*files} if is_about_other_weights(card_on_hub, hashes) else set()
+        card = merge_model_cards(card_on_hub, card, hashes)
 
         # Not `upload_folder`: with hf_xet it may make several commits, and the card is not the one in the folder.
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -113,7 +161,7 @@ def push_folder(
         return api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message or "Upload LSEPPipeline",
+            commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
         )

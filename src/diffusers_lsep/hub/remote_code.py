@@ -25,7 +25,11 @@ REMOTE_COMPONENTS = {
 REMOTE_STAND_INS = {"transformer_sit": "from diffusers import ModelMixin as SiTTransformer2DModel\n"}
 
 # Methods that work only where this package is installed: the base class's stand in their place.
-LEFT_TO_BASE_CLASS = {"LSEPPipeline": ("save_pretrained", "push_to_hub")}
+LEFT_TO_BASE_CLASS = {
+    "LSEPPipeline": ("save_pretrained", "push_to_hub"),
+    "SiTSingleFileMixin": ("from_single_file",),
+    "LSEPSingleFileMixin": ("from_single_file",),
+}
 
 REMOTE_PIPELINE_FILE = "pipeline.py"
 
@@ -33,9 +37,9 @@ REMOTE_PIPELINE_FILE = "pipeline.py"
 def add_code(folder: str | os.PathLike):
     """
     Adds the code of the model, the scheduler and the pipeline to a saved pipeline, so that diffusers loads it with
-    `trust_remote_code=True` where this package is not installed. From then on diffusers asks for that argument
-    wherever the folder is loaded. Components of other libraries are left as they are. Code that was added for another
-    class of a component is removed.
+    `trust_remote_code=True` where this package is not installed, and the transformer alone by `AutoModel`. From then
+    on diffusers asks for that argument wherever the folder is loaded. Components of other libraries are left as they
+    are. Code that was added for another class of a component is removed.
 
     The files are made of this package's modules. Each stands alone and holds what it imports from other modules.
 
@@ -46,7 +50,8 @@ def add_code(folder: str | os.PathLike):
         `ValueError`: if `folder` holds no pipeline of this package.
     """
     folder = Path(folder)
-    index = SavedPipeline(folder).index
+    pipeline = SavedPipeline(folder)
+    index = pipeline.index
     write_text(folder / REMOTE_PIPELINE_FILE, _standalone_source("pipeline_lsep"))
     index["_class_name"] = [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]
     for class_name, (component, module) in REMOTE_COMPONENTS.items():
@@ -56,6 +61,10 @@ def add_code(folder: str | os.PathLike):
             index[component] = [module, class_name]
         else:
             path.unlink(missing_ok=True)
+    # For `AutoModel`. It reads the index if there is one, else (`from_pretrained(folder / "transformer")`) the config.
+    index["auto_map"] = {"AutoModel": ".".join(index["transformer"])}
+    config = pipeline.transformer | {"auto_map": index["auto_map"]}
+    write_text(folder / "transformer" / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 

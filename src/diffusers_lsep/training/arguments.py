@@ -410,9 +410,14 @@ def add_output_flags(flags: Flags):
     add("--push_to_hub", action="store_true", **elsewhere, help="Upload the pipeline, and nothing else, at the end.")
     add("--hub_model_id", **elsewhere, help="Where to (default: the name of --output_dir).")
     add(
+        "--hub_lora_model_id",
+        **elsewhere,
+        help="Upload the LoRA layers of --lora_rank, and nothing else, to this repository at the end.",
+    )
+    add(
         "--license",
         **elsewhere,
-        help="Licence of the weights, as the Hub spells it; needed with --push_to_hub.",
+        help="Licence of the weights, as the Hub spells it; needed for uploading.",
     )
     add("--dry_run", action="store_true", **elsewhere, help="Check and print everything, and train nothing.")
 
@@ -451,6 +456,8 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
         )
     if args.push_to_hub and args.license is None:
         parser.error("--push_to_hub needs --license: nobody but you can say under which one the weights may be used")
+    if args.hub_lora_model_id and (args.lora_rank is None or args.license is None):
+        parser.error("--hub_lora_model_id needs --lora_rank, whose layers it uploads, and --license")
     if args.probe_fraction == 0:
         parser.error("argument --probe_fraction: has to be above 0, but is 0.0; --no_lsep trains without a probe")
     if args.pretrained_model_name_or_path and args.model_config_name_or_path:

@@ -4,11 +4,12 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 
+from ..lora_pipeline import replace_classes
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
 from ..transformer_sit import SiTTransformer2DModel
@@ -16,6 +17,8 @@ from ..transformer_sit import SiTTransformer2DModel
 
 # The layers of a block that LoRA adapts; the modulation and the embeddings stay as they are, but for the label table.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+LORA_FOLDER = "lora"  # beside the pipeline
 
 
 @dataclass
@@ -42,9 +45,11 @@ def read_pretrained(name_or_path: str) -> PretrainedPipeline:
     """
     try:
         index = LSEPPipeline.load_config(name_or_path)
-        if index.get("_class_name") != "LSEPPipeline":
-            raise ValueError(f"it is no LSEPPipeline, but a {index.get('_class_name')}")
+        class_name = index.get("_class_name")  # with its module, where the repository brings its code
+        if (class_name[-1] if isinstance(class_name, list) else class_name) != "LSEPPipeline":
+            raise ValueError(f"it is no LSEPPipeline, but a {class_name}")
         config = SiTTransformer2DModel.load_config(name_or_path, subfolder="transformer")
+        config.pop("auto_map", None)
     except (OSError, ValueError) as error:
         raise ValueError(f"`--pretrained_model_name_or_path` {name_or_path!r} cannot be loaded: {error}") from error
     try:
@@ -71,6 +76,7 @@ class Start:
     config: dict[str, Any]  # of the transformer in training
     names: list[str]  # of its classes
     new_classes: bool
+    label_table: torch.Tensor | None = None  # once it is loaded, as it was before training
 
     def describe(self) -> str:
         """What is kept and what starts anew, for the user."""
@@ -117,21 +123,8 @@ class Start:
             ) from error
         if self.new_classes:
             replace_classes(transformer, self.config["num_classes"])
+        self.label_table = transformer.class_embedding.weight.detach().clone()
         return transformer, probe
-
-
-def replace_classes(transformer: SiTTransformer2DModel, num_classes: int):
-    """
-    Gives a transformer a new label table, of which every row is the old null class's: it starts as the model that
-    draws anything.
-
-    Args:
-        transformer ([`SiTTransformer2DModel`]): The model, changed in place.
-        num_classes (`int`): The new number of classes, without the null class.
-    """
-    null_row = transformer.class_embedding.weight.detach()[-1:]
-    transformer.class_embedding = nn.Embedding.from_pretrained(null_row.repeat(num_classes + 1, 1), freeze=False)
-    transformer.register_to_config(num_classes=num_classes)
 
 
 def add_lora(transformer: SiTTransformer2DModel, rank: int):
@@ -158,3 +151,43 @@ def merge_lora(transformer: SiTTransformer2DModel) -> SiTTransformer2DModel:
         merged.fuse_lora()
         merged.unload_lora()
     return merged
+
+
+def save_lora(folder: Path, transformer: SiTTransformer2DModel, start: Start):
+    """
+    Writes the LoRA layers of a trained transformer for `LSEPPipeline.load_lora_weights`, with all that makes its
+    images: the label table, trained whole, as a layer of full rank, and the names of the classes.
+
+    Args:
+        folder (`Path`): Where to write `pytorch_lora_weights.safetensors`.
+        transformer ([`SiTTransformer2DModel`]): The model that [`add_lora`] has changed.
+        start ([`Start`]): From which weights the run started.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    layers = get_peft_model_state_dict(transformer)
+    metadata = transformer.peft_config["default"].to_dict()
+    before = start.label_table
+    if before is None:  # a run that was continued
+        before = start.load()[0].class_embedding.weight.detach()
+    change = transformer.class_embedding.weight.detach().float().cpu() - before
+    rank = min(change.shape)
+    # change.T is B A, of which one is the identity
+    rows, width = change.shape
+    factors = (torch.eye(rows), change.T) if rows <= width else (change.T, torch.eye(width))
+    for name, factor in zip(("A", "B"), factors):
+        layers[f"class_embedding.lora_embedding_{name}"] = factor.contiguous()
+    metadata["target_modules"] = [*metadata["target_modules"], "class_embedding"]
+    for name in ("rank_pattern", "alpha_pattern"):
+        metadata[name] = {**metadata[name], "class_embedding": rank}
+    LSEPPipeline.save_lora_weights(
+        folder,
+        layers,
+        transformer_lora_adapter_metadata=metadata,
+        classes={
+            "num_classes": start.config["num_classes"],
+            "id2label": dict(enumerate(start.names)),
+            "new_classes": start.new_classes,
+            "sample_size": start.config["sample_size"],
+        },
+    )

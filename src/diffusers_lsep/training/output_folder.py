@@ -27,7 +27,7 @@ SETTINGS_FILE = "training_args.json"
 # What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
 OUTPUTS = (
     *(SETTINGS_FILE, "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
-    *(UNREADABLE_FILE, "model_index.json", "transformer", "scheduler", "vae", "probe", ".pipeline*"),
+    *(UNREADABLE_FILE, "model_index.json", "transformer", "scheduler", "vae", "probe", "lora", ".pipeline*"),
 )
 
 

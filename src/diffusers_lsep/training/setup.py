@@ -208,6 +208,7 @@ def read_model_config(name_or_path: str) -> dict[str, Any]:
         config = SiTTransformer2DModel.load_config(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"`--model_config_name_or_path` {name_or_path!r} cannot be loaded: {error}") from error
+    config.pop("auto_map", None)  # of a repository with code
     return {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
 
 

@@ -34,7 +34,7 @@ from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
 from ..figures import make_labeled_grid
 from ..files import whole_file, whole_folder, write_text
-from ..hub.model_card import Gallery, write_model_card
+from ..hub.model_card import Gallery, write_lora_card, write_model_card
 from ..labels import find_class_ids
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
@@ -49,7 +49,7 @@ from .checkpoints import (
     save_checkpoint,
     whole_tensors,
 )
-from .fine_tuning import merge_lora
+from .fine_tuning import LORA_FOLDER, merge_lora, save_lora
 from .log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
 from .processes import StopSignal, ignore_interrupts
 from .setup import Setup, build_objective
@@ -450,13 +450,15 @@ class Trainer:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
 
-    def save_pipeline(self, folder: Path):
-        """Writes the averaged weights as a pipeline, and the probe beside it. A call for all processes."""
+    def save_pipeline(self, folder: Path, with_lora: bool = False):
+        """Writes the averaged weights as a pipeline, the probe and LoRA layers beside it. A call for all processes."""
         with self.averaged_objective() as objective:
             if self.accelerator.is_main_process:
                 self.make_pipeline(merge_lora(objective.transformer)).save_pretrained(folder)
                 if objective.probe is not None:
                     objective.probe.save_pretrained(folder / "probe")
+                if with_lora and self.setup.start is not None:
+                    save_lora(folder / LORA_FOLDER, objective.transformer, self.setup.start)
 
     def save_checkpoint(self):
         args, accelerator = self.args, self.accelerator
@@ -488,7 +490,7 @@ class Trainer:
                 self.save_pipeline(source)
             return
         with whole_folder(source) as partial:
-            self.save_pipeline(partial)
+            self.save_pipeline(partial, with_lora=args.lora_rank is not None)
         (self.output_dir / "model_index.json").unlink(missing_ok=True)
         for path in sorted(source.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = self.output_dir / path.name
@@ -497,7 +499,8 @@ class Trainer:
             os.replace(path, target)
         source.rmdir()
 
-        class_ids, on_card = self.validation_labels * args.num_validation_images, flags_that_are("on_card")
+        class_ids = self.validation_labels * args.num_validation_images
+        flags = {name: value for name, value in vars(args).items() if name in flags_that_are("on_card")}
         gallery = Gallery(
             image=str(self.samples_file),
             class_labels=[self.setup.data.names[index] for index in class_ids],
@@ -510,10 +513,13 @@ class Trainer:
             source="training",
             dataset=args.dataset_name,
             base_model=args.pretrained_model_name_or_path,
-            training_args={name: value for name, value in vars(args).items() if name in on_card},
+            training_args=flags,
             sampling={"guidance_scale": args.validation_guidance_scale},
             gallery=gallery if (self.output_dir / self.samples_file).exists() else None,
         )
+        if args.lora_rank is not None:
+            base, folder = args.pretrained_model_name_or_path, self.output_dir / LORA_FOLDER
+            write_lora_card(folder, base, flags, args.hub_lora_model_id, args.license)
 
 
 def draw_curves(output_dir: Path):
