@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import diffusers
 import pytest
+from diffusers.hooks import _helpers
 from diffusers.pipelines import pipeline_loading_utils
 
 import diffusers_lsep
-from diffusers_lsep.registration import register_with_diffusers
+from diffusers_lsep.registration import register_with_diffusers, register_with_hooks
+from diffusers_lsep.transformer_sit import SiTAttention, SiTAttnProcessor, SiTTransformerBlock
 
 
 def test_classes_are_attributes_of_diffusers():
@@ -28,3 +30,20 @@ def test_registering_fails_loudly_where_diffusers_changed(monkeypatch, moved):
         ImportError, match=f"cannot register with diffusers {diffusers.__version__}: .*LOADABLE_CLASSES"
     ):
         register_with_diffusers()
+
+
+def test_hooks_know_the_block_and_its_attention():
+    """What diffusers' own hooks look up, which `test_caches.py` has them do."""
+    metadata = _helpers.TransformerBlockRegistry.get(SiTTransformerBlock)
+    assert (metadata.return_hidden_states_index, metadata.return_encoder_hidden_states_index) == (0, None)
+    attention = SiTAttention(8, heads=2, dim_head=4)
+    assert attention.is_cross_attention is False
+    skip = _helpers.AttentionProcessorRegistry.get(SiTAttnProcessor).skip_processor_output_fn
+    assert skip(attention, "tokens") == skip(attention, hidden_states="tokens") == "tokens"
+
+
+def test_registering_with_hooks_fails_loudly_where_diffusers_changed(monkeypatch):
+    monkeypatch.delattr(_helpers, "TransformerBlockRegistry")
+    message = f"cannot register with the hooks of diffusers {diffusers.__version__}: .*diffusers.hooks._helpers"
+    with pytest.raises(ImportError, match=message):
+        register_with_hooks(SiTTransformerBlock, SiTAttnProcessor)

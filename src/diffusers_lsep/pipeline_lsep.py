@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,11 @@ class LSEPPipeline(DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep of the current step, which some caches ask for."""
+        return self._current_timestep
 
     @property
     def interrupt(self) -> bool:
@@ -371,18 +376,44 @@ class LSEPPipeline(DiffusionPipeline):
         with torch.autocast(latents.device.type, enabled=False), upcast:
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
+    def _cache_context(self, name: str, t: float, step_index: int | None) -> AbstractContextManager[None]:
+        """
+        Says to a cache which kind of call is made, and where in the loop. A module in the transformer's place, which
+        need not be one of diffusers, may have no caches.
+        """
+        if not hasattr(self.transformer, "cache_context"):
+            return nullcontext()
+        position: dict[str, Any] = {}
+        if step_index is not None:
+            path = get_interpolant(self.config.path_type)
+            alpha, sigma = path.alpha(t), path.sigma(t)
+            # The time of the linear path with this ratio of noise to data.
+            position = {"step_index": step_index, "sigma": sigma / (alpha + sigma)}
+            position["num_inference_steps"] = self._num_timesteps
+        return self.transformer.cache_context(name, **position)
+
     def predict_velocity(
-        self, latents: torch.Tensor, t: float, class_ids: torch.Tensor, guidance_scale: float = 1.0
+        self,
+        latents: torch.Tensor,
+        t: float,
+        class_ids: torch.Tensor,
+        guidance_scale: float = 1.0,
+        step_index: int | None = None,
     ) -> torch.Tensor:
-        """The velocity at the time `t`, float32 `[B, C, S, S]`, of the guidance if its scale is above 1."""
+        """
+        The velocity at the time `t`, float32 `[B, C, S, S]`, of the guidance if its scale is above 1. `step_index` is
+        for caches that want to know where in the loop they are.
+        """
         sample = latents.to(self.transformer.dtype)
         if guidance_scale > 1:
+            # The null class first, as FasterCache expects it.
             sample = torch.cat([sample, sample])
-            class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
+            class_ids = torch.cat([torch.full_like(class_ids, self.transformer.config.num_classes), class_ids])
         time = torch.full((len(sample),), t, dtype=torch.float32, device=latents.device)
-        velocity = self.transformer(sample, timestep=time, class_labels=class_ids, return_dict=False)[0].float()
+        with self._cache_context("cond_uncond" if guidance_scale > 1 else "cond", t, step_index):
+            velocity = self.transformer(sample, timestep=time, class_labels=class_ids, return_dict=False)[0].float()
         if guidance_scale > 1:
-            velocity, null_velocity = velocity.chunk(2)
+            null_velocity, velocity = velocity.chunk(2)
             velocity = null_velocity + guidance_scale * (velocity - null_velocity)
         return velocity
 
@@ -452,6 +483,7 @@ class LSEPPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
+        self._current_timestep, self._guidance_active = None, False
         self._interrupt = False
         device = self._execution_device
 
@@ -474,13 +506,19 @@ class LSEPPipeline(DiffusionPipeline):
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                self._current_timestep = timestep
                 # The second evaluation of a step is guided if the first one was.
                 if getattr(self.scheduler, "state_in_first_order", True):
                     in_interval = low - INTERVAL_TOLERANCE <= times[i] <= high + INTERVAL_TOLERANCE
-                    self._guidance_active = guidance_scale > 1 and in_interval
+                    is_guided = guidance_scale > 1 and in_interval
+                    is_new = i == 0 or is_guided != self._guidance_active
+                    if is_new and hasattr(self.transformer, "_reset_stateful_cache"):
+                        # What caches hold is from an interrupted call, or too old once the guidance is off again.
+                        self.transformer._reset_stateful_cache()
+                    self._guidance_active = is_guided
 
                 scale = guidance_scale if self.do_classifier_free_guidance else 1.0
-                velocity = self.predict_velocity(latents, times[i], class_ids, scale)
+                velocity = self.predict_velocity(latents, times[i], class_ids, scale, step_index=i)
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
