@@ -184,6 +184,22 @@ def test_kinds_of_calls_have_caches_of_their_own(tiny_transformer):
             assert torch.equal(outputs["pred_uncond"], results[2][step]["pred_uncond"]), config_class
 
 
+@pytest.mark.parametrize("name", ["PyramidAttentionBroadcast", "FasterCache"])
+def test_callbacks_can_look_at_the_state(pipe, name):
+    """Which these two keep in their hooks, as people who watch them expect."""
+    pipe.transformer.enable_cache(make_config(pipe, name, **ACTIVE[name]))
+    hooks = list(pipe.transformer.transformer_blocks[0].attn._diffusers_hook.hooks.values())
+    iterations = []
+
+    def look(pipe, i, timestep, tensors):
+        iterations.append(hooks[0].state.iteration)
+        return {}
+
+    pipe([3], STEPS, guidance_scale=2.0, output_type="latent", callback_on_step_end=look)
+    assert iterations == list(range(1, STEPS + 1))
+    assert hooks[0].state.iteration == 0 and hooks[0].state.cache is None
+
+
 @pytest.mark.parametrize("name", ACTIVE)
 def test_calls_outside_of_any_context_are_of_one_kind(pipe, name):
     model, batch = pipe.transformer, make_batch()

@@ -5,8 +5,10 @@ What diffusers' caches lack for a class-conditional image model whose guidance i
 are, and one state for every cache context.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,23 +64,20 @@ class StatePerContext(StateManager):
     """
     Stands in for the one state that some hooks of diffusers have, and keeps one for every cache context: a batch
     without guidance is not as large as one with it, and the predictions of a guider are not those of each other.
+    Outside of any context it is the state of the latest.
     """
 
-    def __init__(self, hook: ModelHook):
-        super().__init__(type(hook.state))
-        self._hook = hook
+    def __init__(self, state_class: type):
+        super().__init__(state_class)
+        self._latest = CacheContext(DEFAULT_CONTEXT)
 
     @property
     def context(self) -> CacheContext:
-        return self._context or CacheContext(DEFAULT_CONTEXT)
+        return self._context or self._latest
 
-    def get_state(self) -> Any:
-        is_new = self.context.name not in self._state_cache
-        state = super().get_state()
-        if is_new and isinstance(self._hook, FasterCacheBlockHook):
-            # As if a cycle had ended: at 0 it would take a range of timesteps that it may skip for one it has seen.
-            state.iteration = self._hook.block_skip_range
-        return state
+    def set_context(self, context: CacheContext | None):
+        super().set_context(context)
+        self._latest = context or self._latest
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -95,7 +94,14 @@ class StatePerContext(StateManager):
 def keep_state_per_context(model: nn.Module):
     """Gives the hooks of PyramidAttentionBroadcast and FasterCache in a model one state for every cache context."""
     for hook in _find_hooks(model, (PyramidAttentionBroadcastHook, FasterCacheDenoiserHook, FasterCacheBlockHook)):
-        hook.state = StatePerContext(hook)
+        hook.state = StatePerContext(type(hook.state))
+        if isinstance(hook, FasterCacheBlockHook):
+            hook.current_timestep_callback = partial(_no_timestep_at_first, hook, hook.current_timestep_callback)
+
+
+def _no_timestep_at_first(hook: FasterCacheBlockHook, current_timestep: Callable[[], float]) -> float:
+    # FasterCache would reuse what is not there yet where the first call is in the range that it may skip.
+    return current_timestep() if hook.state.cache is not None else math.inf
 
 
 def set_halves(model: nn.Module, config: FasterCacheConfig, context_name: str):
