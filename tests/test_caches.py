@@ -214,6 +214,17 @@ def test_calls_outside_of_any_context_are_of_one_kind(pipe, name):
     assert output.shape == expected.shape and (output - expected).norm() / expected.norm() < 0.5
 
 
+@pytest.mark.slow
+def test_compiled_blocks_have_caches_too(pipe):
+    expected = draw(pipe, interval="in the middle")
+    pipe.transformer.enable_cache(make_config(pipe, "FirstBlockCache", **ACTIVE["FirstBlockCache"]))
+    cached = draw(pipe, interval="in the middle")
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager")
+    torch.testing.assert_close(draw(pipe, interval="in the middle"), cached)
+    pipe.transformer.disable_cache()
+    torch.testing.assert_close(draw(pipe, interval="in the middle"), expected)
+
+
 def test_config_of_the_user_stays_as_it_is(pipe):
     for name in ("SeaCache", "FasterCache"):
         config = make_config(pipe, name)
