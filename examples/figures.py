@@ -5,12 +5,17 @@
 
     python examples/figures.py guidance-sweep --pretrained_model_name_or_path lsep-digits \\
         --reference examples/digits --features pixels --num_images 500 --output_dir figures
+    python examples/figures.py cache-sweep --pretrained_model_name_or_path lsep-digits \\
+        --reference examples/digits --features pixels --num_images 500 --output_dir figures
     python examples/figures.py denoising-strip --pretrained_model_name_or_path lsep-digits \\
         --class_labels 3 7 --output_dir figures
 
 `guidance-sweep` measures the same images (labels and noise) at several scales and intervals of the guidance: Frechet
 distance, precision and recall, as a figure and as JSON. What it has drawn is kept as features in `--cache_dir`, so a
 sweep that was interrupted, or gets more scales, does not draw it again. With several processes: accelerate launch.
+
+`cache-sweep` measures what diffusers' caches leave out and what that does to the same images: their distance to those
+without a cache, and the Frechet distance, at several settings and intervals of the guidance.
 
 `denoising-strip` shows how images come out of noise, step by step: what the sampler holds, and what the model sees.
 """
@@ -25,11 +30,18 @@ import torch
 
 from diffusers_lsep import LSEPPipeline
 from diffusers_lsep.command_line import ArgumentParser, number, run_script
+from diffusers_lsep.evaluation.caching import CACHE_SETTINGS, describe_result, find_largest_saving, sweep_caches
 from diffusers_lsep.evaluation.features import default_cache_dir, process_state
-from diffusers_lsep.evaluation.guidance import SWEEP_FEATURES, make_extractor, sweep_guidance
+from diffusers_lsep.evaluation.guidance import SWEEP_FEATURES, check_reference, make_extractor, sweep_guidance
 from diffusers_lsep.evaluation.images import open_images
 from diffusers_lsep.evaluation.protocol import NEIGHBORHOOD, PROTOCOL_DINOV2
-from diffusers_lsep.figures import DenoisingRecorder, plot_denoising_strip, plot_guidance_sweep, require_matplotlib
+from diffusers_lsep.figures import (
+    DenoisingRecorder,
+    plot_cache_sweep,
+    plot_denoising_strip,
+    plot_guidance_sweep,
+    require_matplotlib,
+)
 from diffusers_lsep.files import write_text
 from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
@@ -38,6 +50,7 @@ from diffusers_lsep.sampling import (
     add_guidance_arguments,
     add_pipeline_arguments,
     choose_class_ids,
+    describe_scheduler,
     load_pipeline,
 )
 
@@ -45,14 +58,17 @@ from diffusers_lsep.sampling import (
 logger = logging.getLogger(__name__)
 
 INTERVALS = [[0.0, 1.0], [0.0, 0.7]]  # of a sweep, if none is given
+THRESHOLD_CACHES = ("FirstBlockCache", "MagCache", "SeaCache")
+INTERVAL_CACHES = tuple(name for name in CACHE_SETTINGS if name not in THRESHOLD_CACHES)
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="FIGURE", required=True)
     sweep = commands.add_parser("guidance-sweep", help="distance, precision and recall against the guidance")
+    caches = commands.add_parser("cache-sweep", help="what caches leave out, and what that does to the images")
     strip = commands.add_parser("denoising-strip", help="images on their way out of noise")
-    for command in (sweep, strip):
+    for command in (sweep, caches, strip):
         add_pipeline_arguments(command)
         command.add_argument("--output_dir", required=True, help="Folder that the figure goes to.")
         command.add_argument("--overwrite_output_dir", action="store_true", help="Replace the figure that is there.")
@@ -65,50 +81,26 @@ def build_parser() -> ArgumentParser:
         default=[1.0, 1.25, 1.5, 2.0, 3.0],
         help="Scales of classifier-free guidance to measure; 1 is without.",
     )
-    sweep.add_argument(
-        "--guidance_interval",
-        type=number(float, 0, 1),
-        nargs=2,
+    caches.add_argument(
+        "--cache",
+        nargs="+",
         action="append",
-        metavar=("LOW", "HIGH"),
-        help="Times t at which guidance acts, 0 is data and 1 is noise; may be given several times, each is a line."
-        f" {' and '.join(f'{low:g} {high:g}' for low, high in INTERVALS)} if not given.",
+        metavar=("NAME", "SETTING"),
+        help=f"A cache and the settings to measure it at: the threshold of {', '.join(THRESHOLD_CACHES)}, or after how"
+        f" many steps {', '.join(INTERVAL_CACHES)} compute anew. May be given several times; all caches if not given.",
     )
-    sweep.add_argument(
-        "--reference",
-        required=True,
-        metavar="REF",
-        help="What the images are compared with, as for `diffusers-lsep evaluate`: an .npz, a folder of images or a"
-        " data set. Images are cut to the size that the pipeline draws.",
+    caches.add_argument(
+        "--guidance_scale", type=number(float, 0, 1000), default=1.5, help="Scale of the guidance; 1 is without."
     )
-    sweep.add_argument("--reference_split", metavar="SPLIT", help="Split of REF, if a data set; train if not given.")
-    sweep.add_argument("--image_column", default="image", help="Column of images in a data set.")
-    sweep.add_argument(
-        "--features",
-        choices=SWEEP_FEATURES,
-        default="inception",
-        help="What distances are taken of: the network of FID, DINOv2, or for tiny images the pixels themselves.",
+    caches.add_argument(
+        "--max_distance",
+        type=number(float, 0, 1),
+        default=0.02,
+        help="Print the largest saving whose images are as near as this to the uncached ones: root mean square of the"
+        " difference of pixels in [0, 1].",
     )
-    sweep.add_argument(
-        "--inception_weights",
-        metavar="FILE",
-        help="Weights of Inception as torch-fidelity publishes them; without it that file is downloaded once.",
-    )
-    sweep.add_argument(
-        "--dinov2_model", default=PROTOCOL_DINOV2, metavar="ID_OR_DIR", help="Model for the features dinov2."
-    )
-    sweep.add_argument(
-        "--num_images", type=number(int, NEIGHBORHOOD + 1), default=5000, help="Images at each setting."
-    )
-    sweep.add_argument(
-        "--label_sampling",
-        choices=LABEL_SAMPLINGS,
-        default="random",
-        help="Classes drawn at random (the papers' protocol) or all equally often.",
-    )
-    sweep.add_argument("--seed", type=number(int, 0), default=0, help="Of the classes and the noise.")
-    sweep.add_argument("--batch_size", type=number(int, 1), default=32, help="Images at a time in one process.")
-    sweep.add_argument("--cache_dir", default=str(default_cache_dir()), help="Where features are kept.")
+    for command in (sweep, caches):
+        add_measuring_arguments(command)
 
     strip.add_argument(
         "--class_labels", nargs="+", required=True, metavar="CLASS", help="Class names or ids, of an image each."
@@ -128,15 +120,82 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def add_measuring_arguments(command: argparse.ArgumentParser):
+    """What images are drawn, and what they are compared with."""
+    command.add_argument(
+        "--guidance_interval",
+        type=number(float, 0, 1),
+        nargs=2,
+        action="append",
+        metavar=("LOW", "HIGH"),
+        help="Times t at which guidance acts, 0 is data and 1 is noise; may be given several times, each is a line."
+        f" {' and '.join(f'{low:g} {high:g}' for low, high in INTERVALS)} if not given.",
+    )
+    command.add_argument(
+        "--reference",
+        required=True,
+        metavar="REF",
+        help="What the images are compared with, as for `diffusers-lsep evaluate`: an .npz, a folder of images or a"
+        " data set. Images are cut to the size that the pipeline draws.",
+    )
+    command.add_argument("--reference_split", metavar="SPLIT", help="Split of REF, if a data set; train if not given.")
+    command.add_argument("--image_column", default="image", help="Column of images in a data set.")
+    command.add_argument(
+        "--features",
+        choices=SWEEP_FEATURES,
+        default="inception",
+        help="What distances are taken of: the network of FID, DINOv2, or for tiny images the pixels themselves.",
+    )
+    command.add_argument(
+        "--inception_weights",
+        metavar="FILE",
+        help="Weights of Inception as torch-fidelity publishes them; without it that file is downloaded once.",
+    )
+    command.add_argument(
+        "--dinov2_model", default=PROTOCOL_DINOV2, metavar="ID_OR_DIR", help="Model for the features dinov2."
+    )
+    command.add_argument(
+        "--num_images", type=number(int, NEIGHBORHOOD + 1), default=5000, help="Images at each setting."
+    )
+    command.add_argument(
+        "--label_sampling",
+        choices=LABEL_SAMPLINGS,
+        default="random",
+        help="Classes drawn at random (the papers' protocol) or all equally often.",
+    )
+    command.add_argument("--seed", type=number(int, 0), default=0, help="Of the classes and the noise.")
+    command.add_argument("--batch_size", type=number(int, 1), default=32, help="Images at a time in one process.")
+    command.add_argument("--cache_dir", default=str(default_cache_dir()), help="Where features are kept.")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.command == "guidance-sweep":
+    if args.command == "cache-sweep":
+        args.caches = dict(CACHE_SETTINGS) if args.cache is None else {}
+        for name, *settings in args.cache or ():
+            args.caches[name] = parse_settings(parser, name, settings)
+    if args.command in ("guidance-sweep", "cache-sweep"):
         args.guidance_interval = args.guidance_interval or INTERVALS
         for low, high in args.guidance_interval:
             if low > high:
                 parser.error(f"--guidance_interval has to be LOW HIGH with 0 <= LOW <= HIGH <= 1, but is {low} {high}")
     return args
+
+
+def parse_settings(parser: ArgumentParser, name: str, settings: list[str]) -> list[float]:
+    if name not in CACHE_SETTINGS:
+        parser.error(f"argument --cache: NAME has to be one of {', '.join(CACHE_SETTINGS)}, but is {name}")
+    if not settings:
+        parser.error(f"argument --cache: {name} has to be followed by a SETTING or several, but is not")
+    parse = number(float, 0) if name in THRESHOLD_CACHES else number(int, 1)
+    try:
+        return [parse(setting) for setting in settings]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --cache: SETTING of {name} {error}")
+    except ValueError:
+        kind = "a number" if name in THRESHOLD_CACHES else "a whole number"
+        parser.error(f"argument --cache: SETTING of {name} has to be {kind}, but is {' '.join(settings)}")
 
 
 def prepare_output(args: argparse.Namespace, *names: str) -> Path:
@@ -156,20 +215,27 @@ def open_pipeline(args: argparse.Namespace) -> LSEPPipeline:
     return load_pipeline(**place, device=process_state().device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
 
 
+def open_measuring(args: argparse.Namespace):
+    """What the images are drawn with, what they are compared with, and what makes features of both."""
+    pipe = open_pipeline(args)
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    resolution = side if not args.reference.endswith(".npz") else None
+    reference = open_images(args.reference, "reference", resolution, args.reference_split, args.image_column)
+    check_reference(pipe, reference)
+    extractor = make_extractor(args.features, pipe, args.inception_weights, args.dinov2_model)
+    if process_state().is_main_process:
+        num_classes = pipe.transformer.config.num_classes
+        class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
+        print(f"at every setting, {describe_classes(class_ids, pipe.config.id2label)}")
+    return pipe, reference, extractor
+
+
 def draw_sweep(args: argparse.Namespace):
     names = ("guidance-sweep.json", "guidance-sweep.png")
     folder, is_main = prepare_output(args, *names), process_state().is_main_process
 
     # 1. What the images are drawn with and compared with
-    pipe = open_pipeline(args)
-    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    resolution = side if not args.reference.endswith(".npz") else None
-    reference = open_images(args.reference, "reference", resolution, args.reference_split, args.image_column)
-    extractor = make_extractor(args.features, pipe, args.inception_weights, args.dinov2_model)
-    if is_main:
-        num_classes = pipe.transformer.config.num_classes
-        class_ids = choose_class_ids(args.num_images, num_classes, args.label_sampling, args.seed)
-        print(f"at every setting, {describe_classes(class_ids, pipe.config.id2label)}")
+    pipe, reference, extractor = open_measuring(args)
 
     # 2. The images of every setting, and their distances
     sampling = ("num_images", "num_inference_steps", "label_sampling", "seed", "batch_size")
@@ -194,6 +260,45 @@ def draw_sweep(args: argparse.Namespace):
     write_text(folder / names[0], json.dumps(settings, indent=2) + "\n")
     title = f"{Path(model).name}: {args.num_images:,} images in {args.num_inference_steps} steps"
     plot_guidance_sweep(folder / names[1], results, f"{title}, features: {args.features}")
+    print(f"written: {', '.join(str(folder / name) for name in names)}")
+
+
+def draw_cache_sweep(args: argparse.Namespace):
+    names = ("cache-sweep.json", "cache-sweep.png")
+    folder = prepare_output(args, *names)
+    if process_state().num_processes > 1:
+        raise ValueError(f"`cache-sweep` has to run in one process, but there are {process_state().num_processes}.")
+
+    # 1. What the images are drawn with and compared with
+    pipe, reference, extractor = open_measuring(args)
+
+    # 2. The images of every setting, and their distances
+    sampling = {name: getattr(args, name) for name in ("num_images", "num_inference_steps", "label_sampling", "seed")}
+    sampling |= {"batch_size": args.batch_size, "guidance_scale": args.guidance_scale}
+    results = sweep_caches(
+        pipe,
+        reference,
+        extractor,
+        args.caches,
+        guidance_intervals=args.guidance_interval,
+        cache_dir=args.cache_dir,
+        **sampling,
+    )
+
+    # 3. Results
+    for interval in args.guidance_interval:
+        inside = [result for result in results if result["guidance_interval"] == list(interval)]
+        best = find_largest_saving(inside, args.max_distance)
+        what = describe_result(best) if best is not None else "none"
+        print(f"largest saving with a distance of at most {args.max_distance:g}: {what}")
+    model = args.pretrained_model_name_or_path
+    settings = {"pretrained_model_name_or_path": model, "dtype": args.dtype, "features": extractor.name, **sampling}
+    settings |= {**describe_scheduler(pipe.scheduler), "reference": reference.name, "results": results}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / names[0], json.dumps(settings, indent=2) + "\n")
+    title = f"{Path(model).name}: {args.num_images:,} images in {args.num_inference_steps} steps"
+    title += f", guidance {args.guidance_scale:g}, features: {args.features}"
+    plot_cache_sweep(folder / names[1], results, title)
     print(f"written: {', '.join(str(folder / name) for name in names)}")
 
 
@@ -232,10 +337,7 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     require_matplotlib(args.command)
-    if args.command == "guidance-sweep":
-        draw_sweep(args)
-    else:
-        draw_strip(args)
+    {"guidance-sweep": draw_sweep, "cache-sweep": draw_cache_sweep, "denoising-strip": draw_strip}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def reference(tmp_path):
 def arguments(tmp_path):
     def make(command, *more, steps=2):
         standard = ["--pretrained_model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out"]
-        if command == "guidance-sweep":
+        if command != "denoising-strip":
             standard += ["--reference", tmp_path / "reference", "--features", "pixels", "--num_images", 11]
             standard += ["--batch_size", 4, "--cache_dir", tmp_path / "cache"]
         else:
@@ -181,6 +181,50 @@ def test_statistics_that_a_reference_brings_are_used():
     assert values == {"frechet_distance": pytest.approx(0, abs=1e-9), "precision": 1.0, "recall": 1.0}
 
 
+def test_cache_sweep_measures_what_caches_do(script, reference, arguments, tmp_path, capsys):
+    pipe = make_pipeline(FlowMatchSDEScheduler(diffusion_form="none"), num_layers=3, patch_size=4, in_channels=1)
+    pipe.save_pretrained(tmp_path / "model")
+    caches = ("--cache", "FirstBlockCache", 0, 1, "--cache", "TaylorSeer", 1, 3, "--cache", "FasterCache", 2)
+    caches += ("--cache", "MagCache", 0.5, "--cache", "PyramidAttentionBroadcast", 3, "--cache", "SeaCache", 0.5)
+    more = ("--guidance_interval", 0, 1, "--guidance_interval", 0.2, 0.6, "--max_distance", 0.5)
+    script.main(arguments("cache-sweep", *caches, *more, steps=8))
+    printed = capsys.readouterr().out
+
+    sweep = json.loads((tmp_path / "out" / "cache-sweep.json").read_text())
+    assert sweep["num_images"] == 11 and sweep["guidance_scale"] == 1.5 and sweep["features"] == "pixels-grey"
+    settings = [(result["cache"], result["setting"]) for result in sweep["results"]]
+    assert len(settings) == 18 and settings[:9] == settings[9:] and settings[0] == (None, None)
+    for interval in ([0, 1], [0.2, 0.6]):
+        results = {
+            (result["cache"], result["setting"]): result
+            for result in sweep["results"]
+            if result["guidance_interval"] == interval
+        }
+        plain = results.pop((None, None))
+        samples = DrawnSamples(pipe, "samples", 11, 8, 1.5, tuple(interval), batch_size=4)
+        (drawn,) = samples.batches(0, 11, 11)
+        pixels = [values.reshape(len(values), 64).astype(np.float32) / 255 for values in (drawn[..., 0], reference)]
+        assert plain["frechet_distance"] == pytest.approx(compute_feature_metrics(*pixels, metrics=("fid",))["fid"])
+        for result in (plain, results.pop(("FirstBlockCache", 0)), results.pop(("TaylorSeer", 1))):
+            assert (result["share_computed"], result["image_distance"]) == (1, 0), "nothing is left out"
+            assert result["frechet_distance"] == plain["frechet_distance"]
+        # Of 8 steps the first and, at this threshold, no other; of each the first of three blocks
+        if interval == [0, 1]:
+            assert results["FirstBlockCache", 1]["share_computed"] == pytest.approx((8 + 2) / 24)
+        for result in results.values():
+            assert 0.2 < result["share_computed"] < 1 and 0 < result["image_distance"] < 0.5
+        best = min(results.values(), key=lambda result: result["share_computed"])
+        name = f"{best['cache']} {best['setting']:g}: {best['share_computed']:.1%} of the blocks computed"
+        low, high = interval
+        assert f"largest saving with a distance of at most 0.5: guidance on [{low:g}, {high:g}], {name}" in printed
+    with Image.open(tmp_path / "out" / "cache-sweep.png") as image:
+        colours = np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()
+    assert [31, 119, 180] in colours and [255, 127, 14] in colours, "a line for each cache"
+
+    script.main(arguments("cache-sweep", "--cache", "TaylorSeer", 1, "--overwrite_output_dir"))
+    assert "largest saving with a distance of at most 0.02: none" in capsys.readouterr().out
+
+
 @pytest.fixture
 def strip(script, arguments, monkeypatch):
     """Runs `denoising-strip` and returns what is drawn."""
@@ -283,6 +327,11 @@ def test_strip_is_a_picture(script, save_pipeline, arguments, tmp_path, capsys):
         ),
         ("guidance-sweep", ["--guidance_interval", 0.5, 0.2], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
         ("guidance-sweep", ["--features", "vgg"], "invalid choice: 'vgg'"),
+        ("cache-sweep", ["--cache", "TeaCache", 1], "NAME has to be one of FirstBlockCache, MagCache"),
+        ("cache-sweep", ["--cache", "MagCache"], "MagCache has to be followed by a SETTING"),
+        ("cache-sweep", ["--cache", "SeaCache", -1], "SETTING of SeaCache has to be at least 0, but is -1"),
+        ("cache-sweep", ["--cache", "TaylorSeer", 1.5], "SETTING of TaylorSeer has to be a whole number, but is 1.5"),
+        ("cache-sweep", ["--guidance_interval", 0.5, 0.2], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
         (
             "denoising-strip",
             ["--num_inference_steps", 0],
@@ -316,13 +365,13 @@ def test_what_does_not_fit_is_refused_before_work(script, save_pipeline, referen
     with pytest.raises(ValueError, match=r"`--class_labels` has to lie in 0\.\.9, but holds 10"):
         script.main(arguments("denoising-strip", "--class_labels", 10))
     save_pipeline(in_channels=4)
-    for command in ("guidance-sweep", "denoising-strip"):
+    for command in ("guidance-sweep", "cache-sweep", "denoising-strip"):
         with pytest.raises(ValueError, match="`vae` is needed for images, .* 4 channels"):
             script.main(arguments(command))
     assert not (tmp_path / "out").exists()
 
     (tmp_path / "out").mkdir()
-    for command in ("guidance-sweep", "denoising-strip"):
+    for command in ("guidance-sweep", "cache-sweep", "denoising-strip"):
         (tmp_path / "out" / f"{command}.png").write_text("mine")
         with pytest.raises(ValueError, match=f"already has {command}.png.*`--overwrite_output_dir`"):
             script.main(arguments(command))
@@ -339,6 +388,6 @@ def test_torch_fidelity_is_asked_for(script, save_pipeline, reference, arguments
 
 def test_matplotlib_is_asked_for_before_work(script, arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for command in ("guidance-sweep", "denoising-strip"):
+    for command in ("guidance-sweep", "cache-sweep", "denoising-strip"):
         with pytest.raises(ImportError, match=rf"{command} needs matplotlib: pip install 'diffusers_lsep\[eval\]'"):
             script.main(arguments(command))

@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import diffusers
 import pytest
+from diffusers.hooks import _helpers
 from diffusers.loaders import single_file_model
 from diffusers.pipelines import pipeline_loading_utils
 
 import diffusers_lsep
-from diffusers_lsep.registration import register_with_diffusers
+from diffusers_lsep.registration import register_with_diffusers, register_with_hooks
+from diffusers_lsep.transformer_sit import SiTAttention, SiTAttnProcessor, SiTTransformerBlock
 
 
 def test_classes_are_attributes_of_diffusers():
@@ -36,3 +38,20 @@ def test_registering_fails_loudly_where_single_files_changed(monkeypatch, moved)
     monkeypatch.setattr(single_file_model, "SINGLE_FILE_LOADABLE_CLASSES", moved)
     with pytest.raises(ImportError, match="cannot register with diffusers .*SINGLE_FILE_LOADABLE_CLASSES"):
         register_with_diffusers()
+
+
+def test_hooks_know_the_block_and_its_attention():
+    """What diffusers' own hooks look up, which `test_caches.py` has them do."""
+    metadata = _helpers.TransformerBlockRegistry.get(SiTTransformerBlock)
+    assert (metadata.return_hidden_states_index, metadata.return_encoder_hidden_states_index) == (0, None)
+    attention = SiTAttention(8, heads=2, dim_head=4)
+    assert attention.is_cross_attention is False
+    skip = _helpers.AttentionProcessorRegistry.get(SiTAttnProcessor).skip_processor_output_fn
+    assert skip(attention, "tokens") == skip(attention, hidden_states="tokens") == "tokens"
+
+
+def test_registering_with_hooks_fails_loudly_where_diffusers_changed(monkeypatch):
+    monkeypatch.delattr(_helpers, "TransformerBlockRegistry")
+    message = f"cannot register with the hooks of diffusers {diffusers.__version__}: .*diffusers.hooks._helpers"
+    with pytest.raises(ImportError, match=message):
+        register_with_hooks(SiTTransformerBlock, SiTAttnProcessor)

@@ -127,6 +127,57 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
     save_figure(path, figure)
 
 
+def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]], title: str = ""):
+    """
+    Draws what caches do to images against the share of the blocks that they compute: the distance to the images
+    without a cache, and the Frechet distance. A row for each interval of the guidance, a line for each cache, with its
+    settings beside the points; dashed what there is without a cache.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The PNG to write, whole or not at all.
+        results (`Sequence[dict]`):
+            Of `evaluation.caching.sweep_caches`.
+        title (`str`, defaults to `""`):
+            Over the figure.
+    """
+    from matplotlib.figure import Figure
+
+    intervals = list(dict.fromkeys(tuple(result["guidance_interval"]) for result in results))
+    figure = Figure(figsize=(11, 0.6 + 3.6 * len(intervals)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    rows = figure.subplots(len(intervals), 2, squeeze=False)
+    names = list(dict.fromkeys(result["cache"] for result in results if result["cache"]))
+    for (low, high), axes in zip(intervals, rows):
+        row = [result for result in results if tuple(result["guidance_interval"]) == (low, high)]
+        for axis, value in zip(axes, ("image_distance", "frechet_distance")):
+            axis.axhline(next(result[value] for result in row if not result["cache"]), color="0.4", ls="--", lw=1)
+            for name, marker in zip(names, "os^Dv<>P*X" * len(names)):
+                line = [result for result in row if result["cache"] == name]
+                line.sort(key=lambda result: result["share_computed"])
+                shares, heights = (
+                    [100 * result["share_computed"] for result in line],
+                    [result[value] for result in line],
+                )
+                (drawn,) = axis.plot(shares, heights, label=name, marker=marker, markersize=5, linewidth=1.2)
+                for share, height, result in zip(shares, heights, line):
+                    axis.annotate(
+                        f"{result['setting']:g}",
+                        (share, height),
+                        xytext=(4, 4),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color=drawn.get_color(),
+                    )
+            axis.set(xlabel="share of the blocks computed, %", title=f"guidance on [{low:g}, {high:g}]")
+            axis.title.set_fontsize(10)
+            axis.grid(alpha=0.3)
+        axes[0].set(ylabel="distance to the uncached images", ylim=(0, None))
+        axes[1].set(ylabel="Fréchet distance")
+    rows[0][0].legend(fontsize=8)
+    save_figure(path, figure)
+
+
 class DenoisingRecorder:
     """
     Keeps what a pipeline shows to its `callback_on_step_end`, at steps that are evenly spaced, and the data that the

@@ -104,12 +104,13 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         return unique_names(find_names(self.config.id2label))
 
     @property
-    def current_timestep(self) -> torch.Tensor | None:
-        return self._current_timestep
-
-    @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep of the current step, which some caches ask for."""
+        return self._current_timestep
 
     @property
     def interrupt(self) -> bool:

@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Makes diffusers know this package. The only file that touches diffusers' internals."""
+"""Makes diffusers know this package. This file and `caches.py` are the only ones that touch diffusers' internals."""
 
 from typing import Any
 
 import diffusers
+import torch
+import torch.nn as nn
 from diffusers.loaders import single_file_model
 from diffusers.pipelines import pipeline_loading_utils
 
@@ -49,3 +51,33 @@ def register_with_diffusers(*classes: type):
     loadable_classes[LIBRARY_NAME] = base_classes
     for cls in classes:
         setattr(diffusers, cls.__name__, cls)
+
+
+def register_with_hooks(block_class: type[nn.Module], attention_processor_class: type):
+    """
+    Lets diffusers' hooks find their way in a transformer: caches, skipped layers, perturbed attention.
+
+    Args:
+        block_class (`type`): A block that takes `hidden_states` and returns them alone.
+        attention_processor_class (`type`): The processor of its self-attention.
+
+    Raises:
+        `ImportError`: if this version of diffusers keeps what its hooks know elsewhere.
+    """
+    try:
+        from diffusers.hooks import _helpers as known
+
+        metadata = known.TransformerBlockMetadata(return_hidden_states_index=0)
+        known.TransformerBlockRegistry.register(block_class, metadata)
+        processor_metadata = known.AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
+        known.AttentionProcessorRegistry.register(attention_processor_class, processor_metadata)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ImportError(
+            f"diffusers_lsep cannot register with the hooks of diffusers {diffusers.__version__}: the registries of"
+            " `diffusers.hooks._helpers` are not what they were in diffusers 0.42. Install a version of diffusers that"
+            " diffusers_lsep supports, or a newer diffusers_lsep."
+        ) from error
+
+
+def _skip_attention(attn: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states

@@ -1,12 +1,15 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import FasterCacheConfig
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -17,6 +20,8 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from diffusers.utils import apply_lora_scale
 
 from .auto_map import AutoMapMixin
+from .caches import DEFAULT_CONTEXT, fit_cache_config, keep_state_per_context, set_halves
+from .registration import register_with_hooks
 from .single_file import SiTSingleFileMixin
 
 
@@ -97,6 +102,7 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.head_dim = dim_head
         self.use_bias = True
+        self.is_cross_attention = False
 
         inner_dim = heads * dim_head
         self.to_q = nn.Linear(query_dim, inner_dim)
@@ -148,6 +154,10 @@ class SiTTransformerBlock(nn.Module):
         return hidden_states + gate_mlp.unsqueeze(1) * self.ff(norm_hidden_states)
 
 
+# Where the hooks of diffusers get into a block. Here, as this file also stands alone in a repository with code.
+register_with_hooks(SiTTransformerBlock, SiTAttnProcessor)
+
+
 class SiTTransformer2DModel(
     AutoMapMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SiTSingleFileMixin
 ):
@@ -181,6 +191,20 @@ class SiTTransformer2DModel(
     _no_split_modules = ["SiTTransformerBlock", "PatchEmbed"]
     _repeated_blocks = ["SiTTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "time_embedding", "class_embedding", "norm"]
+    _cp_plan = {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+    _tp_plan = {
+        "transformer_blocks.*.attn.to_q": "colwise",
+        "transformer_blocks.*.attn.to_k": "colwise",
+        "transformer_blocks.*.attn.to_v": "colwise",
+        "transformer_blocks.*.attn.to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    }
+
+    _cache_context: str | None = None
 
     @register_to_config
     def __init__(
@@ -280,6 +304,39 @@ class SiTTransformer2DModel(
         nn.init.zeros_(self.norm_out.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
 
+    def enable_cache(self, config: Any):
+        """
+        Lets a cache of diffusers reuse parts of earlier calls, as [`CacheMixin.enable_cache`] does.
+
+        SeaCache gets its `raw_vision_callback` and FasterCache the names and the format of its inputs from here. For
+        training and for `hidden_states_at` the cache has to be disabled.
+
+        Args:
+            config: The config of the cache, such as [`FirstBlockCacheConfig`].
+
+        Raises:
+            `ValueError`: if there is a cache already, if the config is of none that diffusers knows, or if the cache
+            needs more blocks than the model has.
+        """
+        super().enable_cache(fit_cache_config(config, self.config.num_layers))
+        keep_state_per_context(self)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs) -> Iterator[None]:
+        """
+        Says what kind of call is made within, see [`CacheMixin.cache_context`]. Each kind has a cache of its own: the
+        pipeline's are `"cond"`, `"cond_uncond"` for a batch with both halves of guidance, null class first, and one
+        for each prediction of a guider. Calls outside are of one kind, which is right if they follow one trajectory.
+        """
+        if isinstance(self._cache_config, FasterCacheConfig):
+            set_halves(self, self._cache_config, name)
+        self._cache_context = name
+        try:
+            with super().cache_context(name, **kwargs):
+                yield
+        finally:
+            self._cache_context = None
+
     def embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Turns latents `[B, C, S, S]` into tokens `[B, N, D]` with their position embedding, `N = (S / patch_size)^2`.
@@ -322,7 +379,26 @@ class SiTTransformer2DModel(
         """
         Runs the transformer blocks `start..end - 1` (to the last one if `end` is not given) on tokens `[B, N, D]` with
         the condition `[B, D]` of `embed_condition`.
+
+        Raises:
+            `ValueError`: if a cache or context parallelism is enabled, with which only `forward` works: blocks would
+            be left out, or see a part of the tokens.
         """
+        if self.is_cache_enabled:
+            raise ValueError(
+                "`apply_blocks`, for training and probing, has to run every block, but"
+                f" {type(self._cache_config).__name__} leaves some out. Call `disable_cache()` first."
+            )
+        if self._parallel_config is not None and self._parallel_config.context_parallel_config is not None:
+            raise ValueError(
+                "`apply_blocks`, for training and probing, has to see all tokens, but with context parallelism every"
+                " process has a part of them."
+            )
+        return self._run_blocks(hidden_states, temb, start, end)
+
+    def _run_blocks(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, start: int = 0, end: int | None = None
+    ) -> torch.Tensor:
         for block in self.transformer_blocks[start:end]:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
@@ -371,11 +447,13 @@ class SiTTransformer2DModel(
         temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
         hidden_states = self.embed_patches(hidden_states)
 
-        # 2. Blocks
-        hidden_states = self.apply_blocks(hidden_states, temb)
+        needs_context = self.is_cache_enabled and self._cache_context is None
+        with self.cache_context(DEFAULT_CONTEXT) if needs_context else nullcontext():
+            # 2. Blocks
+            hidden_states = self._run_blocks(hidden_states, temb)
 
-        # 3. Output
-        sample = self.project_out(hidden_states, temb)
+            # 3. Output
+            sample = self.project_out(hidden_states, temb)
 
         if not return_dict:
             return (sample,)

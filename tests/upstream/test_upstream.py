@@ -58,6 +58,7 @@ with warnings.catch_warnings():
     from diffusers_tests.testing_utils import torch_device
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # as in diffusers' own conftest
+needs_accelerators = pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators")
 needs_accelerator = pytest.mark.skipif(torch_device == "cpu", reason="needs an accelerator")
 
 
@@ -92,19 +93,27 @@ def no_streams_on_cpu(monkeypatch):
 
 def on_any_device(mixin):
     """
-    A copy of one of diffusers' mixins without the marks that skip its tests where there is no accelerator: most of
-    them pass on a CPU too.
+    A copy of one of diffusers' mixins, and of what it is made of, without the marks that skip its tests where there is
+    no accelerator: most of them pass on a CPU too.
     """
-    if torch_device != "cpu":
+    if torch_device != "cpu" or mixin is object:
         return mixin
     namespace = {name: value for name, value in vars(mixin).items() if name not in ("__dict__", "__weakref__")}
     for name, value in namespace.items():
         if name.startswith("test_") and hasattr(value, "pytestmark"):
             namespace[name] = functools.wraps(value)(lambda *args, test=value, **kwargs: test(*args, **kwargs))
-            namespace[name].pytestmark = [mark for mark in value.pytestmark if mark.name != "skipif"]
+            namespace[name].pytestmark = [mark for mark in value.pytestmark if not asks_for_accelerator(mark)]
     if "pytestmark" in namespace:
-        namespace["pytestmark"] = [mark for mark in namespace["pytestmark"] if mark.name != "skipif"]
-    return type(mixin.__name__, mixin.__bases__, namespace)
+        namespace["pytestmark"] = [mark for mark in namespace["pytestmark"] if not asks_for_accelerator(mark)]
+    copy = type(mixin.__name__, tuple(on_any_device(base) for base in mixin.__bases__), {})
+    for name, value in namespace.items():
+        setattr(copy, name, value)
+    return copy
+
+
+def asks_for_accelerator(mark):
+    reason = mark.kwargs.get("reason") or ""
+    return mark.name == "skipif" and ("hardware accelerator" in reason or "accelerator+" in reason or "CUDA" in reason)
 
 
 # Models
@@ -125,13 +134,14 @@ class ModelConfig(model_tests.BaseModelTesterConfig):
             "qk_norm": True,
         }
 
-    def get_dummy_inputs(self):
+    def get_dummy_inputs(self, batch_size=2):
         generator = torch.Generator().manual_seed(0)
-        return {
-            "hidden_states": torch.randn(2, 4, 8, 8, generator=generator).to(torch_device),
-            "timestep": torch.tensor([0.25, 0.75], device=torch_device),
-            "class_labels": torch.tensor([3, 10], device=torch_device),
+        inputs = {
+            "hidden_states": torch.randn(2, 4, 8, 8, generator=generator),
+            "timestep": torch.tensor([0.25, 0.75]),
+            "class_labels": torch.tensor([3, 10]),
         }
+        return {name: value[:batch_size].to(torch_device) for name, value in inputs.items()}
 
 
 class TestModel(ModelConfig, on_any_device(model_tests.ModelTesterMixin)):
@@ -145,6 +155,73 @@ class TestModel(ModelConfig, on_any_device(model_tests.ModelTesterMixin)):
 
 
 class TestAttention(ModelConfig, model_tests.AttentionTesterMixin):
+    pass
+
+
+class TestAttentionBackends(ModelConfig, model_tests.AttentionBackendTesterMixin):
+    pass
+
+
+class TestFirstBlockCache(ModelConfig, model_tests.FirstBlockCacheTesterMixin):
+    pass
+
+
+class TestTaylorSeerCache(ModelConfig, model_tests.TaylorSeerCacheTesterMixin):
+    pass
+
+
+class TestMagCache(ModelConfig, model_tests.MagCacheTesterMixin):
+    pass
+
+
+class TestPyramidAttentionBroadcast(ModelConfig, model_tests.PyramidAttentionBroadcastTesterMixin):
+    pass
+
+
+class TestFasterCache(ModelConfig, model_tests.FasterCacheTesterMixin):
+    pass
+
+
+class SavedModelConfig(ModelConfig):
+    """For the tests that load a model from the Hub or, as here, from a folder."""
+
+    modules_to_not_convert_for_test = ["proj_out"]
+
+    @pytest.fixture(autouse=True, scope="class")
+    def saved_model(self, request, weights_that_matter, tmp_path_factory):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("model")
+        self.model_class(**self.get_init_dict()).save_pretrained(folder)
+        request.cls.pretrained_model_name_or_path = str(folder)
+
+
+class TestQuanto(SavedModelConfig, on_any_device(model_tests.QuantoTesterMixin)):
+    test_quanto_device_map = None  # fails in diffusers, which looks for a module named None
+    test_quanto_dequantize = None  # which diffusers has not implemented for quanto
+    if torch_device == "cpu":
+        test_quanto_quantization_memory_footprint = None  # asks the accelerator for the memory in use
+
+    @pytest.mark.parametrize("weight_type_name", ["float8", "int8"])  # the others compile an extension, for minutes
+    def test_quanto_quantization_inference(self, weight_type_name):
+        super().test_quanto_quantization_inference(weight_type_name)
+
+
+class TestTorchAo(SavedModelConfig, on_any_device(model_tests.TorchAoTesterMixin)):
+    if torch_device == "cpu":
+        test_torchao_cpu_disk_offload_device_map = None  # quantizes what is on the accelerator
+
+    def get_dummy_inputs(self, batch_size=2):  # in the dtype that diffusers loads such models in
+        inputs = super().get_dummy_inputs(batch_size)
+        return {**inputs, "hidden_states": inputs["hidden_states"].to(torch.bfloat16)}
+
+
+@needs_accelerators
+class TestContextParallel(ModelConfig, model_tests.ContextParallelTesterMixin):
+    """Two processes on a CPU: `tests/test_parallelism.py`."""
+
+
+@needs_accelerators
+class TestTensorParallel(ModelConfig, model_tests.TensorParallelTesterMixin):
     pass
 
 
@@ -238,9 +315,11 @@ class PipelineConfig(pipeline_tests.BasePipelineTesterConfig):
     optional_input_params = pipeline_tests.BasePipelineTesterConfig.optional_input_params - {"num_images_per_prompt"}
     output_shape = (3, 16, 16)
 
-    def get_dummy_components(self, channels=3):  # which are images without the VAE, an optional component
+    # Three channels are images without the VAE, an optional component.
+    def get_dummy_components(self, channels=3, num_layers=2):
         torch.manual_seed(0)
-        transformer = SiTTransformer2DModel(**{**ModelConfig().get_init_dict(), "in_channels": channels})
+        sizes = {"in_channels": channels, "num_layers": num_layers}
+        transformer = SiTTransformer2DModel(**{**ModelConfig().get_init_dict(), **sizes})
         return {"transformer": transformer, "scheduler": FlowMatchSDEScheduler(), "vae": tiny_vae(channels)}
 
     def get_dummy_inputs(self):
@@ -275,6 +354,30 @@ class TestPipelineGroupOffload(PipelineConfig, on_any_device(pipeline_tests.Grou
 
 
 class TestPipelineLayerwiseCasting(PipelineConfig, pipeline_tests.LayerwiseCastingTesterMixin):
+    pass
+
+
+class TestPipelineFirstBlockCache(PipelineConfig, pipeline_tests.FirstBlockCacheTesterMixin):
+    pass
+
+
+class TestPipelineTaylorSeerCache(PipelineConfig, pipeline_tests.TaylorSeerCacheTesterMixin):
+    pass
+
+
+class TestPipelineMagCache(PipelineConfig, pipeline_tests.MagCacheTesterMixin):
+    pass
+
+
+class TestPipelinePyramidAttentionBroadcast(PipelineConfig, pipeline_tests.PyramidAttentionBroadcastTesterMixin):
+    pass
+
+
+class TestPipelineFasterCache(PipelineConfig, pipeline_tests.FasterCacheTesterMixin):
+    pass
+
+
+class TestPipelineLora(PipelineConfig, pipeline_tests.LoraTesterMixin):
     pass
 
 

@@ -48,6 +48,19 @@ def make_extractor(
         return InceptionFeatures(inception_weights, device=state.device)
 
 
+def check_reference(pipe: LSEPPipeline, reference: NpzImages | EncodedImages):
+    """Raises a `ValueError` if the reference has too few images to measure with, or is of another size."""
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    if reference.size is None or reference.count <= NEIGHBORHOOD:
+        raise ValueError(f"`--reference` has to hold {NEIGHBORHOOD + 1} images, but holds {reference.count}.")
+    if reference.size != (side, side):
+        height, width = reference.size
+        raise ValueError(
+            f"`--reference` has to hold images of {side} x {side}, as the pipeline draws them, but they are"
+            f" {width} x {height}."
+        )
+
+
 def sweep_guidance(
     pipe: LSEPPipeline,
     reference: NpzImages | EncodedImages,
@@ -86,15 +99,7 @@ def sweep_guidance(
     Raises:
         `ValueError`: before any image is drawn, if the reference has too few images or is of another size.
     """
-    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    if reference.size is None or reference.count <= NEIGHBORHOOD:
-        raise ValueError(f"`--reference` has to hold {NEIGHBORHOOD + 1} images, but holds {reference.count}.")
-    if reference.size != (side, side):
-        height, width = reference.size
-        raise ValueError(
-            f"`--reference` has to hold images of {side} x {side}, as the pipeline draws them, but they are"
-            f" {width} x {height}."
-        )
+    check_reference(pipe, reference)
     (feature,) = set(SWEEP_FEATURES.values()) & set(extractor.widths)
     reference_features = extract_features(reference, extractor, cache_dir)[feature]
     is_main, results = process_state().is_main_process, []

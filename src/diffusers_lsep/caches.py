@@ -1,0 +1,117 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What diffusers' caches lack for a class-conditional image model whose guidance is switched on and off: what the inputs
+are, and one state for every cache context.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, ModelHook, SeaCacheConfig
+from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
+from diffusers.hooks.hooks import CacheContext, StateManager
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+
+
+# The cache context of a call that is made outside of any.
+DEFAULT_CONTEXT = "inference"
+
+# The cache context of a batch that holds both halves of classifier-free guidance: null class first, as FasterCache
+# expects it.
+GUIDED_CONTEXT = "cond_uncond"
+
+
+def fit_cache_config(config: Any, num_layers: int) -> Any:
+    """
+    Fills in what a cache has to know about a [`SiTTransformer2DModel`], and what its user does not.
+
+    Args:
+        config: The config of a cache, which stays as it is.
+        num_layers (`int`): Number of transformer blocks.
+
+    Returns:
+        The config to use.
+
+    Raises:
+        `ValueError`: if the cache needs more blocks.
+    """
+    if isinstance(config, FirstBlockCacheConfig) and num_layers < 2:
+        raise ValueError(
+            f"`config` has to be of another cache than FirstBlockCache, which needs two blocks or more, as the model"
+            f" has {num_layers}."
+        )
+    if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
+        return replace(config, raw_vision_callback=_list_latents)
+    if isinstance(config, FasterCacheConfig):
+        names = ("hidden_states", "timestep", "class_labels")
+        return replace(config, tensor_format="BCHW", _unconditional_conditional_input_kwargs_identifiers=names)
+    return config
+
+
+def _list_latents(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What SeaCache watches: the latents as videos `[C, 1, S, S]`."""
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return list(hidden_states.unsqueeze(2))
+
+
+class StatePerContext(StateManager):
+    """
+    Stands in for the one state that some hooks of diffusers have, and keeps one for every cache context: a batch
+    without guidance is not as large as one with it, and the predictions of a guider are not those of each other.
+    Outside of any context it is the state of the latest.
+    """
+
+    def __init__(self, state_class: type):
+        super().__init__(state_class)
+        self._latest = CacheContext(DEFAULT_CONTEXT)
+
+    @property
+    def context(self) -> CacheContext:
+        return self._context or self._latest
+
+    def set_context(self, context: CacheContext | None):
+        super().set_context(context)
+        self._latest = context or self._latest
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.get_state(), name)
+
+    def __setattr__(self, name: str, value: Any):
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.get_state(), name, value)
+
+
+def keep_state_per_context(model: nn.Module):
+    """Gives the hooks of PyramidAttentionBroadcast and FasterCache in a model one state for every cache context."""
+    for hook in _find_hooks(model, (PyramidAttentionBroadcastHook, FasterCacheDenoiserHook, FasterCacheBlockHook)):
+        hook.state = StatePerContext(type(hook.state))
+        if isinstance(hook, FasterCacheBlockHook):
+            hook.current_timestep_callback = partial(_no_timestep_at_first, hook, hook.current_timestep_callback)
+
+
+def _no_timestep_at_first(hook: FasterCacheBlockHook, current_timestep: Callable[[], float]) -> float:
+    # FasterCache would reuse what is not there yet where the first call is in the range that it may skip.
+    return current_timestep() if hook.state.cache is not None else math.inf
+
+
+def set_halves(model: nn.Module, config: FasterCacheConfig, context_name: str):
+    """Tells FasterCache whether the batch holds both halves of guidance, of which it may leave out one."""
+    for hook in _find_hooks(model, (FasterCacheDenoiserHook, FasterCacheBlockHook)):
+        hook.is_guidance_distilled = config.is_guidance_distilled or context_name != GUIDED_CONTEXT
+
+
+def _find_hooks(model: nn.Module, classes: tuple[type[ModelHook], ...]) -> Iterator[Any]:
+    for module in model.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        if registry is not None:
+            yield from (hook for hook in registry.hooks.values() if isinstance(hook, classes))
