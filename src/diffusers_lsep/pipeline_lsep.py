@@ -372,7 +372,12 @@ class LSEPPipeline(DiffusionPipeline):
             return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
     def predict_velocity(
-        self, latents: torch.Tensor, t: float, class_ids: torch.Tensor, guidance_scale: float = 1.0
+        self,
+        latents: torch.Tensor,
+        t: float,
+        class_ids: torch.Tensor,
+        guidance_scale: float = 1.0,
+        internal_guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """The velocity at the time `t`, float32 `[B, C, S, S]`, of the guidance if its scale is above 1."""
         sample = latents.to(self.transformer.dtype)
@@ -380,7 +385,10 @@ class LSEPPipeline(DiffusionPipeline):
             sample = torch.cat([sample, sample])
             class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
         time = torch.full((len(sample),), t, dtype=torch.float32, device=latents.device)
-        velocity = self.transformer(sample, timestep=time, class_labels=class_ids, return_dict=False)[0].float()
+        outputs = self.transformer(sample, timestep=time, class_labels=class_ids, return_dict=False)
+        velocity = outputs[0].float()
+        if internal_guidance_scale > 1:
+            velocity = velocity + (internal_guidance_scale - 1) * (velocity - outputs[1].float())
         if guidance_scale > 1:
             velocity, null_velocity = velocity.chunk(2)
             velocity = null_velocity + guidance_scale * (velocity - null_velocity)
@@ -401,6 +409,7 @@ class LSEPPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, as in all pipelines of diffusers
+        internal_guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         r"""
         Generates one image for each class label.
@@ -428,6 +437,9 @@ class LSEPPipeline(DiffusionPipeline):
                 returns under `"latents"` replaces the latents.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 The tensors that `callback_kwargs` holds.
+            internal_guidance_scale (`float`, defaults to `1.0`):
+                Scale `s` of Internal Guidance (arXiv 2512.24176), `v + (s - 1) (v - v_k)`, where `v_k` is predicted
+                after `internal_guidance_depth` blocks of the transformer: no second evaluation. Off if not above 1.
 
         Examples:
 
@@ -451,6 +463,11 @@ class LSEPPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        if internal_guidance_scale > 1 and self.transformer.config.get("internal_guidance_depth") is None:
+            raise ValueError(
+                "`internal_guidance_scale` has to be 1 with a transformer without `internal_guidance_depth`, but is"
+                f" {internal_guidance_scale}."
+            )
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device
@@ -480,7 +497,7 @@ class LSEPPipeline(DiffusionPipeline):
                     self._guidance_active = guidance_scale > 1 and in_interval
 
                 scale = guidance_scale if self.do_classifier_free_guidance else 1.0
-                velocity = self.predict_velocity(latents, times[i], class_ids, scale)
+                velocity = self.predict_velocity(latents, times[i], class_ids, scale, internal_guidance_scale)
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     callback_kwargs = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
