@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-Transcendence (arXiv 2601.07773), both stages, as a regularizer of [`LSEPObjective`]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class SelfTranscendenceRegularizer(Regularizer):
         Flag("teacher_depth", "After how many blocks of the teacher (default: 8 for B, twice the probe's else).", int),
         Flag("guidance_scale", "Scale of the guidance of the teacher's tokens.", default=30.0),
         Flag("weight", "Weight of Self-Transcendence's loss.", default=0.5),
-        Flag("time_range", "Smallest and largest time t that counts.", default=(0.4, 0.7), nargs=2),
+        Flag("time_range", "Smallest and largest time t that counts.", default=[0.4, 0.7], nargs=2),
         Flag(
             "mask",
             "What the times decide: which samples count, or how much the batch does, as in the published code.",
@@ -85,7 +85,7 @@ class SelfTranscendenceRegularizer(Regularizer):
         teacher_depth: int = 8,
         guidance_scale: float = 30.0,
         weight: float = 0.5,
-        time_range: tuple[float, float] = (0.4, 0.7),
+        time_range: Sequence[float] = (0.4, 0.7),
         mask: str = "samples",
         stop_step: int | None = None,
     ):

@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     method = choose_method(args, config)
     config = {**config, "num_classes": len(data.names)}
     if "internal-guidance" in args.regularizers:
-        config["internal_guidance_depth"] = method["internal_guidance_depth"]
+        config["internal_guidance_depth"] = with_values(args, **method).internal_guidance_depth
     elif config.get("internal_guidance_depth") is not None:
         raise ValueError(
             "`--regularizers` has to name internal-guidance for a model with `internal_guidance_depth="
