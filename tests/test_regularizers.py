@@ -34,7 +34,7 @@ from diffusers_lsep.regularizers import (
     SelfTranscendenceRegularizer,
     SRARegularizer,
 )
-from diffusers_lsep.regularizers.teachers import Teacher
+from diffusers_lsep.regularizers.teachers import Teacher, ask_teachers
 from diffusers_lsep.training.log import read_metrics
 
 
@@ -117,7 +117,7 @@ def test_sra_asks_the_teacher_about_less_noise():
         asked.append(inputs)
         return random(6, 16, 32)
 
-    targets = objective.ask_teachers({"sra": teacher}, **batch, draws=draws)
+    targets = ask_teachers(objective, {"sra": teacher}, **batch, draws=draws)
     torch.testing.assert_close(targets["sra"], random(6, 16, 32))
     ((noisy, timesteps, labels, depth),) = asked
     for i in range(6):
@@ -156,7 +156,7 @@ def test_second_stage_of_self_transcendence():
     batch, teacher = make_batch(), make_transformer(seed=1)
     batch.pop("probe_dropout_mask")
     objective = LSEPObjective(make_transformer(), None, regularizers={"st": regularizer})
-    targets = objective.ask_teachers({"st": Teacher(teacher)}, **batch)
+    targets = ask_teachers(objective, {"st": Teacher(teacher)}, **batch)
     loss = objective(**batch, targets=targets).regularizer_losses["st"]
 
     t = batch["timesteps"].view(-1, 1, 1, 1)
@@ -247,7 +247,7 @@ def test_original_sra(reference, tmp_path):
                 layer.weight.copy_(rest[f"ap_head.{name}.weight"])
                 layer.bias.copy_(rest[f"ap_head.{name}.bias"])
         objective = LSEPObjective(student, None, regularizers={"sra": regularizer})
-        targets = objective.ask_teachers({"sra": Teacher(teacher)}, **batch, draws=reference["sra.draws"])
+        targets = ask_teachers(objective, {"sra": Teacher(teacher)}, **batch, draws=reference["sra.draws"])
         output = objective(**batch, targets=targets)
         torch.testing.assert_close(output.denoising_losses, reference["sra.denoising"], rtol=1e-4, atol=1e-6)
         expected = reference[f"sra.{original}"]
@@ -615,7 +615,7 @@ def test_sra_learns_from_the_average(train, tmp_path):
     batch = stream.__getitems__([4, 5, 6, 7])
     names = ("class_labels", "noise", "timesteps", "class_dropout_mask")
     inputs = {"latents": batch["images"], **{name: batch[name] for name in names}}
-    targets = objective.ask_teachers({"sra": Teacher(average)}, **inputs, draws=batch["regularizer_draws"])
+    targets = ask_teachers(objective, {"sra": Teacher(average)}, **inputs, draws=batch["regularizer_draws"])
     loss = objective(**inputs, targets=targets).regularizer_losses["sra"]
     line = read_metrics(tmp_path / "run" / "metrics.jsonl")[1]
     assert line["sra_loss"] == pytest.approx(loss.item(), rel=1e-4)

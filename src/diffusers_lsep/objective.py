@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,7 +304,8 @@ class LSEPObjective(nn.Module):
                 Factor of the probe's loss, for its decay late in training.
             generator (`torch.Generator`, *optional*): Draws what is not given.
             targets (`dict[str, torch.Tensor]`, *optional*):
-                What the regularizers that read a `target` compare with, by their names (see `ask_teachers`).
+                What the regularizers that read a `target` compare with, by their names (see
+                [`~regularizers.teachers.ask_teachers`]).
             separate_rows (`torch.Tensor` of shape `[M]`, int64, *optional*):
                 The samples of the batch, each once, that the probe's stream is computed for; on the others the probe
                 reads the main stream's tokens. The same loss for less work if both streams see the same label on the
@@ -382,15 +382,8 @@ class LSEPObjective(nn.Module):
                 probe_loss = probe_losses.sum() / (self.probe_fraction * batch_size)
                 probe_accuracy = probe_accuracy.nan_to_num()
             loss = loss + probe_loss
-        regularizer_losses = {}
-        for name, regularizer in self.regularizers.items():
-            read: dict[str, Any] = {
-                field: targets[name] if field == "target" else known[field] for field in regularizer.reads
-            }
-            context = RegularizerContext({depth: tokens_at[depth] for depth in regularizer.depths}, **read)
-            weight = regularizer.weight if regularizer_weights is None else regularizer_weights[name]
-            regularizer_loss = weight * regularizer(context).mean()
-            regularizer_losses[name] = regularizer_loss.detach()
+        regularizer_losses = self._regularize(tokens_at, known, targets, regularizer_weights)
+        for regularizer_loss in regularizer_losses.values():
             loss = loss + regularizer_loss
         return LSEPObjectiveOutput(
             loss=loss,
@@ -399,61 +392,28 @@ class LSEPObjective(nn.Module):
             probe_accuracy=probe_accuracy,
             denoising_losses=denoising_losses.detach(),
             probe_losses=probe_losses.detach() if probe_losses is not None else None,
-            regularizer_losses=regularizer_losses or None,
+            regularizer_losses={name: value.detach() for name, value in regularizer_losses.items()} or None,
         )
+
+    def _regularize(
+        self,
+        tokens_at: dict[int, torch.Tensor],
+        known: dict[str, Any],
+        targets: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """The weighted losses of the regularizers, each of which is handed what it reads."""
+        losses = {}
+        for name, regularizer in self.regularizers.items():
+            read: dict[str, Any] = {x: targets[name] if x == "target" else known[x] for x in regularizer.reads}
+            context = RegularizerContext({depth: tokens_at[depth] for depth in regularizer.depths}, **read)
+            weight = regularizer.weight if weights is None else weights[name]
+            losses[name] = weight * regularizer(context).mean()
+        return losses
 
     def weights_at(self, step: int, epoch: float) -> dict[str, float]:
         """The `regularizer_weights` after so many steps, or passes over the data."""
         return {name: regularizer.weight_at(step, epoch) for name, regularizer in self.regularizers.items()}
-
-    @torch.no_grad()
-    def ask_teachers(
-        self,
-        teachers: dict[str, Callable[..., torch.Tensor]],
-        latents: torch.Tensor,
-        class_labels: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        class_dropout_mask: torch.Tensor,
-        draws: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """
-        The `targets` of the regularizers that have a teacher, for the batch that `forward` is given next.
-
-        Args:
-            teachers (`dict[str, Callable]`): What each regularizer of these names asks; those of others are left out.
-            latents, class_labels, noise, timesteps, class_dropout_mask (`torch.Tensor`): As in `forward`.
-            draws (`torch.Tensor` of shape `[B, R]`, *optional*):
-                Uniform numbers in [0, 1), the `num_draws` columns of each regularizer in turn; drawn if not given.
-
-        Returns:
-            `dict[str, torch.Tensor]`: by name.
-        """
-        null_class = self.transformer.config.num_classes
-        latents, noise = latents.float(), noise.float()
-        if draws is None:
-            draws = torch.rand(
-                len(latents), sum(r.num_draws for r in self.regularizers.values()), device=latents.device
-            )
-        targets, first = {}, 0
-        for name, regularizer in self.regularizers.items():
-            end = first + regularizer.num_draws
-            if name in teachers:
-                context = RegularizerContext(
-                    tokens={},
-                    latents=latents,
-                    noise=noise,
-                    noisy_latents=self.path.interpolate(latents, noise, timesteps.view(-1, 1, 1, 1)),
-                    timesteps=timesteps,
-                    class_labels=class_labels,
-                    dropped_labels=torch.where(class_dropout_mask, null_class, class_labels),
-                    null_class=null_class,
-                    path=self.path,
-                    draws=draws[:, first:end],
-                )
-                targets[name] = regularizer.make_target(teachers[name], context)
-            first = end
-        return targets
 
     def _forward_streams(
         self,

@@ -9,6 +9,7 @@ and their weights are in no checkpoint and in no average.
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from ..transformer_sit import SiTTransformer2DModel
+from .regularizer import RegularizerContext
 
 
 class Teacher:
@@ -113,3 +115,54 @@ def load_teacher(name_or_path: str, flag: str) -> Teacher:
     except Exception as error:  # A damaged file shows in many ways.
         raise ValueError(f"`{flag}` {name_or_path!r} cannot be loaded: {error}") from error
     return Teacher(transformer.float().eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def ask_teachers(
+    objective: Any,
+    teachers: dict[str, Callable[..., torch.Tensor]],
+    latents: torch.Tensor,
+    class_labels: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_dropout_mask: torch.Tensor,
+    draws: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    The `targets` of the regularizers that have a teacher, for the batch that the objective is given next.
+
+    Args:
+        objective ([`LSEPObjective`]): Whose regularizers they are.
+        teachers (`dict[str, Callable]`): What each regularizer of these names asks; those of others are left out.
+        latents, class_labels, noise, timesteps, class_dropout_mask (`torch.Tensor`): As in its `forward`.
+        draws (`torch.Tensor` of shape `[B, R]`, *optional*):
+            Uniform numbers in [0, 1), the `num_draws` columns of each regularizer in turn; drawn if not given.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name.
+    """
+    null_class = objective.transformer.config.num_classes
+    latents, noise = latents.float(), noise.float()
+    if draws is None:
+        draws = torch.rand(
+            len(latents), sum(r.num_draws for r in objective.regularizers.values()), device=latents.device
+        )
+    targets, first = {}, 0
+    for name, regularizer in objective.regularizers.items():
+        end = first + regularizer.num_draws
+        if name in teachers:
+            context = RegularizerContext(
+                tokens={},
+                latents=latents,
+                noise=noise,
+                noisy_latents=objective.path.interpolate(latents, noise, timesteps.view(-1, 1, 1, 1)),
+                timesteps=timesteps,
+                class_labels=class_labels,
+                dropped_labels=torch.where(class_dropout_mask, null_class, class_labels),
+                null_class=null_class,
+                path=objective.path,
+                draws=draws[:, first:end],
+            )
+            targets[name] = regularizer.make_target(teachers[name], context)
+        first = end
+    return targets

@@ -9,7 +9,7 @@ import torch
 
 from ..data.moments import sample_posterior
 from ..objective import LSEPObjective
-from ..regularizers.teachers import Teacher
+from ..regularizers.teachers import Teacher, ask_teachers
 from .setup import Setup
 
 
@@ -46,7 +46,7 @@ def objective_inputs(
         asked = {name: teachers[kind] for name, kind in by_name.items() if name not in idle}
         names = ("latents", "class_labels", "noise", "timesteps", "class_dropout_mask")
         with autocast():
-            targets |= objective.ask_teachers(asked, draws=draws, **{name: batch[name] for name in names})
+            targets |= ask_teachers(objective, asked, draws=draws, **{name: batch[name] for name in names})
         config = objective.transformer.config
         shape = (
             len(batch["latents"]),

@@ -126,9 +126,8 @@ class Trainer:
         """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
         args, accelerator, objective = self.args, self.accelerator, self.objective
         objective.to(accelerator.device)
-        self.average_teacher = None
-        if any(module.teacher == "average" for module in objective.regularizers.values()):
-            self.average_teacher = AverageTeacher(objective.transformer, self.averaged_weights)
+        asks = any(module.teacher == "average" for module in objective.regularizers.values())
+        self.average_teacher = AverageTeacher(objective.transformer, self.averaged_weights) if asks else None
         parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
         groups = [{"params": [p for p in parameters if p.requires_grad], "lr": args.learning_rate}]
         if objective.probe is not None:
