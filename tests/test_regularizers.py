@@ -14,6 +14,7 @@ from code_blocks import read_blocks
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tiny_models import make_batch, make_pipeline, make_transformer
+from tiny_run import TINY_RUN
 
 from diffusers_lsep import (
     FlowMatchSDEScheduler,
@@ -43,7 +44,8 @@ from diffusers_lsep.training.log import read_metrics
 
 NAMES = list(REGULARIZERS)
 KEYS = [name.replace("-", "_") for name in NAMES]
-LOSSES = Path(__file__).resolve().parents[1] / "examples" / "configs" / "losses"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DIGITS, LOSSES = EXAMPLES / "digits", EXAMPLES / "configs" / "losses"
 
 
 def random(*shape, seed=0):
@@ -606,8 +608,7 @@ def test_sra_learns_from_the_average(train, tmp_path):
     regularizer.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     objective = LSEPObjective(student, None, regularizers={"sra": regularizer})
 
-    digits = Path(__file__).resolve().parents[1] / "examples" / "digits"
-    splits = load_image_dataset(None, None, str(digits), None)
+    splits = load_image_dataset(None, None, str(DIGITS), None)
     source = open_images(splits, 8, 1, "image", "label", None, "test")[0]
     stream = SampleStream(source, (1, 8, 8), seed=0, samples_per_step=4, num_regularizer_draws=1)
     batch = stream.__getitems__([8, 9, 10, 11])
@@ -669,6 +670,29 @@ def test_a_teacher_has_to_fit(train, first_stage, tmp_path):
         train("--pretrained_model_name_or_path", tmp_path / "model", tiny=())
 
 
+@pytest.mark.slow
+def test_a_model_with_the_head_is_trained_further(train, tmp_path):
+    """The head stays where it is, and is trained as well."""
+    pipe = make_pipeline(internal_guidance_depth=2, in_channels=1)
+    pipe.save_pretrained(tmp_path / "model")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "model", "--regularizers", "internal-guidance"]
+    tiny = [
+        *TINY_RUN,
+        "--max_train_steps",
+        "1",
+        "--lr_warmup_steps",
+        "0",
+        "--crop_size_min",
+        "1",
+        "--probe_depth",
+        "1",
+    ]
+    train(*flags, "--train_data_dir", DIGITS, tiny=tiny)
+    trained = DiffusionPipeline.from_pretrained(tmp_path / "run").transformer
+    assert trained.config.internal_guidance_depth == 2
+    assert not torch.equal(trained.internal_proj_out.weight, pipe.transformer.internal_proj_out.weight)
+
+
 def test_the_average_is_needed(train, capsys):
     with pytest.raises(SystemExit):
         train("--regularizers", "sra", "--no-use_ema")
@@ -699,7 +723,7 @@ def test_recipes_and_defaults_are_the_published_values(train, tmp_path, capsys, 
         LSEPPipeline(teacher, FlowMatchSDEScheduler()).save_pretrained(tmp_path / "teacher")
         flags += ["--self_transcendence_teacher", tmp_path / "teacher"]
     digits = ["--resolution", 32, "--train_batch_size", 1, "--preset", preset, "--patch_size", 2, "--dry_run"]
-    digits += ["--train_data_dir", Path(__file__).resolve().parents[1] / "examples" / "digits", "--image_channels", 1]
+    digits += ["--train_data_dir", DIGITS, "--image_channels", 1]
     assert train(*flags, *digits, tiny=()) == 0
     settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
     assert settings["regularizers"] == [name]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..transformer_sit import SiTTransformer2DModel
 from .regularizer import Flag, Regularizer, RegularizerContext
 
 
@@ -36,7 +37,7 @@ class InternalGuidanceRegularizer(Regularizer):
         super().__init__(weight)
 
     @classmethod
-    def for_transformer(cls, transformer: Any, **values) -> "InternalGuidanceRegularizer":
+    def for_transformer(cls, transformer: SiTTransformer2DModel, **values) -> "InternalGuidanceRegularizer":
         return cls(values["weight"])  # The depth is in the transformer's config.
 
     @classmethod

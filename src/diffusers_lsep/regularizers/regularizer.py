@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..interpolants import Interpolant
+from ..transformer_sit import SiTTransformer2DModel
 
 
 UNREAD: Any = None  # of what a regularizer does not read
@@ -119,8 +120,8 @@ class Regularizer(nn.Module):
         self.weight = weight
 
     @classmethod
-    def for_transformer(cls, transformer: Any, **values) -> "Regularizer":
-        """Makes it for a [`SiTTransformer2DModel`], with the values of its `flags`."""
+    def for_transformer(cls, transformer: SiTTransformer2DModel, **values) -> "Regularizer":
+        """Makes it for a transformer, with the values of its `flags`."""
         return cls(**values)
 
     @classmethod

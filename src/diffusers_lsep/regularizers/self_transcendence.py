@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..transformer_sit import SiTTransformer2DModel
 from .regularizer import Flag, Regularizer, RegularizerContext, make_mlp
 
 
@@ -111,7 +112,9 @@ class SelfTranscendenceRegularizer(Regularizer):
         self.teacher = "frozen" if velocity_size is None else None
 
     @classmethod
-    def for_transformer(cls, transformer: Any, teacher: str | None = None, **values) -> "SelfTranscendenceRegularizer":
+    def for_transformer(
+        cls, transformer: SiTTransformer2DModel, teacher: str | None = None, **values
+    ) -> "SelfTranscendenceRegularizer":
         velocity_size = transformer.config.patch_size**2 * transformer.out_channels
         return cls(transformer.inner_dim, velocity_size if teacher is None else None, **values)
 

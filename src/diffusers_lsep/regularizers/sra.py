@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..transformer_sit import SiTTransformer2DModel
 from .regularizer import Flag, Regularizer, RegularizerContext, make_mlp
 
 
@@ -83,7 +84,7 @@ class SRARegularizer(Regularizer):
         self.head = make_mlp(hidden_size, 2 * hidden_size, hidden_size)
 
     @classmethod
-    def for_transformer(cls, transformer: Any, **values) -> "SRARegularizer":
+    def for_transformer(cls, transformer: SiTTransformer2DModel, **values) -> "SRARegularizer":
         return cls(transformer.inner_dim, **values)
 
     @classmethod

@@ -80,7 +80,9 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     method = choose_method(args, config)
     config = {**config, "num_classes": len(data.names)}
     if "internal-guidance" in args.regularizers:
-        config["internal_guidance_depth"] = with_values(args, **method).internal_guidance_depth
+        depth = args.internal_guidance_depth or config.get("internal_guidance_depth")
+        depth = depth or method["internal_guidance_depth"]
+        config["internal_guidance_depth"] = method["internal_guidance_depth"] = depth
     elif config.get("internal_guidance_depth") is not None:
         raise ValueError(
             "`--regularizers` has to name internal-guidance for a model with `internal_guidance_depth="
