@@ -35,6 +35,7 @@ IMAGENET = {
     "--output_dir imagenet-256 ": "--output_dir imagenet-256 --keep_images ",  # which the text asks for with REPA
     "--allow_tf32": "--dataloader_num_workers 0",
     "@examples/configs/sit-xl-2-256": f"@examples/configs/sit-xl-2-256{SMALL}",
+    "losses/layersync": "losses/layersync --layersync_depth 2 --layersync_target_depth 4",
     "@examples/configs/sit-xl-2-512-from-256": f"@examples/configs/sit-xl-2-512-from-256{SMALL}",
     "--validation_labels 207 360 387 974 88 979 417 279": "--validation_labels 0 1",
     "--num_images 50000": "--num_images 6 --num_inference_steps 2",

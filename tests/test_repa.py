@@ -32,8 +32,8 @@ from transformers import (
 from diffusers_lsep import LinearProbe, LSEPObjective
 from diffusers_lsep.data.images import center_crop, load_image_dataset, open_images
 from diffusers_lsep.data.moments import MomentsDataset, OriginalMomentsDataset
+from diffusers_lsep.regularizers import Regularizer, RegularizerContext, REPAEncoder, REPARegularizer
 from diffusers_lsep.training.log import read_metrics
-from diffusers_lsep.training.repa import REPAEncoder, REPARegularizer
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
@@ -177,28 +177,35 @@ def test_projector_and_loss():
         for n in range(4):
             a, b = projected[i, n], target[i, n]
             expected[i] -= (a @ b) / (a.norm() * b.norm()) / 4
-    torch.testing.assert_close(regularizer(tokens, target), expected)
+
+    def loss(target):
+        return regularizer(RegularizerContext({8: tokens}, target=target))
+
+    torch.testing.assert_close(loss(target), expected)
     with torch.no_grad():
         same = projected.detach() * torch.rand(3, 4, 1)
-    torch.testing.assert_close(regularizer(tokens, same), -torch.ones(3))
-    torch.testing.assert_close(regularizer(tokens, -same), torch.ones(3))
+    torch.testing.assert_close(loss(same), -torch.ones(3))
+    torch.testing.assert_close(loss(-same), torch.ones(3))
     with pytest.raises(ValueError, match="`weight` has to be a number not below 0, but is -0.5"):
         REPARegularizer(8, 6, weight=-0.5)
 
 
-# --- Beside LSEP: any module with `depth`, `weight` and a loss per sample
+# --- Beside LSEP: any regularizer
 
 
-class TokenSize(nn.Module):
+class TokenSize(Regularizer):
     """A third regularizer, which exists nowhere but here: the mean square of the tokens, scaled by the target."""
 
+    reads = ("target",)
+
     def __init__(self, depth, weight):
-        super().__init__()
-        self.depth, self.weight = depth, weight
+        super().__init__(weight)
+        self.depth = depth
+        self.depths = (depth,)
         self.scale = nn.Parameter(torch.ones(()))
 
-    def forward(self, tokens, target):
-        return self.scale * target * tokens.square().flatten(1).mean(dim=1)
+    def forward(self, context):
+        return self.scale * context.target * context.tokens[self.depth].square().flatten(1).mean(dim=1)
 
 
 def make_objective(tiny_transformer, with_probe=True, repa_depth=2, size_depth=3, probe_depth=2):
@@ -246,7 +253,8 @@ def test_regularizers_read_the_main_stream_in_the_one_pass(tiny_transformer, wit
     losses = {}
     for (name, regularizer), depth in zip(objective.regularizers.items(), depths):
         tokens = transformer.hidden_states_at(noisy, t, labels, depth)
-        losses[name] = regularizer.weight * regularizer(tokens, batch["targets"][name]).mean()
+        context = RegularizerContext({depth: tokens}, target=batch["targets"][name])
+        losses[name] = regularizer.weight * regularizer(context).mean()
         torch.testing.assert_close(output.regularizer_losses[name], losses[name].detach())
     plain = LSEPObjective(transformer, objective.probe, probe_depth=depths[2])
     rest = plain(**{name: value for name, value in batch.items() if name != "targets"})

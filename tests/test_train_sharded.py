@@ -98,7 +98,8 @@ def encoder(tmp_path_factory):
 @pytest.mark.slow
 def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_environment, encoder):
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
-    repa = ("--repa_encoder", encoder, "--repa_depth", 2)
+    repa = ("--repa_encoder", encoder, "--repa_depth", 2, "--regularizers", "sra", "internal-guidance")
+    repa += ("--sra_depth", 1, "--sra_teacher_depth", 2, "--internal_guidance_depth", 1)
     train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole")
     train_sharded(tmp_path, launch_environment, *repa, "--max_train_steps", 2)
     train_sharded(tmp_path, launch_environment, *repa, "--resume_from_checkpoint", "latest")
@@ -109,7 +110,8 @@ def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_envir
     steps = [[line for line in run if "loss" in line] for run in lines]
     assert len(steps[0]) == 4
     for one, other in zip([*steps[0], validations[0]], [*steps[1], validations[1]], strict=True):
-        names = {"loss", "probe_loss", "repa_loss", "grad_norm", "validation_probe_loss"} & one.keys()
+        names = {"loss", "probe_loss", "repa_loss", "sra_loss", "internal_guidance_loss", "grad_norm"}
+        names = {*names, *(f"validation_{name}" for name in ("probe_loss", "sra_loss"))} & one.keys()
         assert names
         for name in names:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name

@@ -19,6 +19,24 @@ INTERVAL_TOLERANCE = 1e-6
 GUIDER_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip")
 
 
+def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
+    """Raises a `ValueError` if the transformer cannot give the prediction that is asked for."""
+    if not math.isfinite(internal_guidance_scale):
+        raise ValueError(f"`internal_guidance_scale` has to be a finite number, but is {internal_guidance_scale}.")
+    if internal_guidance_scale <= 1:
+        return
+    if transformer.config.get("internal_guidance_depth") is None:
+        raise ValueError(
+            "`internal_guidance_scale` has to be 1 with a transformer without `internal_guidance_depth`, but is"
+            f" {internal_guidance_scale}."
+        )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "`internal_guidance_scale` has to be 1 with a cache, which leaves out blocks before the one that it reads,"
+            f" but is {internal_guidance_scale}. Call `disable_cache()` first."
+        )
+
+
 def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: BaseGuidance | None):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
     if not math.isfinite(guidance_scale):
@@ -62,6 +80,7 @@ class GuidanceMixin:
     _guidance_active: bool
     _guider: BaseGuidance | None
     _attention_kwargs: dict[str, Any] | None
+    _internal_guidance_scale: float
 
     @property
     def guidance_scale(self) -> float:
@@ -89,6 +108,7 @@ class GuidanceMixin:
         negative_class_ids: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         step: dict[str, Any] | None = None,
+        internal_guidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """
         Predicts the velocity, with classifier-free guidance (arXiv 2207.12598) if its scale is above 1.
@@ -102,36 +122,41 @@ class GuidanceMixin:
             attention_kwargs (`dict`, *optional*): For the transformer.
             step (`dict`, *optional*):
                 `step_index`, `num_inference_steps` and `timestep`, which tell caches where in a loop this is.
+            internal_guidance_scale (`float`, defaults to `1.0`): Scale of Internal Guidance; off if not above 1.
 
         Returns:
             `torch.Tensor`: float32 `[B, C, S, S]`.
         """
-        step = step or {}
+        call = (t, attention_kwargs, step or {}, internal_guidance_scale)
         if guidance_scale <= 1:
-            return self._call_transformer(latents, t, attention_kwargs, step, "cond", class_ids)
+            return self._call_transformer(latents, class_ids, "cond", *call)
         if negative_class_ids is None:
             negative_class_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
         # In the order of diffusers' pipelines, which some caches rely on
         latents, class_ids = torch.cat([latents, latents]), torch.cat([negative_class_ids, class_ids])
-        velocity = self._call_transformer(latents, t, attention_kwargs, step, "cond_uncond", class_ids)
+        velocity = self._call_transformer(latents, class_ids, "cond_uncond", *call)
         negative_velocity, velocity = velocity.chunk(2)
         return negative_velocity + guidance_scale * (velocity - negative_velocity)
 
     def _call_transformer(
         self,
         latents: torch.Tensor,
+        class_ids: torch.Tensor,
+        context: str,
         t: float,
         attention_kwargs: dict[str, Any] | None,
         step: dict[str, Any],
-        context: str,
-        class_ids: torch.Tensor,
+        internal_guidance_scale: float,
     ) -> torch.Tensor:
         time = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
         latents = latents.to(self.transformer.dtype)
         arguments = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
         with self._cache_context(context, t, step):
             output = self.transformer(latents, timestep=time, class_labels=class_ids, return_dict=False, **arguments)
-        return output[0].float()
+        velocity = output[0].float()
+        if internal_guidance_scale > 1:
+            velocity = velocity + (internal_guidance_scale - 1) * (velocity - output[1].float())
+        return velocity
 
     def _cache_context(self, name: str, t: float, step: dict[str, Any]) -> AbstractContextManager[None]:
         """
@@ -164,9 +189,8 @@ class GuidanceMixin:
         negative_class_ids = tensors["negative_class_labels"]
         if self._guider is None:
             self._set_guidance_active(scale > 1, step["step_index"])
-            return self.predict_velocity(
-                latents, t, class_ids, scale, negative_class_ids, self._attention_kwargs, step
-            )
+            options = (negative_class_ids, self._attention_kwargs, step, self._internal_guidance_scale)
+            return self.predict_velocity(latents, t, class_ids, scale, *options)
 
         # As the modular pipelines of diffusers do it
         guider = self._guider
@@ -182,7 +206,13 @@ class GuidanceMixin:
                 try:
                     context = getattr(batch, guider._identifier_key)
                     batch.noise_pred = self._call_transformer(
-                        latents, t, self._attention_kwargs, step, context, batch.class_labels
+                        latents,
+                        batch.class_labels,
+                        context,
+                        t,
+                        self._attention_kwargs,
+                        step,
+                        self._internal_guidance_scale,
                     )
                 finally:
                     guider.cleanup_models(self.transformer)

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .interpolants import Interpolant, get_interpolant
+from .regularizers.regularizer import Regularizer, RegularizerContext
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -152,10 +153,9 @@ class LSEPObjective(nn.Module):
             Into how many steps of equal length `w` is cut between the two.
         timestep_sampling (`str`, defaults to `"uniform"`):
             Distribution of `t`, `"uniform"` or `"logit_normal"` (`ln(sigma / alpha)` is standard normal).
-        regularizers (`dict[str, nn.Module]`, *optional*):
-            Further losses on the main stream's tokens, by name, such as [`~training.repa.REPARegularizer`]. Each
-            module has a `depth`, after how many blocks it reads (`1..num_layers`), and a `weight`, and is called with
-            the tokens `[B, N, D]` and its entry of `targets`; it returns one loss per sample, `[B]`.
+        regularizers (`dict[str, Regularizer]`, *optional*):
+            Further losses by name, such as [`~regularizers.REPARegularizer`]. Each is handed what it says that it
+            reads of this one pass ([`~regularizers.RegularizerContext`]).
         probe_fraction (`float`, defaults to `1.0`):
             The part of the samples, in (0, 1], that the probe is trained on where `probe_rows` name them. Its loss is
             divided by their expected number, so that each weighs the same however many of them a batch has.
@@ -165,7 +165,7 @@ class LSEPObjective(nn.Module):
     """
 
     probe_weights: torch.Tensor
-    regularizers: Any  # a `ModuleDict`, whose modules have `depth` and `weight`
+    regularizers: Any  # a `ModuleDict` of `Regularizer`s
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class LSEPObjective(nn.Module):
         probe_weight_end: float = 0.03,
         num_probe_weights: int = 10,
         timestep_sampling: str = "uniform",
-        regularizers: dict[str, nn.Module] | None = None,
+        regularizers: dict[str, Regularizer] | None = None,
         probe_fraction: float = 1.0,
     ):
         super().__init__()
@@ -225,10 +225,14 @@ class LSEPObjective(nn.Module):
                 "`num_probe_weights=1` is a constant weight and needs `probe_weight_start` and `probe_weight_end` to"
                 f" be equal, but they are {probe_weight_start} and {probe_weight_end}."
             )
-        depths = {f"`depth` of the regularizer `{name}`": module.depth for name, module in self.regularizers.items()}
-        if self.probe is not None:
-            depths["`probe_depth`"] = self.probe_depth
-        for name, depth in depths.items():
+        depths = [("`probe_depth`", self.probe_depth)] if self.probe is not None else []
+        for name, regularizer in self.regularizers.items():
+            depths += [(f"`depth` of the regularizer `{name}`", depth) for depth in regularizer.depths]
+            if "probe_tokens" in regularizer.reads and self.probe is None:
+                raise ValueError(f"`probe` is needed by the regularizer `{name}`, but is None.")
+            if "internal_prediction" in regularizer.reads and config.get("internal_guidance_depth") is None:
+                raise ValueError(f"`internal_guidance_depth` of `transformer` is needed by `{name}`, but is None.")
+        for name, depth in depths:
             if not 1 <= depth <= config.num_layers:
                 raise ValueError(
                     f"{name} has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
@@ -279,6 +283,7 @@ class LSEPObjective(nn.Module):
         targets: dict[str, torch.Tensor] | None = None,
         separate_rows: torch.Tensor | None = None,
         probe_rows: torch.Tensor | None = None,
+        regularizer_weights: dict[str, torch.Tensor] | None = None,
     ) -> LSEPObjectiveOutput:
         """
         Computes the loss of a batch. Whatever is random can be given; what is not given is drawn.
@@ -298,7 +303,9 @@ class LSEPObjective(nn.Module):
             probe_weight_scale (`float` or scalar `torch.Tensor`, defaults to `1.0`):
                 Factor of the probe's loss, for its decay late in training.
             generator (`torch.Generator`, *optional*): Draws what is not given.
-            targets (`dict[str, torch.Tensor]`, *optional*): What the regularizers compare with, by their names.
+            targets (`dict[str, torch.Tensor]`, *optional*):
+                What the regularizers that read a `target` compare with, by their names (see
+                [`~regularizers.teachers.ask_teachers`]).
             separate_rows (`torch.Tensor` of shape `[M]`, int64, *optional*):
                 The samples of the batch, each once, that the probe's stream is computed for; on the others the probe
                 reads the main stream's tokens. The same loss for less work if both streams see the same label on the
@@ -307,17 +314,21 @@ class LSEPObjective(nn.Module):
                 The samples of the batch, each once, that the probe is trained on, each with the probability
                 `probe_fraction`: its loss is their sum over `probe_fraction * B`. All, and the mean over them, if not
                 given.
+            regularizer_weights (`dict[str, torch.Tensor]`, *optional*):
+                Factors of the regularizers' losses, by their names, where they change over the steps; each one's
+                `weight` if not given.
 
         Returns:
             [`LSEPObjectiveOutput`]
 
         Raises:
-            `ValueError`: if `targets` and the regularizers have other names.
+            `ValueError`: if `targets` and the regularizers that read one have other names.
         """
         batch_size, device = latents.shape[0], latents.device
         targets = {} if targets is None else targets
-        if targets.keys() != self.regularizers.keys():
-            raise ValueError(f"`targets` has to be given for {list(self.regularizers)}, but is for {list(targets)}.")
+        needed = [name for name, regularizer in self.regularizers.items() if "target" in regularizer.reads]
+        if targets.keys() != set(needed):
+            raise ValueError(f"`targets` has to be given for {needed}, but is for {list(targets)}.")
 
         # 1. Draws
         if noise is None:
@@ -343,9 +354,12 @@ class LSEPObjective(nn.Module):
         labels, probe_labels = torch.where(class_dropout_mask, null_class, class_labels), None
         if self.probe is not None and probe_dropout_mask is not None:
             probe_labels = torch.where(probe_dropout_mask, null_class, class_labels)
-        velocity, tokens_at, probe_tokens = self._forward_streams(
+        velocity, tokens_at, probe_tokens, known = self._forward_streams(
             noisy_latents, timesteps, labels, probe_labels, separate_rows
         )
+        known |= {"latents": latents, "noise": noise, "noisy_latents": noisy_latents, "timesteps": timesteps}
+        known |= {"class_labels": class_labels, "dropped_labels": labels, "null_class": null_class, "path": self.path}
+        known |= {"velocity": target, "prediction": velocity, "probe_tokens": probe_tokens}
 
         # 4. Losses, in float32
         denoising_losses = (velocity.float() - target).square().flatten(1).mean(dim=1)
@@ -368,10 +382,8 @@ class LSEPObjective(nn.Module):
                 probe_loss = probe_losses.sum() / (self.probe_fraction * batch_size)
                 probe_accuracy = probe_accuracy.nan_to_num()
             loss = loss + probe_loss
-        regularizer_losses = {}
-        for name, regularizer in self.regularizers.items():
-            regularizer_loss = regularizer.weight * regularizer(tokens_at[regularizer.depth], targets[name]).mean()
-            regularizer_losses[name] = regularizer_loss.detach()
+        regularizer_losses = self._regularize(tokens_at, known, targets, regularizer_weights)
+        for regularizer_loss in regularizer_losses.values():
             loss = loss + regularizer_loss
         return LSEPObjectiveOutput(
             loss=loss,
@@ -380,8 +392,28 @@ class LSEPObjective(nn.Module):
             probe_accuracy=probe_accuracy,
             denoising_losses=denoising_losses.detach(),
             probe_losses=probe_losses.detach() if probe_losses is not None else None,
-            regularizer_losses=regularizer_losses or None,
+            regularizer_losses={name: value.detach() for name, value in regularizer_losses.items()} or None,
         )
+
+    def _regularize(
+        self,
+        tokens_at: dict[int, torch.Tensor],
+        known: dict[str, Any],
+        targets: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """The weighted losses of the regularizers, each of which is handed what it reads."""
+        losses = {}
+        for name, regularizer in self.regularizers.items():
+            read: dict[str, Any] = {x: targets[name] if x == "target" else known[x] for x in regularizer.reads}
+            context = RegularizerContext({depth: tokens_at[depth] for depth in regularizer.depths}, **read)
+            weight = regularizer.weight if weights is None else weights[name]
+            losses[name] = weight * regularizer(context).mean()
+        return losses
+
+    def weights_at(self, step: int, epoch: float) -> dict[str, float]:
+        """The `regularizer_weights` after so many steps, or passes over the data."""
+        return {name: regularizer.weight_at(step, epoch) for name, regularizer in self.regularizers.items()}
 
     def _forward_streams(
         self,
@@ -390,10 +422,10 @@ class LSEPObjective(nn.Module):
         labels: torch.Tensor,
         probe_labels: torch.Tensor | None,
         separate_rows: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None, dict[str, Any]]:
         """
         One pass through the network. Returns the velocity, the main stream's tokens after each depth that something
-        reads, and the probe's tokens.
+        reads, the probe's tokens, and what else regularizers may read of the network.
         """
         transformer, batch_size = self.transformer, noisy_latents.shape[0]
 
@@ -407,9 +439,13 @@ class LSEPObjective(nn.Module):
             tokens, timesteps, labels = (torch.cat(pair) for pair in both)
         temb = transformer.embed_condition(timesteps, labels, dtype=noisy_latents.dtype)
 
-        depths = {transformer.config.num_layers, *(module.depth for module in self.regularizers.values())}
+        depths = {transformer.config.num_layers, *(d for module in self.regularizers.values() for d in module.depths)}
         if self.probe is not None:
             depths.add(self.probe_depth)
+        internal_depth = None
+        if any("internal_prediction" in module.reads for module in self.regularizers.values()):
+            internal_depth = transformer.config.internal_guidance_depth
+            depths.add(internal_depth)
         tokens_at, probe_tokens, start = {}, None, 0
         for depth in sorted(depths):
             tokens = transformer.apply_blocks(tokens, temb, start, depth)
@@ -419,4 +455,7 @@ class LSEPObjective(nn.Module):
                     probe_tokens = tokens.index_copy(0, separate_rows, probe_tokens)
                 temb = temb[:batch_size]
             tokens_at[depth], start = tokens[:batch_size], depth
-        return transformer.project_out(tokens, temb), tokens_at, probe_tokens
+        known = {"condition": temb[:batch_size]}
+        if internal_depth is not None:
+            known["internal_prediction"] = transformer.project_out(tokens_at[internal_depth], temb, internal=True)
+        return transformer.project_out(tokens, temb), tokens_at, probe_tokens, known

@@ -26,7 +26,7 @@ from .autoencoders import (
     get_scale_factor,
 )
 from .flow_schedulers import check_scheduler, set_timesteps
-from .guidance import GuidanceMixin, check_guidance, is_in_interval
+from .guidance import GuidanceMixin, check_guidance, check_internal_guidance, is_in_interval
 from .interpolants import get_interpolant
 from .labels import find_call_ids, find_class_ids, find_names, unique_names
 from .lora_pipeline import LSEPLoraLoaderMixin
@@ -227,6 +227,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
         guider: BaseGuidance | None = None,
+        internal_guidance_scale: float = 1.0,
     ):
         if sigmas is None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
@@ -247,6 +248,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                 f" {unknown}."
             )
         check_guidance(guidance_scale, guidance_interval, guider)
+        check_internal_guidance(internal_guidance_scale, self.transformer)
         check_scheduler(self.scheduler, self.config.path_type, sigmas)
         if output_type != "latent":
             self.check_decodable()
@@ -317,6 +319,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         num_images_per_label: int = 1,
         guider: BaseGuidance | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        internal_guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         r"""
         Generates images of classes.
@@ -356,6 +359,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             guider (`BaseGuidance`, *optional*):
                 A guider of diffusers, such as [`AdaptiveProjectedGuidance`], in place of `guidance_scale`.
             attention_kwargs (`dict`, *optional*): For the transformer; `scale` scales its LoRA layers.
+            internal_guidance_scale (`float`, defaults to `1.0`):
+                Scale `s` of Internal Guidance (arXiv 2512.24176), `v + (s - 1) (v - v_k)`, where `v_k` is predicted
+                after `internal_guidance_depth` blocks of the transformer: no second evaluation. Off if not above 1.
 
         Examples:
 
@@ -385,8 +391,10 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             output_type,
             callback_on_step_end_tensor_inputs,
             guider,
+            internal_guidance_scale,
         )
         self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._internal_guidance_scale = internal_guidance_scale
         self._guider, self._attention_kwargs = guider, attention_kwargs
         self._interrupt = False
         device = self._execution_device

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ SIT_PRESETS: dict[str, dict[str, int]] = {
     for patch_size in (2, 4, 8)
 }
 """Constructor arguments of [`SiTTransformer2DModel`] by the name the papers use, such as `"SiT-XL/2"`."""
+
+
+@dataclass
+class SiTTransformer2DModelOutput(Transformer2DModelOutput):
+    """
+    Output of a [`SiTTransformer2DModel`] with `internal_guidance_depth`.
+
+    Args:
+        sample (`torch.Tensor` of shape `[B, C, S, S]`): The velocity.
+        internal_sample (`torch.Tensor` of shape `[B, C, S, S]`): That of the output layer inside of the network.
+    """
+
+    internal_sample: torch.Tensor = None  # type: ignore[assignment]
 
 
 class SiTAttnProcessor:
@@ -181,6 +195,9 @@ class SiTTransformer2DModel(
         mlp_ratio (`float`, defaults to `4.0`): Hidden width of the MLPs over the width of the tokens.
         num_classes (`int`, defaults to `1000`): Number of classes. Index `num_classes` is the null class.
         qk_norm (`bool`, defaults to `False`): Whether queries and keys pass a LayerNorm.
+        internal_guidance_depth (`int`, *optional*):
+            After how many blocks, `1..num_layers`, a second output layer stands, whose weaker prediction can guide
+            the model (Internal Guidance, arXiv 2512.24176). There is none if not given.
 
     Raises:
         `ValueError`: if a size is below 1, if `sample_size` is not divisible by `patch_size`, or if the width is not
@@ -219,6 +236,7 @@ class SiTTransformer2DModel(
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         qk_norm: bool = False,
+        internal_guidance_depth: int | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -252,6 +270,16 @@ class SiTTransformer2DModel(
         self.gradient_checkpointing = False
         self.initialize_weights()
 
+        # 4. Output inside of the network. Made last, so that it does not change what the others draw, and zero like
+        # the output layer.
+        if internal_guidance_depth is not None:
+            self.internal_norm_out = AdaLayerNormContinuous(
+                self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6
+            )
+            self.internal_proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
+            for parameter in (*self.internal_norm_out.parameters(), *self.internal_proj_out.parameters()):
+                nn.init.zeros_(parameter)
+
     def _check_config(self):
         config = self.config
         for name in (
@@ -271,6 +299,11 @@ class SiTTransformer2DModel(
             raise ValueError(
                 f"`sample_size` has to be divisible by `patch_size`, but {config.sample_size} is not divisible by"
                 f" {config.patch_size}."
+            )
+        depth = config.internal_guidance_depth
+        if depth is not None and not 1 <= depth <= config.num_layers:
+            raise ValueError(
+                f"`internal_guidance_depth` has to be None or lie in 1..{config.num_layers}, but is {depth}."
             )
         width = config.num_attention_heads * config.attention_head_dim
         if width % 4:
@@ -406,9 +439,15 @@ class SiTTransformer2DModel(
                 hidden_states = block(hidden_states, temb)
         return hidden_states
 
-    def project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """Turns the tokens `[B, N, D]` after the last block into the velocity `[B, C, S, S]`."""
-        hidden_states = self.proj_out(self.norm_out(hidden_states, temb))
+    def project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, internal: bool = False) -> torch.Tensor:
+        """
+        Turns the tokens `[B, N, D]` after the last block into the velocity `[B, C, S, S]`; with `internal`, those
+        after `internal_guidance_depth` blocks.
+        """
+        if internal:
+            hidden_states = self.internal_proj_out(self.internal_norm_out(hidden_states, temb))
+        else:
+            hidden_states = self.proj_out(self.norm_out(hidden_states, temb))
         patch_size = self.config.patch_size
         grid_size = self.config.sample_size // patch_size
         hidden_states = hidden_states.unflatten(1, (grid_size, grid_size))
@@ -423,7 +462,7 @@ class SiTTransformer2DModel(
         class_labels: torch.Tensor,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
         Predicts the velocity `d x_t / d t`.
 
@@ -438,7 +477,8 @@ class SiTTransformer2DModel(
             return_dict (`bool`, defaults to `True`): Whether to return an output class in place of a tuple.
 
         Returns:
-            [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: the velocity `[B, C, S, S]`.
+            [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: the velocity `[B, C, S, S]`; and, of a
+            model with `internal_guidance_depth`, what is predicted there ([`SiTTransformer2DModelOutput`]).
 
         Raises:
             `ValueError`: if `hidden_states` is not of the shape that the model was built for.
@@ -447,14 +487,21 @@ class SiTTransformer2DModel(
         temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
         hidden_states = self.embed_patches(hidden_states)
 
+        depth = self.config.internal_guidance_depth
         needs_context = self.is_cache_enabled and self._cache_context is None
         with self.cache_context(DEFAULT_CONTEXT) if needs_context else nullcontext():
             # 2. Blocks
-            hidden_states = self._run_blocks(hidden_states, temb)
+            if depth is not None:
+                hidden_states = self._run_blocks(hidden_states, temb, end=depth)
+                internal_sample = self.project_out(hidden_states, temb, internal=True)
+            hidden_states = self._run_blocks(hidden_states, temb, start=depth or 0)
 
             # 3. Output
             sample = self.project_out(hidden_states, temb)
 
+        if depth is not None:
+            output = SiTTransformer2DModelOutput(sample=sample, internal_sample=internal_sample)
+            return output if return_dict else output.to_tuple()
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)

@@ -16,6 +16,8 @@ class Purpose(IntEnum):
     SPLIT = 3
     HELD_OUT = 4
     SHIFT = 5
+    REGULARIZERS = 6
+    HELD_OUT_REGULARIZERS = 7
     # of linear probing
     TRAINING_FEATURES = 100
     HELD_OUT_FEATURES = 101

@@ -33,7 +33,8 @@ class SampleStream(torch.utils.data.Dataset):
     The samples of training, by their global indices, with all their random draws. A list of indices gives a batch:
     `images` or `moments` or both (with `posterior_noise`, which both need where there is a VAE), and the arguments of
     [`LSEPObjective`] of the same names: `class_labels`, `noise`, `timesteps`, `class_dropout_mask`,
-    `probe_dropout_mask`, `crop_window`, `separate_rows`, and `probe_rows` if the probe is not trained on all.
+    `probe_dropout_mask`, `crop_window`, `separate_rows`, and `probe_rows` if the probe is not trained on all. With
+    `num_regularizer_draws` there are `regularizer_draws` too, for `ask_teachers`.
 
     Args:
         source ([`SampleSource`]): Reads images or moments.
@@ -58,6 +59,8 @@ class SampleStream(torch.utils.data.Dataset):
         probe_fraction (`float`, defaults to `1.0`):
             The part of the samples that the probe is trained on, in (0, 1]: evenly spread over the samples of a step,
             and over the steps each with this probability. A batch may have none.
+        num_regularizer_draws (`int`, defaults to `0`):
+            How many uniform numbers there are for each sample besides, from a generator of their own.
         replace_unreadable (`bool`, defaults to `False`):
             Whether an image that cannot be read is replaced by the next one of its class, which depends on the data
             alone. Batches then have one more entry where that happened: `unreadable`, a list of dicts with `id` and
@@ -82,6 +85,7 @@ class SampleStream(torch.utils.data.Dataset):
         coupled_dropout: bool = False,
         probe_fraction: float = 1.0,
         replace_unreadable: bool = False,
+        num_regularizer_draws: int = 0,
     ):
         self.source = source
         self.image_source = image_source
@@ -99,6 +103,7 @@ class SampleStream(torch.utils.data.Dataset):
         self.coupled_dropout = coupled_dropout
         self.probe_fraction = probe_fraction
         self.replace_unreadable = replace_unreadable
+        self.num_regularizer_draws = num_regularizer_draws
 
     def rows(self, indices: list[int]) -> np.ndarray:
         """The rows of the data set that these samples take."""
@@ -140,7 +145,14 @@ class SampleStream(torch.utils.data.Dataset):
         batch["separate_rows"] = torch.from_numpy(np.flatnonzero((drops[0] != drops[1]) & chosen))
         if self.probe_fraction < 1:
             batch["probe_rows"] = torch.from_numpy(np.flatnonzero(chosen))
+        self._add_regularizer_draws(batch, indices, Purpose.REGULARIZERS)
         return batch
+
+    def _add_regularizer_draws(self, batch: dict[str, Any], indices: list[int], purpose: Purpose):
+        if self.num_regularizer_draws > 0:
+            generators = [keyed_generator(self.seed, index, purpose) for index in indices]
+            draws = np.stack([rng.random(self.num_regularizer_draws, dtype=np.float32) for rng in generators])
+            batch["regularizer_draws"] = torch.from_numpy(draws)
 
     def _spread(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -172,6 +184,7 @@ class SampleStream(torch.utils.data.Dataset):
         batch["class_dropout_mask"] = torch.zeros(len(rows), dtype=torch.bool)
         batch["probe_dropout_mask"] = torch.ones(len(rows), dtype=torch.bool)
         batch["crop_window"] = torch.tensor([[0, 0, self.grid_size]]).repeat(len(rows), 1)
+        self._add_regularizer_draws(batch, rows, Purpose.HELD_OUT_REGULARIZERS)
         return batch
 
     def _draw(self, indices: list[int], purpose: Purpose) -> dict[str, np.ndarray]:

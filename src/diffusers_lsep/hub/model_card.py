@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..files import hash_file, whole_file
+from ..regularizers import REGULARIZERS
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
@@ -162,13 +163,18 @@ def write_model_card(
     flags = without_folders(training_args or {})
     dataset = None if _is_local(dataset) else dataset
     method = _method_of(flags) if source == "training" else source or "lsep"
+    losses = [REGULARIZERS[key] for key in flags.get("regularizers") or ()]
     arguments = {"class_labels": pipeline.example_labels, "num_inference_steps": 250, **(sampling or {})}
 
     data = ModelCardData(
         license=license,
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAG,
-        tags=[*(TAGS[1:] if pipeline.is_unconditional else TAGS), *METHOD_TAGS[method]],
+        tags=[
+            *(TAGS[1:] if pipeline.is_unconditional else TAGS),
+            *METHOD_TAGS[method],
+            *(f"arxiv:{loss.paper}" for loss in losses),
+        ],
         datasets=[dataset] if dataset is not None else None,
         base_model=None if _is_local(base_model) else base_model,
         model_name=name if results else None,
@@ -182,6 +188,7 @@ def write_model_card(
         name=name,
         source=source,
         method=method,
+        losses=losses,
         local_base_model=without_folders(base_model) if _is_local(base_model) else None,
         lora_rank=flags.get("lora_rank"),
         repa_encoder=flags.get("repa_encoder"),
@@ -403,10 +410,11 @@ def _flags_to_show(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of a run that had an effect, without secrets, sorted."""
     unused = ["probe_", "num_probe_weights", "crop_size_min", "coupled_dropout"] if flags.get("no_lsep") else []
     unused += [] if flags.get("repa_encoder") else ["repa_"]
+    unused += [f"{name.replace('-', '_')}_" for name in REGULARIZERS if name not in (flags.get("regularizers") or ())]
     return {
         key: value
         for key, value in sorted(flags.items())
-        if value is not None and "token" not in key.lower() and not key.startswith(tuple(unused))
+        if value not in (None, []) and "token" not in key.lower() and not key.startswith(tuple(unused))
     }
 
 

@@ -12,8 +12,11 @@ from diffusers.optimization import SchedulerType
 
 from ..command_line import ArgumentParser, number
 from ..objective import TIMESTEP_SAMPLINGS
+from ..regularizers import REGULARIZERS
+from ..regularizers.repa import PROJECTORS
 from ..transformer_sit import SIT_PRESETS
 from .recipes import choose_recipe
+from .regularizer_flags import regularizer_key
 
 
 # arXiv 2509.21565, as far as it is public. The depth for SiT-B is REPA's (arXiv 2410.06940); the paper has no SiT-S.
@@ -86,6 +89,7 @@ def build_parser(description: str) -> ArgumentParser:
     add_data_flags(Flags(parser, "data"))
     add_model_flags(Flags(parser, "model"))
     add_method_flags(Flags(parser, "method"))
+    add_regularizer_flags(Flags(parser, "other losses"))
     add_optimisation_flags(Flags(parser, "optimisation"))
     add_output_flags(Flags(parser, "output"))
     return parser
@@ -286,13 +290,43 @@ def add_method_flags(flags: Flags):
         help="Let the weight of the probe's loss fall from this epoch on (default: never, as in the paper).",
     )
     add("--probe_decay_epochs", type=positive, default=800.0, help="In how many epochs it then falls to a tenth.")
+
+
+def add_regularizer_flags(flags: Flags):
+    """Losses beside LSEP's, or with --no_lsep in its place."""
+    add = flags.add
     add(
         "--repa_encoder",
         changeable=True,
         help="Add the loss of REPA with this frozen encoder, such as facebook/dinov2-base.",
     )
-    add("--repa_weight", type=positive, default=0.5, help="Weight of REPA's loss.")
+    add("--repa_weight", type=positive, default=0.5, help="Weight of REPA's loss; iREPA has 1.")
     add("--repa_depth", type=size, help="After how many blocks REPA reads (default: as the probe).")
+    add(
+        "--repa_projector",
+        choices=PROJECTORS,
+        default="mlp",
+        help="What is between REPA's tokens and the encoder's: three linear layers, or iREPA's convolution.",
+    )
+    add(
+        "--repa_target_alpha",
+        type=probability,
+        help="Normalise the encoder's tokens over the patches, less this part of their mean (default: do not; iREPA"
+        " has 0.6).",
+    )
+    add("--regularizers", nargs="+", default=[], choices=list(REGULARIZERS), help="Add these losses.")
+    kinds = {int: size, float: positive}
+    for name, regularizer in REGULARIZERS.items():
+        for flag in regularizer.flags:
+            add(
+                f"--{regularizer_key(name)}_{flag.name}",
+                type=kinds.get(flag.type, flag.type),
+                default=flag.default,
+                choices=flag.choices,
+                nargs=flag.nargs,
+                changeable=flag.changeable,
+                help=f"{name}: {flag.help}",
+            )
 
 
 def add_optimisation_flags(flags: Flags):
@@ -473,6 +507,9 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
                 parser.error(f"--unconditional trains without classes: leave out --{flag}")
         args.no_lsep = True
         args.validation_guidance_scale = 1.0  # nothing to be guided to
+    averaging = [name for name in args.regularizers if REGULARIZERS[name].teacher == "average"]
+    if averaging and not args.use_ema:
+        parser.error(f"--regularizers {averaging[0]} needs the average of the weights: leave out --no-use_ema")
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args

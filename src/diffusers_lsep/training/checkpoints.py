@@ -7,7 +7,7 @@ checkpoint-1000/
     optimizer.safetensors    AdamW's moments, by parameter
     training_state.json      step, learning rates, loss scale, settings
     pipeline/                the averaged weights, for `DiffusionPipeline.from_pretrained`, with `probe/`
-    average.safetensors      those of them that no pipeline has, if there are any: REPA's projector, LoRA layers
+    average.safetensors      those of them that no pipeline has, if there are any: heads of regularizers, LoRA layers
     manifest.json            size and SHA-256 of every other file
 """
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..figures import save_figure
 from ..files import write_text
 from ..objective import LSEPObjectiveOutput
+from ..regularizers import REGULARIZERS
 
 
 NUM_TIME_BINS = 10  # of the probe's loss against t
@@ -166,7 +167,10 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path):
     panels = {
         "denoising loss": (("denoising_loss", "training"), ("validation_denoising_loss", "held out")),
         "probe loss, weighted": (("probe_loss", "training"), ("validation_probe_loss", "held out")),
-        "REPA loss, weighted": (("repa_loss", "training"), ("validation_repa_loss", "held out")),
+        **{
+            f"{name} loss, weighted": ((f"{key}_loss", "training"), (f"validation_{key}_loss", "held out"))
+            for name, key in {"REPA": "repa", **{name: name.replace("-", "_") for name in REGULARIZERS}}.items()
+        },
         "probe accuracy": (("probe_accuracy", "training"), ("validation_probe_accuracy", "held out")),
         "gradient norm": (("grad_norm", "training"),),
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..autoencoders import (
     Autoencoder,
@@ -29,10 +28,12 @@ from ..data.streamed import open_stream
 from ..files import hash_weights
 from ..labels import UNLABELED
 from ..objective import LinearProbe, LSEPObjective
+from ..regularizers import REPAEncoder
+from ..regularizers.teachers import Teacher
 from ..transformer_sit import SIT_PRESETS, SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
 from .fine_tuning import PretrainedPipeline, Start, add_lora, read_pretrained
-from .repa import REPAEncoder, REPARegularizer
+from .regularizer_flags import build_regularizers, choose_regularizer_flags, open_teacher
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Setup:
     start: Start | None  # from a saved pipeline
     vae: Autoencoder | None
     encoder: REPAEncoder | None
+    teacher: Teacher | None  # a frozen one
     samples_per_step: int
     facts: dict[str, Any]  # what a continued run has to have in common with its checkpoint, beside flags
 
@@ -85,7 +87,17 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     args = with_values(args, pretrained_vae_model_name_or_path=vae_name_or_path)
     config, resolution, image_channels = choose_architecture(args, latents, pretrained, vae)
     data = open_data(args, config, latents, resolution, image_channels)
+    method = choose_method(args, config)
     config = {**config, "num_classes": len(data.names)}
+    if "internal-guidance" in args.regularizers:
+        depth = args.internal_guidance_depth or config.get("internal_guidance_depth")
+        depth = depth or method["internal_guidance_depth"]
+        config["internal_guidance_depth"] = method["internal_guidance_depth"] = depth
+    elif config.get("internal_guidance_depth") is not None:
+        raise ValueError(
+            "`--regularizers` has to name internal-guidance for a model with `internal_guidance_depth="
+            f"{config['internal_guidance_depth']}`, but is {args.regularizers}."
+        )
     start = None
     if pretrained is not None:
         check_fit(args, config, pretrained.config, pretrained.path_type)
@@ -95,6 +107,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     encoder = None
     if args.repa_encoder is not None:
         encoder = REPAEncoder(args.repa_encoder, config["sample_size"] // config["patch_size"])
+    teacher = open_teacher(with_values(args, **method), config)
 
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     args = with_values(
@@ -102,7 +115,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         resolution=resolution,
         image_channels=image_channels,
         num_classes=len(data.names),
-        **choose_method(args, config),
+        **method,
         **choose_length(args, len(data.source.labels), samples_per_step),
     )
     facts = {
@@ -114,8 +127,9 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         "vae": zlib.crc32(next(vae.encoder.parameters()).numpy().tobytes()) if vae is not None else None,
         "vae_normalization": zlib.crc32(json.dumps(get_normalization(vae)).encode()) if vae is not None else None,
         "repa_encoder_weights": hash_weights(encoder.model) if encoder is not None else None,
+        "teacher_weights": hash_weights(teacher.transformer) if teacher is not None else None,
     }
-    return Setup(args, data, config, start, vae, encoder, samples_per_step, facts)
+    return Setup(args, data, config, start, vae, encoder, teacher, samples_per_step, facts)
 
 
 def open_latents(folder: str, labelled: bool) -> MomentsDataset | OriginalMomentsDataset:
@@ -325,6 +339,7 @@ def choose_method(args: argparse.Namespace, config: dict[str, Any]) -> dict[str,
     method["preset"] = preset
     method["probe_depth"] = method["probe_depth"] or third
     method["repa_depth"] = args.repa_depth or paper["probe_depth"] or third  # REPA has the same
+    method |= choose_regularizer_flags(args, config["num_layers"], paper["probe_depth"] or third)
     grid_size = config["sample_size"] // config["patch_size"]
     method["crop_size_min"] = args.crop_size_min or max(1, grid_size * 3 // 4)
     if method["crop_size_min"] > grid_size:
@@ -393,10 +408,6 @@ def build_objective(setup: Setup, load: bool) -> LSEPObjective:
         probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes)
     if probe is not None:
         probe.register_to_config(depth=args.probe_depth)
-    regularizers: dict[str, torch.nn.Module] = {}
-    if setup.encoder is not None:
-        size = setup.encoder.size
-        regularizers["repa"] = REPARegularizer(transformer.inner_dim, size, args.repa_depth, args.repa_weight)
     if args.lora_rank is not None:
         add_lora(transformer, args.lora_rank)
     if args.gradient_checkpointing:
@@ -415,5 +426,5 @@ def build_objective(setup: Setup, load: bool) -> LSEPObjective:
         num_probe_weights=args.num_probe_weights,
         timestep_sampling=args.timestep_sampling,
         probe_fraction=args.probe_fraction,
-        regularizers=regularizers,
+        regularizers=build_regularizers(args, transformer, setup.encoder),
     ).train()

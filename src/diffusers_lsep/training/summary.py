@@ -64,7 +64,8 @@ def memory_needed(setup: Setup, objective: LSEPObjective, num_shards: int = 1) -
     parameters = sum(p.numel() for p in transformer.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     encoder = setup.encoder.model if setup.encoder is not None else None
-    frozen = [model for model in (setup.vae, encoder) if model is not None]
+    teacher = setup.teacher.transformer if setup.teacher is not None else None
+    frozen = [model for model in (setup.vae, encoder, teacher) if model is not None]
     frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
     # Weights in float32, and of what is trained gradients, AdamW's two moments and the average. A block keeps about 34
     # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
@@ -115,7 +116,7 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
     average = f"decay {args.ema_decay:.6g}{', after a warm-up' if args.ema_warmup else ''}" if args.use_ema else "none"
     lines = [
         f"transformer: {parameters:,} parameters, {config.num_layers} blocks of width {transformer.inner_dim}",
-        f"trained: {trained:,} parameters, those of the probe and of REPA's projector among them",
+        f"trained: {trained:,} parameters, those of the probe and of other losses' heads among them",
         f"tokens: {(config.sample_size // config.patch_size) ** 2} per image",
         f"images: {len(data.source.labels):,} to train on, {held_out:,} held out, {classes}",
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ..autoencoders import encode_moments, get_normalization
-from ..data.moments import sample_posterior
 from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
@@ -38,6 +36,7 @@ from ..hub.model_card import Gallery, write_lora_card, write_model_card
 from ..labels import find_class_ids
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
+from ..regularizers.teachers import AverageTeacher, Teacher
 from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
 from ..transformer_sit import SiTTransformer2DModel
 from .arguments import flags_that_are
@@ -50,6 +49,7 @@ from .checkpoints import (
     whole_tensors,
 )
 from .fine_tuning import LORA_FOLDER, merge_lora, save_lora
+from .inputs import objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
 from .processes import StopSignal, ignore_interrupts
 from .setup import Setup, build_objective
@@ -80,13 +80,15 @@ class Trainer:
         self.objective = build_objective(setup, load=load)
         transformer = self.objective.transformer
         self.validation_labels = self.get_validation_labels()
+        self.normalization: dict[str, Any] = {}
         if setup.vae is not None:
             setup.vae.to(accelerator.device)
             if hasattr(setup.vae, "use_slicing"):  # nearly all have it
                 setup.vae.enable_slicing()
             self.normalization = get_normalization(setup.vae, accelerator.device)
-        if setup.encoder is not None:
-            setup.encoder.to(accelerator.device)
+        for frozen in (setup.encoder, setup.teacher):
+            if frozen is not None:
+                frozen.to(accelerator.device)
 
         # 2. The stream of samples
         grid_size = transformer.config.sample_size // transformer.config.patch_size
@@ -106,6 +108,7 @@ class Trainer:
             "random_flip": args.random_flip,
             "posterior_noise": setup.vae is not None,
             "replace_unreadable": args.max_errors > 0,
+            "num_regularizer_draws": sum(module.num_draws for module in self.objective.regularizers.values()),
         }
         make_stream = StreamedSamples if args.streaming else SampleStream
         self.stream = make_stream(data.source, **stream_options, image_source=data.images)
@@ -128,6 +131,8 @@ class Trainer:
         """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
         args, accelerator, objective = self.args, self.accelerator, self.objective
         objective.to(accelerator.device)
+        asks = any(module.teacher == "average" for module in objective.regularizers.values())
+        self.average_teacher = AverageTeacher(objective.transformer, self.averaged_weights) if asks else None
         parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
         groups = [{"params": [p for p in parameters if p.requires_grad], "lr": args.learning_rate}]
         if objective.probe is not None:
@@ -186,6 +191,7 @@ class Trainer:
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
         self.probe_weight_scale = torch.ones((), device=accelerator.device)
+        self.regularizer_weights = {name: torch.ones((), device=accelerator.device) for name in objective.regularizers}
 
     @property
     def saves(self) -> bool:
@@ -208,24 +214,22 @@ class Trainer:
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
-    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the objective for a batch of the stream: images and moments become latents and targets."""
+    def averaged_weights(self) -> dict[str, torch.Tensor]:
+        """The weights of the transformer, by name, with the average of those that are trained."""
+        assert self.ema is not None  # `parse_args` sees to it
+        weights = dict(self.objective.named_parameters()) | named_averages(self.objective, self.ema)
+        return {k.removeprefix("transformer."): v for k, v in weights.items() if k.startswith("transformer.")}
+
+    def inputs(self, batch: dict[str, Any], average: Teacher | None, idle: Collection[str] = ()) -> dict[str, Any]:
+        """[`objective_inputs`] for a batch."""
         self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
-        images, moments = batch.pop("images", None), batch.pop("moments", None)
-        noise = batch.pop("posterior_noise", None)
         if self.compiled:
             # Their number is another one in every step, which is better known before the first is compiled.
             for name in ("separate_rows", "probe_rows"):
                 if name in batch:
                     torch._dynamo.maybe_mark_dynamic(batch[name], 0)
-        if self.setup.encoder is not None:
-            with self.accelerator.autocast():
-                batch["targets"] = {"repa": self.setup.encoder(images)}
-        if self.setup.vae is None:
-            return {"latents": images, **batch}
-        if moments is None:
-            moments = encode_moments(self.setup.vae, images)
-        return {"latents": sample_posterior(moments, noise, **self.normalization), **batch}
+        options = (self.objective, self.setup, self.normalization, average, idle, self.accelerator.autocast)
+        return objective_inputs(batch, *options)
 
     def train(self) -> bool:
         """Trains to the end, and returns True, or until a signal arrives."""
@@ -274,10 +278,14 @@ class Trainer:
     def take_step(self, batches: Iterator[dict[str, torch.Tensor]]):
         """One step of the optimiser, for which `gradient_accumulation_steps` batches are taken."""
         args, accelerator = self.args, self.accelerator
-        # 1. The probe's weight: constant, or late in training an exponential decay (fractions of epochs count)
+        # 1. The losses' weights; the probe's: constant, or a late exponential decay (fractions of epochs count)
         if args.probe_decay_start_epoch is not None:
             late = self.step / self.setup.steps_per_epoch - args.probe_decay_start_epoch
             self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
+        weights = self.objective.weights_at(self.step, self.step / self.setup.steps_per_epoch)
+        for name, weight in weights.items():
+            self.regularizer_weights[name].fill_(weight)
+        idle = {name for name, weight in weights.items() if weight == 0}
 
         # 2. Gradients
         for _ in range(args.gradient_accumulation_steps):
@@ -286,7 +294,11 @@ class Trainer:
             data_wait = time.perf_counter() - start
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():  # accelerate forgets it with FSDP2
-                    output = self.model(**self.inputs(batch), probe_weight_scale=self.probe_weight_scale)
+                    output = self.model(
+                        **self.inputs(batch, self.average_teacher, idle),
+                        probe_weight_scale=self.probe_weight_scale,
+                        regularizer_weights=self.regularizer_weights,
+                    )
                 accelerator.backward(output.loss)
                 rows = batch.get("probe_rows", slice(None))
                 self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
@@ -409,7 +421,7 @@ class Trainer:
         for first in range(0, len(rows), args.train_batch_size):
             batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
             batch = send_to_device(batch, accelerator.device)
-            output = objective(**self.inputs(batch))
+            output = objective(**self.inputs(batch, Teacher(objective.transformer)))
             means = batch_means(output)
             sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()

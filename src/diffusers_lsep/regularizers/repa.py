@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""REPA (arXiv 2410.06940) as a regularizer of [`LSEPObjective`]: tokens that agree with a frozen encoder's."""
+"""REPA (arXiv 2410.06940) and iREPA (arXiv 2512.10794) as a regularizer of [`LSEPObjective`]: tokens that agree with a
+frozen encoder's."""
 
 import inspect
 import math
@@ -10,65 +11,89 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .regularizer import Regularizer, RegularizerContext, make_mlp
+
 
 # Of an encoder without a preprocessor_config.json.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class REPARegularizer(nn.Module):
+PROJECTORS = ("mlp", "conv")
+
+
+class REPARegularizer(Regularizer):
     r"""
     The alignment loss of REPA (arXiv 2410.06940, section 3),
 
         - 1/N sum_n cos(h_phi(tokens_n), target_n)
 
     between the tokens of the main stream, through a projector `h_phi` (three linear layers with SiLU between them),
-    and the patch tokens that an encoder gives for the clean image ([`REPAEncoder`]).
+    and the patch tokens that an encoder gives for the clean image ([`REPAEncoder`]). iREPA (arXiv 2512.10794) keeps
+    more of where things are: its projector is a 3 x 3 convolution on the grid of tokens, and the encoder's tokens are
+    normalised over the patches, channel by channel, `(target - alpha mean) / (std + 1e-6)`.
 
     Args:
         hidden_size (`int`): Width `D` of the transformer's tokens.
         target_size (`int`): Width `E` of the encoder's tokens.
         depth (`int`, defaults to `8`): After how many blocks the tokens are read; REPA takes 8 for SiT-L and -XL, 4
             for SiT-B.
-        weight (`float`, defaults to `0.5`): Factor of the loss.
+        weight (`float`, defaults to `0.5`): Factor of the loss; iREPA takes 1.
         projector_size (`int`, defaults to `2048`): Width of the projector's hidden layers.
+        projector (`str`, defaults to `"mlp"`): `"mlp"`, or iREPA's `"conv"`.
+        target_alpha (`float`, *optional*):
+            What part of the mean over the patches is taken from the encoder's tokens, before they are divided by their
+            standard deviation; iREPA takes 0.6. They stay as they are if not given.
 
     Raises:
-        `ValueError`: if `weight` is no number from 0 on.
+        `ValueError`: if `weight` is no number from 0 on, or there is no such `projector`.
     """
 
-    def __init__(
-        self, hidden_size: int, target_size: int, depth: int = 8, weight: float = 0.5, projector_size: int = 2048
-    ):
-        super().__init__()
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"`weight` has to be a number not below 0, but is {weight}.")
-        self.depth = depth
-        self.weight = weight
-        self.projector = nn.Sequential(
-            nn.Linear(hidden_size, projector_size),
-            nn.SiLU(),
-            nn.Linear(projector_size, projector_size),
-            nn.SiLU(),
-            nn.Linear(projector_size, target_size),
-        )
-        for layer in self.projector:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+    reads = ("target",)
 
-    def forward(self, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def __init__(
+        self,
+        hidden_size: int,
+        target_size: int,
+        depth: int = 8,
+        weight: float = 0.5,
+        projector_size: int = 2048,
+        projector: str = "mlp",
+        target_alpha: float | None = None,
+    ):
+        super().__init__(weight)
+        if projector not in PROJECTORS:
+            raise ValueError(f"`projector` has to be one of {list(PROJECTORS)}, but is {projector!r}.")
+        self.depth = depth
+        self.depths = (depth,)
+        self.target_alpha = target_alpha
+        self.projector: nn.Module
+        if projector == "conv":
+            self.projector = nn.Conv2d(hidden_size, target_size, kernel_size=3, padding=1)
+        else:
+            self.projector = make_mlp(hidden_size, projector_size, projector_size, target_size)
+
+    def forward(self, context: RegularizerContext) -> torch.Tensor:
         """
         Computes the loss of each sample, in [-1, 1].
 
         Args:
-            tokens (`torch.Tensor` of shape `[B, N, D]`): The transformer's tokens.
-            target (`torch.Tensor` of shape `[B, N, E]`): The encoder's.
+            context ([`RegularizerContext`]): With `tokens`, and the encoder's as `target`, `[B, N, E]`.
 
         Returns:
             `torch.Tensor` of shape `[B]`, float32.
         """
-        return -F.cosine_similarity(self.projector(tokens).float(), target.float(), dim=-1).mean(dim=1)
+        tokens, target = context.tokens[self.depth], context.target.float()
+        if self.target_alpha is not None:
+            mean, std = target.mean(dim=1, keepdim=True), target.std(dim=1, keepdim=True)
+            target = (target - self.target_alpha * mean) / (std + 1e-6)
+        if isinstance(self.projector, nn.Conv2d):
+            grid_size = math.isqrt(tokens.shape[1])
+            grid = tokens.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+            projected = self.projector(grid).flatten(2).transpose(1, 2)
+        else:
+            projected = self.projector(tokens)
+        return -F.cosine_similarity(projected.float(), target, dim=-1).mean(dim=1)
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Dispersive Loss (arXiv 2506.09027) as a regularizer of [`LSEPObjective`]: samples that differ from each other."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .regularizer import Flag, Regularizer, RegularizerContext
+
+
+class DispersiveRegularizer(Regularizer):
+    r"""
+    The dispersive loss (arXiv 2506.09027, the InfoNCE variant with squared distances),
+
+        log mean_ij exp(-|z_i - z_j|^2 / (tau M))
+
+    over all pairs of samples of a batch, each with itself included, where `z_i` are the `M = N D` numbers of a
+    sample's tokens. The batch is that of one process at one time: it does not reach over processes or accumulated
+    gradients.
+
+    Args:
+        depth (`int`): After how many blocks the tokens are read.
+        weight (`float`, defaults to `0.25`): Factor of the loss.
+        temperature (`float`, defaults to `1.0`): `tau`.
+
+    Raises:
+        `ValueError`: if `temperature` is not above 0.
+    """
+
+    title, paper = "Dispersive Loss", "2506.09027"
+    # The authors' PyTorch code: last block, weight 0.25, no temperature. Their JAX code, with which the paper's
+    # figures were made: a quarter of the depth, weight 0.5, temperature 0.5.
+    flags = (
+        Flag("depth", "After how many blocks the dispersive loss reads (default: all).", int),
+        Flag("weight", "Weight of the dispersive loss.", default=0.25),
+        Flag(
+            "temperature",
+            "Its temperature: the smaller, the nearer are the samples that it drives apart.",
+            default=1.0,
+        ),
+    )
+
+    def __init__(self, depth: int, weight: float = 0.25, temperature: float = 1.0):
+        super().__init__(weight)
+        if not temperature > 0:
+            raise ValueError(f"`temperature` has to be above 0, but is {temperature}.")
+        self.depth = depth
+        self.depths = (depth,)
+        self.temperature = temperature
+
+    @classmethod
+    def defaults_for(cls, num_layers: int, depth: int, given: dict[str, Any]) -> dict[str, Any]:
+        return {"depth": num_layers}
+
+    def forward(self, context: RegularizerContext) -> torch.Tensor:
+        """
+        Computes the loss of the batch.
+
+        Args:
+            context ([`RegularizerContext`]): With `tokens`.
+
+        Returns:
+            `torch.Tensor`: scalar, in float32, not above 0.
+        """
+        samples = context.tokens[self.depth].flatten(1).float()
+        # Differences first, not |a|^2 + |b|^2 - 2 ab, which loses the small ones among large tokens.
+        distances = F.pdist(samples).square() / (self.temperature * samples.shape[1])
+        batch_size = len(samples)
+        return torch.log((2 * torch.exp(-distances).sum() + batch_size) / batch_size**2)

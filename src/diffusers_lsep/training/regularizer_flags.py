@@ -1,0 +1,79 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From flags to the losses beside LSEP's."""
+
+import argparse
+from typing import Any
+
+from ..regularizers import REGULARIZERS, Regularizer, REPAEncoder, REPARegularizer
+from ..regularizers.teachers import Teacher, load_teacher
+from ..transformer_sit import SiTTransformer2DModel
+
+
+def regularizer_key(name: str) -> str:
+    """How a regularizer is called in flags, metrics and weights: with underscores for hyphens."""
+    return name.replace("-", "_")
+
+
+def regularizer_values(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The values of a regularizer's flags, by their names without the regularizer's."""
+    return {flag.name: getattr(args, f"{regularizer_key(name)}_{flag.name}") for flag in REGULARIZERS[name].flags}
+
+
+def choose_regularizer_flags(args: argparse.Namespace, num_layers: int, depth: int) -> dict[str, Any]:
+    """
+    The flags of `--regularizers` that were not given and depend on the transformer, with their values.
+
+    Args:
+        args (`argparse.Namespace`): All flags.
+        num_layers (`int`): The transformer's number of blocks.
+        depth (`int`): Where LSEP and REPA read in a model of its size.
+    """
+    chosen: dict[str, Any] = {}
+    for name in args.regularizers:
+        values = regularizer_values(args, name)
+        defaults = REGULARIZERS[name].defaults_for(num_layers, depth, values)
+        chosen |= {f"{regularizer_key(name)}_{k}": v for k, v in defaults.items() if values[k] is None}
+    return chosen
+
+
+def open_teacher(args: argparse.Namespace, config: dict[str, Any]) -> Teacher | None:
+    """The frozen teacher of Self-Transcendence's second stage, if there is to be one."""
+    if "self-transcendence" not in args.regularizers or args.self_transcendence_teacher is None:
+        return None
+    flag = "--self_transcendence_teacher"
+    teacher = load_teacher(args.self_transcendence_teacher, flag)
+    sizes = ("sample_size", "patch_size", "in_channels", "num_classes", "num_attention_heads", "attention_head_dim")
+    for name in sizes:
+        if teacher.transformer.config[name] != config[name]:
+            raise ValueError(
+                f"`{flag}` has to be a model with `{name}={config[name]}`, like the one in training, but has"
+                f" {teacher.transformer.config[name]}."
+            )
+    depth = args.self_transcendence_teacher_depth
+    if depth > teacher.transformer.config.num_layers:
+        raise ValueError(
+            f"`--self_transcendence_teacher_depth` has to lie in 1..{teacher.transformer.config.num_layers}, the"
+            f" number of blocks of `{flag}`, but is {depth}."
+        )
+    return teacher
+
+
+def build_regularizers(
+    args: argparse.Namespace, transformer: SiTTransformer2DModel, encoder: REPAEncoder | None
+) -> dict[str, Regularizer]:
+    """The losses beside LSEP's that the flags ask for, by name."""
+    regularizers: dict[str, Regularizer] = {}
+    if encoder is not None:
+        regularizers["repa"] = REPARegularizer(
+            transformer.inner_dim,
+            encoder.size,
+            args.repa_depth,
+            args.repa_weight,
+            projector=args.repa_projector,
+            target_alpha=args.repa_target_alpha,
+        )
+    for name in args.regularizers:
+        values = regularizer_values(args, name)
+        regularizers[regularizer_key(name)] = REGULARIZERS[name].for_transformer(transformer, **values)
+    return regularizers
