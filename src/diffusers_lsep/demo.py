@@ -327,7 +327,8 @@ def make_demo(
                     steps = gr.Slider(1, MAX_STEPS, value=num_inference_steps, step=1, precision=0, label="Steps")
                     interval_low = gr.Slider(0, 1, value=low, step=0.01, label="Guidance from t (0 is the image)")
                     interval_high = gr.Slider(0, 1, value=high, step=0.01, label="Guidance up to t (1 is noise)")
-                inputs: list[Any] = [class_label, num_images, seed, steps, guidance, interval_low, interval_high, method]
+                inputs: list[Any] = [class_label, num_images, seed]
+                inputs += [steps, guidance, interval_low, interval_high, method]
                 if hasattr(pipe.transformer, "enable_cache"):
                     inputs += add_cache_controls()
             with gr.Column(scale=3, min_width=320):
