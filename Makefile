@@ -1,7 +1,9 @@
-.PHONY: quality style test test-fast upstream
+.PHONY: quality style test test-fast test-oldest upstream
 
 check_dirs := .
 DIFFUSERS ?= ../diffusers
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+OLDEST ?= build/oldest
 
 # Fails on anything that `make style` would change or report, and on wrong types.
 quality:
@@ -18,6 +20,14 @@ test:
 
 test-fast:
 	pytest -m "not slow"
+
+# With the oldest version of every requirement that setup.py allows, in an environment of its own, which is kept.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "setuptools>=77"
+	$(OLDEST)/bin/python .ci/oldest_pins.py > $(OLDEST)/pins.txt
+	$(OLDEST)/bin/pip install -c $(OLDEST)/pins.txt -e ".[test]"
+	PATH="$(abspath $(OLDEST))/bin:$$PATH" pytest $(PYTEST_FLAGS)
 
 # diffusers' own tests on our classes. Only the tests are taken from the checkout.
 upstream:

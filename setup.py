@@ -9,19 +9,22 @@ from setuptools import find_packages, setup
 VERSION = "0.1.0.dev0"
 
 extras = {}
-extras["train"] = ["matplotlib>=3.9", "tensorboard>=2.16"]
+extras["train"] = ["matplotlib>=3.9", "tensorboard>=2.17.1"]
 extras["eval"] = ["matplotlib>=3.9", "torch-fidelity>=0.4", "torchvision>=0.21"]
+extras["demo"] = ["gradio>=6"]
 extras["quality"] = ["mypy>=2", "ruff>=0.9"]
 extras["test"] = [
     *extras["train"],
     *extras["eval"],
+    *extras["demo"],
     *extras["quality"],
     "gguf>=0.10",  # single files of quantized weights
     "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
     "peft>=0.18",
     "pytest>=8",
-    "pytest-timeout>=2.3",
+    "pytest-timeout>=2.3.1",
     "requests-mock",
+    "selenium>=4.20",  # looks at the demo in a browser
 ]
 
 setup(

@@ -17,11 +17,13 @@ from tiny_run import TINY_MODEL, TINY_RUN
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches out to the Hub by accident
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # the loopback Hub of the tests speaks plain LFS
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine tenfold
 # Neither the caches nor accelerate's settings of whoever runs the tests. Removed with the interpreter.
 hf_home = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = hf_home.name
+os.environ["GRADIO_TEMP_DIR"] = os.path.join(hf_home.name, "gradio")
 
 
 @pytest.fixture

@@ -125,8 +125,8 @@ class HubServer:
         partial.write_text(json.dumps(repo))
         partial.replace(path)
 
-    def create(self, repo_id: str, private: bool):
-        repo = {"private": private, "refs": {}, "commits": {}}
+    def create(self, repo_id: str, private: bool, space_sdk: str | None = None):
+        repo = {"private": private, "refs": {}, "commits": {}, "space_sdk": space_sdk}
         files = {".gitattributes": self._add_blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}
         self._add_commit(repo, "main", "initial commit", files)
         self._save(repo_id, repo)
@@ -283,7 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
                 # Of this error the client reads the body.
                 self._answer({"error": "You already created this model repo", **answer}, status=409)
                 return
-            self.hub.create(repo_id, private=request.get("visibility") == "private" or bool(request.get("private")))
+            private = request.get("visibility") == "private" or bool(request.get("private"))
+            self.hub.create(repo_id, private, space_sdk=request.get("sdk"))
         self._answer(answer)
 
     def create_branch(self, repo_id: str, branch: str, body: bytes):
@@ -445,6 +446,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _MODEL = r"/api/models/(?P<repo_id>[^/]+/[^/]+)"
+_SPACE = r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)"
 
 # Methods, pattern of the path, handler. Parts of a path are quoted one by one: a slash in a name is %2F.
 _ROUTES = [
@@ -460,7 +462,9 @@ _ROUTES = [
     ("POST", _MODEL + r"/tag/(?P<revision>[^/]+)", _Handler.create_tag),
     ("POST", _MODEL + r"/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", _MODEL + r"/commit/(?P<revision>[^/]+)", _Handler.commit),
-    ("POST", r"/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", _SPACE + r"/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", _SPACE + r"/commit/(?P<revision>[^/]+)", _Handler.commit),
+    ("POST", r"/(?:spaces/)?(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<sha256>[0-9a-f]{64})", _Handler.put_blob),
     ("POST", r"/lfs-verify", _Handler.verify_blob),
     ("GET HEAD", r"/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve_file),

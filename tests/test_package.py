@@ -123,6 +123,19 @@ def test_constraints_pin_every_dependency():
         assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} forbids {pins[name]}"
 
 
+def test_oldest_versions_are_the_lower_bounds():
+    command = [sys.executable, ".ci/oldest_pins.py"]
+    pins = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(pins) >= 15 and len(set(pins)) == len(pins)
+    bounds = {
+        f"{canonicalize_name(requirement.name)}=={specifier.version}"
+        for requirement in map(Requirement, importlib.metadata.requires("diffusers_lsep"))
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    assert bounds == {f"{canonicalize_name(name)}=={bound}" for name, bound in (pin.split("==") for pin in pins)}
+
+
 def test_what_contributors_are_told_to_run_exists(pytestconfig):
     """The commands of CONTRIBUTING.md and of the workflows: targets of the Makefile, markers, extras, files."""
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").iterdir()]
@@ -171,8 +184,20 @@ def test_every_source_file_names_its_license():
     assert not [str(path) for path, source in sources.items() if not source.startswith(header)]
 
 
-def run_ci(tmp_path: Path, readme: str) -> subprocess.CompletedProcess:
-    """Runs `.ci/run` of a small project with the given README, as CI does: `CI=true`, no standard input."""
+def write_program(path: Path, text: str):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def run_ci(tmp_path: Path, readme: str, search_path: str | None = None) -> subprocess.CompletedProcess:
+    """
+    Runs `.ci/run` of a small project with the given README, as CI does: `CI=true`, no standard input. Without
+    `search_path`, on a machine that has a browser.
+    """
+    if search_path is None:
+        write_program(tmp_path / "browser" / "chromedriver", "exit 1")
+        search_path = f"{tmp_path / 'browser'}{os.pathsep}{os.environ['PATH']}"
     project = tmp_path / "project"
     (project / ".ci").mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", project / ".ci" / "run")
@@ -187,7 +212,7 @@ def run_ci(tmp_path: Path, readme: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", ".ci/run"],
         cwd=project,
-        env={**os.environ, "CI": "true", "TMPDIR": str(tmp_path / "tmp")},
+        env={**os.environ, "CI": "true", "TMPDIR": str(tmp_path / "tmp"), "PATH": search_path},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -211,6 +236,32 @@ def test_ci_runs_the_readme_command_in_a_fresh_environment_and_clone(tmp_path):
         "README.md",
         "untracked",
     }
+
+
+@pytest.mark.slow
+def test_ci_installs_a_browser_and_needs_it(tmp_path):
+    """As root and where there is apt. If it cannot be had, the tests say so: they are run with REQUIRE_BROWSER."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name != "chromedriver" and not os.path.lexists(programs / path.name):
+                (programs / path.name).symlink_to(path)
+    for name, text in {
+        "apt-get": f'echo "$@" >> {tmp_path}/apt-get.log; echo no network; test $1 = update',
+        "id": "echo 0",
+        "python3.11": f'exec {sys.executable} "$@"',
+    }.items():
+        (programs / name).unlink(missing_ok=True)
+        write_program(programs / name, text)
+    readme = "pip install --help > /dev/null && echo pytest with REQUIRE_BROWSER=$REQUIRE_BROWSER\n"
+    result = run_ci(tmp_path, readme, str(programs))
+    assert result.returncode == 0, result.stderr
+    assert "\npytest with REQUIRE_BROWSER=1\n" in result.stdout
+    asked = (tmp_path / "apt-get.log").read_text().splitlines()
+    assert asked == ["update", "install -y --no-install-recommends chromium chromium-driver"]
+    assert "no network" in result.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def test_readme_runs(folder, inception_weights):
         assert (folder / name / "model_index.json").is_file()
     assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "eval_results.json").is_file()
     assert (folder / "probing" / "probe_heatmap.png").is_file()
+    assert "your-name/lsep-digits" in (folder / "lsep-space" / "app.py").read_text()
     for name in ("guidance-sweep", "denoising-strip"):
         assert Image.open(folder / "figures" / f"{name}.png").width > 400
 

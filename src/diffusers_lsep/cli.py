@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": ("commands.convert", "turn an original LSEP, REPA or SiT checkpoint into a pipeline"),
     "evaluate": ("commands.evaluate", "measure FID, sFID, inception score, precision and recall"),
     "probe": ("commands.probe", "fit linear probes to the hidden states of a model"),
+    "space": ("commands.space", "make a Space for the Hub, on whose page a model draws"),
 }
 
 

@@ -4,6 +4,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -138,7 +140,7 @@ def _commit(
         logger.warning(f"`license` is not given: the model card of {repo_id} claims none.")
 
     api = HfApi(token=token)
-    try:
+    with explain_connection_failures(folder, repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -165,6 +167,13 @@ def _commit(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+@contextmanager
+def explain_connection_failures(folder: Path, repo_id: str) -> Iterator[None]:
+    """Makes one `ConnectionError`, which says what to do, of all the ways in which an upload may break off."""
+    try:
+        yield
     except (*CONNECTION_FAILURES, RuntimeError) as error:
         # What ends the upload of a file is the cause of a RuntimeError of the client, which names the file.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error

@@ -65,7 +65,7 @@ def objective_inputs(
 def encode(
     batch: dict[str, Any], images: torch.Tensor | None, vae: Autoencoder, normalization: dict[str, Any]
 ) -> torch.Tensor:
-    """The normalised latents of images or of the moments of a batch, which it loses with the noise of the posterior."""
+    """The normalised latents of images or of the moments of a batch, which loses these and the posterior's noise."""
     moments, noise = batch.pop("moments", None), batch.pop("posterior_noise", None)
     if moments is None:
         assert images is not None

@@ -1,0 +1,182 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The demo of a pipeline as a Space for the Hugging Face Hub."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, SpaceCardData
+from huggingface_hub.utils import validate_repo_id
+from packaging.requirements import Requirement
+
+from ..files import whole_folder
+from .push import COMPONENT_SUFFIXES, explain_connection_failures
+from .saved_pipeline import SavedPipeline
+
+
+PACKAGE = Path(__file__).parents[1]
+
+MODEL_FOLDER = "model"  # in a Space of a pipeline that is not on the Hub
+
+APP = '''\
+"""A page on which {model_id} draws, made by `diffusers-lsep space`. `python app.py` opens it on your own machine."""
+
+from pathlib import Path
+
+import torch
+
+from diffusers_lsep.demo import launch_demo
+from diffusers_lsep.sampling import load_pipeline
+
+
+MODEL = {model}
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = load_pipeline(MODEL, device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+
+if __name__ == "__main__":
+    launch_demo(pipe, {title!r})
+'''
+
+README = """\
+---
+{metadata}
+---
+
+# {title}
+
+{model} draws images of a class, and shows how they come out of noise.
+
+It is a model of LSEP ("No Alignment Needed for Generation", [arXiv 2509.21565](https://arxiv.org/abs/2509.21565)).
+
+`diffusers_lsep/` is the package that the page needs, as it was when `diffusers-lsep space` made this Space;
+`requirements.txt` has the versions of all else.
+"""
+
+
+def read_requirements() -> list[str]:
+    """What this package and its `demo` extra require, `name==version` as it is installed here."""
+    requirements = map(Requirement, importlib.metadata.requires("diffusers_lsep") or [])
+    names = [
+        requirement.name
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "demo"})
+    ]
+    # Without the part after a "+", which names a build: the index that a Space installs from has no others.
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in sorted(names, key=str.lower)]
+
+
+def write_space(model: str, output_dir: str | os.PathLike, title: str | None = None) -> Path:
+    """
+    Writes a Space with the demo: `app.py`, `requirements.txt`, `README.md` and this package.
+
+    Args:
+        model (`str`):
+            Hub id of the pipeline, which the Space loads from there, or a folder, which is copied into the Space.
+        output_dir (`str` or `os.PathLike`):
+            The folder to write, whole or not at all. What it held before is replaced.
+        title (`str`, *optional*):
+            What the Space and its page are called; made of the name of the model if not given.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        `ValueError`: if `model` is neither the id of a repository nor a folder with a pipeline of this package.
+        `ImportError`: if gradio is not installed, whose version is a part of the Space.
+    """
+    try:
+        gradio_version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError("A Space needs gradio: pip install 'diffusers_lsep[demo]'.") from error
+    is_folder = Path(model).is_dir()
+    if is_folder:
+        saved = SavedPipeline(Path(model))
+    elif not re.fullmatch(r"[^/\s]+/[^/\s]+", model):
+        raise ValueError(
+            "`pretrained_model_name_or_path` has to be an id on the Hub, `namespace/name`, or the folder of a"
+            f" pipeline, but is {model!r}."
+        )
+    else:
+        validate_repo_id(model)
+    name = Path(model).resolve().name if is_folder else model.rpartition("/")[2]
+    title = title or name.replace("-", " ").replace("_", " ")
+
+    metadata = SpaceCardData(
+        title=title,
+        emoji="🎲",
+        colorFrom="indigo",
+        colorTo="blue",
+        sdk="gradio",
+        sdk_version=gradio_version,
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+        app_file="app.py",
+        pinned=False,
+        models=None if is_folder else [model],
+        tags=["diffusers", "lsep", "image-generation"],
+    )
+    target = Path(output_dir).resolve()
+    with whole_folder(target) as folder:
+        shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        if is_folder:
+            (folder / MODEL_FOLDER).mkdir()
+            shutil.copy(saved.folder / "model_index.json", folder / MODEL_FOLDER)
+            for component in (name for name in saved.index if (saved.folder / name).is_dir()):
+                shutil.copytree(saved.folder / component, folder / MODEL_FOLDER / component, ignore=_not_of_component)
+        texts = {
+            "app.py": APP.format(
+                model=f'Path(__file__).parent / "{MODEL_FOLDER}"' if is_folder else repr(model),
+                model_id=name if is_folder else model,
+                title=title,
+            ),
+            "README.md": README.format(
+                metadata=metadata.to_yaml(),
+                title=title,
+                model=f"`{name}`" if is_folder else f"[{model}](https://huggingface.co/{model})",
+            ),
+            "requirements.txt": "".join(f"{line}\n" for line in read_requirements()),
+        }
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+    return target
+
+
+def is_space(folder: Path) -> bool:
+    """Whether a folder holds what [`write_space`] writes and nothing else."""
+    written = {"app.py", "requirements.txt", "README.md", PACKAGE.name}
+    names = {path.name for path in folder.iterdir()} - {MODEL_FOLDER}
+    return names == written
+
+
+def push_space(folder: str | os.PathLike, repo_id: str, token: str | None = None) -> CommitInfo:
+    """
+    Uploads a Space in one commit. Files that are in the repository and not in `folder` stay.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder that [`write_space`] wrote.
+        repo_id (`str`): The Space, `"namespace/name"`; created if it does not exist.
+        token (`str`, *optional*): Access token; the one of `hf auth login` if not given.
+
+    Returns:
+        `CommitInfo`: the commit.
+
+    Raises:
+        `ConnectionError`: if the connection breaks. Nothing is visible on the Hub then; pushing again completes it.
+    """
+    validate_repo_id(repo_id)
+    folder, api = Path(folder), HfApi(token=token)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    operations = [
+        CommitOperationAdd(path_in_repo=path.relative_to(folder).as_posix(), path_or_fileobj=path) for path in files
+    ]
+    with explain_connection_failures(folder, repo_id):
+        repo_id = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True).repo_id
+        return api.create_commit(repo_id, operations, commit_message="Upload demo", repo_type="space")
+
+
+def _not_of_component(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).suffix not in COMPONENT_SUFFIXES]
