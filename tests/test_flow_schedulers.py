@@ -115,6 +115,7 @@ def expected_std(pipe):
     return pytest.approx(0.2, abs=0.013 if is_noisy else 0.006)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in constructors of diffusers
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 @pytest.mark.parametrize("name", list_schedulers())
 def test_every_scheduler_of_diffusers_works_or_is_refused_with_advice_that_works(name, path_type):
