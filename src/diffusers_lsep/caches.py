@@ -7,6 +7,7 @@ are, and one state for every cache context.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, ModelHook,
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
 from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+from diffusers.models.cache_utils import CacheMixin
 
 
 # The cache context of a call that is made outside of any.
@@ -91,7 +93,7 @@ class StatePerContext(StateManager):
             setattr(self.get_state(), name, value)
 
 
-def keep_state_per_context(model: nn.Module):
+def keep_state_per_context(model: Any):
     """Gives the hooks of PyramidAttentionBroadcast and FasterCache in a model one state for every cache context."""
     for hook in _find_hooks(model, (PyramidAttentionBroadcastHook, FasterCacheDenoiserHook, FasterCacheBlockHook)):
         hook.state = StatePerContext(type(hook.state))
@@ -104,14 +106,59 @@ def _no_timestep_at_first(hook: FasterCacheBlockHook, current_timestep: Callable
     return current_timestep() if hook.state.cache is not None else math.inf
 
 
-def set_halves(model: nn.Module, config: FasterCacheConfig, context_name: str):
+def set_halves(model: Any, config: FasterCacheConfig, context_name: str):
     """Tells FasterCache whether the batch holds both halves of guidance, of which it may leave out one."""
     for hook in _find_hooks(model, (FasterCacheDenoiserHook, FasterCacheBlockHook)):
         hook.is_guidance_distilled = config.is_guidance_distilled or context_name != GUIDED_CONTEXT
 
 
-def _find_hooks(model: nn.Module, classes: tuple[type[ModelHook], ...]) -> Iterator[Any]:
+def _find_hooks(model: Any, classes: tuple[type[ModelHook], ...]) -> Iterator[Any]:
     for module in model.modules():
         registry: Any = getattr(module, "_diffusers_hook", None)
         if registry is not None:
             yield from (hook for hook in registry.hooks.values() if isinstance(hook, classes))
+
+
+class SiTCacheMixin(CacheMixin):
+    """[`CacheMixin`] for a [`SiTTransformer2DModel`]."""
+
+    config: Any
+    _cache_context: str | None = None
+
+    def enable_cache(self, config: Any):
+        """
+        Lets a cache of diffusers reuse parts of earlier calls, as [`CacheMixin.enable_cache`] does.
+
+        SeaCache gets its `raw_vision_callback` and FasterCache the names and the format of its inputs from here. For
+        training and for `hidden_states_at` the cache has to be disabled.
+
+        Args:
+            config: The config of the cache, such as [`FirstBlockCacheConfig`].
+
+        Raises:
+            `ValueError`: if there is a cache already, if the config is of none that diffusers knows, or if the cache
+            needs more blocks than the model has.
+        """
+        super().enable_cache(fit_cache_config(config, self.config.num_layers))
+        keep_state_per_context(self)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs) -> Iterator[None]:
+        """
+        Says what kind of call is made within, see [`CacheMixin.cache_context`]. Each kind has a cache of its own: the
+        pipeline's are `"cond"`, `"cond_uncond"` for a batch with both halves of guidance, null class first, and one
+        for each prediction of a guider. Calls outside are of one kind, which is right if they follow one trajectory.
+        """
+        if isinstance(self._cache_config, FasterCacheConfig):
+            set_halves(self, self._cache_config, name)
+        self._cache_context = name
+        try:
+            with super().cache_context(name, **kwargs):
+                yield
+        finally:
+            self._cache_context = None
+
+    def default_cache_context(self) -> AbstractContextManager[None]:
+        """The context of a call that is made outside of any, if there is a cache."""
+        needs_context = self.is_cache_enabled and self._cache_context is None
+        return self.cache_context(DEFAULT_CONTEXT) if needs_context else nullcontext()

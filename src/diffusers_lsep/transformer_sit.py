@@ -1,19 +1,16 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks import FasterCacheConfig
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -21,7 +18,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from diffusers.utils import apply_lora_scale
 
 from .auto_map import AutoMapMixin
-from .caches import DEFAULT_CONTEXT, fit_cache_config, keep_state_per_context, set_halves
+from .caches import SiTCacheMixin
 from .registration import register_with_hooks
 from .single_file import SiTSingleFileMixin
 
@@ -173,7 +170,7 @@ register_with_hooks(SiTTransformerBlock, SiTAttnProcessor)
 
 
 class SiTTransformer2DModel(
-    AutoMapMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, SiTSingleFileMixin
+    AutoMapMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, SiTCacheMixin, SiTSingleFileMixin
 ):
     r"""
     The Scalable Interpolant Transformer (SiT, arXiv 2401.08740): a class-conditional DiT that predicts the velocity of
@@ -221,8 +218,6 @@ class SiTTransformer2DModel(
         "transformer_blocks.*.ff.net.2": "rowwise",
     }
 
-    _cache_context: str | None = None
-
     @register_to_config
     def __init__(
         self,
@@ -244,13 +239,7 @@ class SiTTransformer2DModel(
         self.inner_dim = num_attention_heads * attention_head_dim
 
         # 1. Input: patches, time, class
-        self.pos_embed = PatchEmbed(
-            height=sample_size,
-            width=sample_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=self.inner_dim,
-        )
+        self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, embed_dim=self.inner_dim)
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=self.inner_dim)
         self.class_embedding = nn.Embedding(num_classes + 1, self.inner_dim)
@@ -279,18 +268,12 @@ class SiTTransformer2DModel(
             self.internal_proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
             for parameter in (*self.internal_norm_out.parameters(), *self.internal_proj_out.parameters()):
                 nn.init.zeros_(parameter)
+            self._cp_plan = {**self._cp_plan, "internal_proj_out": self._cp_plan["proj_out"]}
 
     def _check_config(self):
         config = self.config
-        for name in (
-            "sample_size",
-            "patch_size",
-            "in_channels",
-            "num_layers",
-            "num_attention_heads",
-            "attention_head_dim",
-            "num_classes",
-        ):
+        sizes = ("sample_size", "patch_size", "in_channels", "num_layers", "num_classes")
+        for name in (*sizes, "num_attention_heads", "attention_head_dim"):
             if config[name] < 1:
                 raise ValueError(f"`{name}` has to be at least 1, but is {config[name]}.")
         if config.out_channels is not None and config.out_channels < 1:
@@ -336,39 +319,6 @@ class SiTTransformer2DModel(
             nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(self.norm_out.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
-
-    def enable_cache(self, config: Any):
-        """
-        Lets a cache of diffusers reuse parts of earlier calls, as [`CacheMixin.enable_cache`] does.
-
-        SeaCache gets its `raw_vision_callback` and FasterCache the names and the format of its inputs from here. For
-        training and for `hidden_states_at` the cache has to be disabled.
-
-        Args:
-            config: The config of the cache, such as [`FirstBlockCacheConfig`].
-
-        Raises:
-            `ValueError`: if there is a cache already, if the config is of none that diffusers knows, or if the cache
-            needs more blocks than the model has.
-        """
-        super().enable_cache(fit_cache_config(config, self.config.num_layers))
-        keep_state_per_context(self)
-
-    @contextmanager
-    def cache_context(self, name: str, **kwargs) -> Iterator[None]:
-        """
-        Says what kind of call is made within, see [`CacheMixin.cache_context`]. Each kind has a cache of its own: the
-        pipeline's are `"cond"`, `"cond_uncond"` for a batch with both halves of guidance, null class first, and one
-        for each prediction of a guider. Calls outside are of one kind, which is right if they follow one trajectory.
-        """
-        if isinstance(self._cache_config, FasterCacheConfig):
-            set_halves(self, self._cache_config, name)
-        self._cache_context = name
-        try:
-            with super().cache_context(name, **kwargs):
-                yield
-        finally:
-            self._cache_context = None
 
     def embed_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -488,8 +438,7 @@ class SiTTransformer2DModel(
         hidden_states = self.embed_patches(hidden_states)
 
         depth = self.config.internal_guidance_depth
-        needs_context = self.is_cache_enabled and self._cache_context is None
-        with self.cache_context(DEFAULT_CONTEXT) if needs_context else nullcontext():
+        with self.default_cache_context():
             # 2. Blocks
             if depth is not None:
                 hidden_states = self._run_blocks(hidden_states, temb, end=depth)

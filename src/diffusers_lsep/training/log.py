@@ -187,3 +187,11 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path):
         if len(keys) > 1:
             axes.legend()
     save_figure(path, figure, dpi=110)
+
+
+def draw_curves(output_dir: Path):
+    """Draws `curves.png` of a run, where matplotlib is installed."""
+    try:
+        plot_curves(read_metrics(output_dir / "metrics.jsonl"), output_dir / "curves.png")
+    except ImportError:
+        print("curves.png needs matplotlib: pip install 'diffusers_lsep[train]'", file=sys.stderr)

@@ -31,16 +31,13 @@ from ..autoencoders import get_normalization
 from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
-from ..figures import make_labeled_grid
-from ..files import whole_file, whole_folder, write_text
-from ..hub.model_card import Gallery, write_lora_card, write_model_card
+from ..files import whole_folder, write_text
 from ..labels import find_class_ids
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
 from ..regularizers.teachers import AverageTeacher, Teacher
 from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
 from ..transformer_sit import SiTTransformer2DModel
-from .arguments import flags_that_are
 from .checkpoints import (
     load_checkpoint,
     named_averages,
@@ -51,8 +48,9 @@ from .checkpoints import (
 )
 from .fine_tuning import LORA_FOLDER, merge_lora, save_lora
 from .inputs import objective_inputs
-from .log import MetricsFile, StepMetrics, batch_means, plot_curves, read_metrics
+from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
 from .processes import StopSignal, ignore_interrupts
+from .results import draw_samples, write_cards
 from .setup import Setup, build_objective
 
 
@@ -398,11 +396,12 @@ class Trainer:
                 self.report(self.measure(objective, self.held_out))
                 self.count_unreadable()
             if accelerator.is_main_process:
+                pipeline, path = self.make_pipeline(objective.transformer), self.output_dir / self.samples_file
+                path.parent.mkdir(exist_ok=True)
                 try:
-                    self.draw_samples(self.make_pipeline(objective.transformer))
+                    draw_samples(path, pipeline, self.args, self.validation_labels, accelerator, self.step)
                 except Exception as error:  # no picture is worth the run
-                    report = self.output_dir / "samples" / f"step-{self.step}-error.txt"
-                    report.parent.mkdir(exist_ok=True)
+                    report = path.with_name(f"{path.stem}-error.txt")
                     write_text(report, traceback.format_exc())
                     print(f"No samples of step {self.step}: {error} ({report} has more.)", file=sys.stderr)
         if accelerator.is_main_process:
@@ -440,28 +439,6 @@ class Trainer:
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def draw_samples(self, pipeline: LSEPPipeline):
-        """Writes `samples/step-N.png`: the same classes and the same noise every time."""
-        args, labels = self.args, self.validation_labels
-        class_ids = labels * args.num_validation_images
-        generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_ids))]
-        with self.accelerator.autocast():
-            images = pipeline(
-                class_ids,
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=generators,
-            ).images
-        grid = make_labeled_grid(images, columns=len(labels), labels=[self.setup.data.names[i] for i in class_ids])
-        path = self.output_dir / self.samples_file
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as partial:
-            grid.save(partial, format="PNG")
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=self.step, **options)
 
     def save_pipeline(self, folder: Path, with_lora: bool = False):
         """Writes the averaged weights as a pipeline, the probe and LoRA layers beside it. A call for all processes."""
@@ -512,31 +489,5 @@ class Trainer:
             os.replace(path, target)
         source.rmdir()
 
-        class_ids = self.validation_labels * args.num_validation_images
-        flags = {name: value for name, value in vars(args).items() if name in flags_that_are("on_card")}
-        gallery = Gallery(
-            image=str(self.samples_file),
-            class_labels=[self.setup.data.names[index] for index in class_ids],
-            seeds=[args.seed + index for index in range(len(class_ids))],
-        )
-        write_model_card(
-            self.output_dir,
-            repo_id=args.hub_model_id,
-            license=args.license,
-            source="training",
-            dataset=args.dataset_name,
-            base_model=args.pretrained_model_name_or_path,
-            training_args=flags,
-            sampling={"guidance_scale": args.validation_guidance_scale},
-            gallery=gallery if (self.output_dir / self.samples_file).exists() else None,
-        )
-        if args.lora_rank is not None:
-            base, folder = args.pretrained_model_name_or_path, self.output_dir / LORA_FOLDER
-            write_lora_card(folder, base, flags, args.hub_lora_model_id, args.license)
-
-
-def draw_curves(output_dir: Path):
-    try:
-        plot_curves(read_metrics(output_dir / "metrics.jsonl"), output_dir / "curves.png")
-    except ImportError:
-        print("curves.png needs matplotlib: pip install 'diffusers_lsep[train]'", file=sys.stderr)
+        names = [self.setup.data.names[index] for index in self.validation_labels * args.num_validation_images]
+        write_cards(self.output_dir, args, self.samples_file, names)

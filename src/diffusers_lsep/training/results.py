@@ -1,0 +1,84 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows of its model: samples at every validation, and the model card at the end."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ..figures import make_labeled_grid
+from ..files import whole_file
+from ..hub.model_card import Gallery, write_lora_card, write_model_card
+from ..pipeline_lsep import LSEPPipeline
+from .arguments import flags_that_are
+from .fine_tuning import LORA_FOLDER
+
+
+def draw_samples(
+    path: Path,
+    pipeline: LSEPPipeline,
+    args: argparse.Namespace,
+    labels: list[int],
+    accelerator: Accelerator,
+    step: int,
+):
+    """
+    Draws the same classes from the same noise at every validation, into a PNG and for the trackers.
+
+    Args:
+        path (`Path`): The PNG, in a folder that exists.
+        pipeline ([`LSEPPipeline`]): Draws them.
+        args (`argparse.Namespace`): The flags.
+        labels (`list[int]`): The classes, each of which is a column.
+        accelerator (`Accelerator`): Its precision and its trackers.
+        step (`int`): The step of the training.
+    """
+    class_ids = labels * args.num_validation_images
+    generators = [torch.Generator().manual_seed(args.seed + index) for index in range(len(class_ids))]
+    with accelerator.autocast():
+        images = pipeline(
+            class_ids,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            generator=generators,
+        ).images
+    names = pipeline.config.id2label
+    grid = make_labeled_grid(images, columns=len(labels), labels=[names[index] for index in class_ids])
+    with whole_file(path) as partial:
+        grid.save(partial, format="PNG")
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)
+
+
+def write_cards(output_dir: Path, args: argparse.Namespace, samples_file: Path, names: list[str]):
+    """
+    Writes the model card of a run, and that of its LoRA layers if it has trained some.
+
+    Args:
+        output_dir (`Path`): The run, with its pipeline.
+        args (`argparse.Namespace`): The flags.
+        samples_file (`Path`): Its last samples, in that folder; left out where there are none.
+        names (`list[str]`): The classes of these samples.
+    """
+    flags = {name: value for name, value in vars(args).items() if name in flags_that_are("on_card")}
+    seeds = [args.seed + index for index in range(len(names))]
+    gallery = Gallery(image=str(samples_file), class_labels=names, seeds=seeds)
+    write_model_card(
+        output_dir,
+        repo_id=args.hub_model_id,
+        license=args.license,
+        source="training",
+        dataset=args.dataset_name,
+        base_model=args.pretrained_model_name_or_path,
+        training_args=flags,
+        sampling={"guidance_scale": args.validation_guidance_scale},
+        gallery=gallery if (output_dir / samples_file).exists() else None,
+    )
+    if args.lora_rank is not None:
+        base, folder = args.pretrained_model_name_or_path, output_dir / LORA_FOLDER
+        write_lora_card(folder, base, flags, args.hub_lora_model_id, args.license)
