@@ -107,9 +107,13 @@ def _no_timestep_at_first(hook: FasterCacheBlockHook, current_timestep: Callable
 
 
 def set_halves(model: Any, config: FasterCacheConfig, context_name: str):
-    """Tells FasterCache whether the batch holds both halves of guidance, of which it may leave out one."""
+    """
+    Tells FasterCache whether the batch holds both halves of guidance, of which it may leave out one. Outside of any
+    context it is as the config says.
+    """
+    has_one = context_name not in (GUIDED_CONTEXT, DEFAULT_CONTEXT)
     for hook in _find_hooks(model, (FasterCacheDenoiserHook, FasterCacheBlockHook)):
-        hook.is_guidance_distilled = config.is_guidance_distilled or context_name != GUIDED_CONTEXT
+        hook.is_guidance_distilled = config.is_guidance_distilled or has_one
 
 
 def _find_hooks(model: Any, classes: tuple[type[ModelHook], ...]) -> Iterator[Any]:

@@ -19,9 +19,11 @@ from diffusers.hooks import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.utils import logging
 
 from ..pipeline_lsep import LSEPPipeline
 from ..sampling import choose_class_ids, draw_batch
+from ..transformer_sit import SiTTransformer2DModel
 from .dinov2 import DINOv2Features
 from .features import PixelFeatures, extract_features
 from .guidance import SWEEP_FEATURES
@@ -32,9 +34,9 @@ from .metrics import feature_statistics, frechet_distance
 
 # Of every cache the settings that are measured if none are given: thresholds, or how many steps share a computation.
 CACHE_SETTINGS: dict[str, tuple[float, ...]] = {
-    "FirstBlockCache": (0.05, 0.1, 0.2),
+    "FirstBlockCache": (0.1, 0.2, 0.4),
     "MagCache": (0.02, 0.05, 0.2),
-    "SeaCache": (0.05, 0.1, 0.2),
+    "SeaCache": (0.2, 0.4, 0.8),
     "TaylorSeer": (2, 3, 6),
     "PyramidAttentionBroadcast": (2, 3, 6),
     "FasterCache": (2, 3, 6),
@@ -180,7 +182,7 @@ def sweep_caches(
             plain = None
             for i, (name, value) in enumerate(settings):
                 if name is not None:
-                    pipe.transformer.enable_cache(make_cache_config(pipe, name, value, ratios))
+                    _enable_quietly(pipe.transformer, make_cache_config(pipe, name, value, ratios))
                 try:
                     with count_block_work(pipe) as work_done:
                         images = draw_batch(pipe, class_ids, batch, batch_size, seed, **call)
@@ -205,6 +207,16 @@ def sweep_caches(
             results.append(result)
             print(describe_result(result))
     return results
+
+
+def _enable_quietly(transformer: SiTTransformer2DModel, config: Any):
+    """FasterCache says every time that it is experimental."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        transformer.enable_cache(config)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def find_largest_saving(results: Sequence[dict[str, Any]], max_distance: float) -> dict[str, Any] | None:
