@@ -50,7 +50,7 @@ class SelfTranscendenceRegularizer(Regularizer):
 
     title, paper = "Self-Transcendence", "2601.07773"
     # The authors' scripts, for SiT-B: the first stage at depth 2 for 200,000 steps; the second at depth 6 against 8,
-    # scale 30, up to step 100,000; 0.5 and times 0.4 to 0.7 in both. No values for L and XL are public.
+    # scale 30, up to step 100,000; 0.5 and times 0.4 to 0.7 in both. It has none for larger models.
     flags = (
         Flag(
             "teacher",
