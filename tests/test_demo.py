@@ -266,18 +266,19 @@ def test_in_a_browser(browser):
     def press(name):
         wait(lambda: find("button", name).click() or True)
 
-    def choose(text, key):
-        box = wait(lambda: find("input[aria-label='Class']"))
-        box.click()
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(text)
+    def choose(text, key=None):
+        def type_it():
+            box = find("input[aria-label='Class']")
+            box.click()
+            box.send_keys(Keys.CONTROL, "a")
+            box.send_keys(text, *([key] if key else []))
+            return True
+
+        wait(type_it)
         if key is None:
-            wait(
-                lambda: [option.text for option in browser.find_elements("css selector", "[role=option]")] == ["seven"]
-            )
-            find("[role=option]").click()
-        else:
-            box.send_keys(key)
+            option = "[role=option]"
+            wait(lambda: [found.text for found in browser.find_elements("css selector", option)] == ["seven"])
+            wait(lambda: find(option).click() or True)
 
     def pixels(selector):
         """An image of the page, as the browser has it."""
@@ -301,8 +302,8 @@ def test_in_a_browser(browser):
     with served(pipe, "tiny digits", num_inference_steps=16, scheduler="ode") as url:
         browser.get(url)
         wait(lambda: find("h1", "tiny digits"))
-        assert browser.title == "tiny digits" and find("p", "10 classes, 8 × 8 pixels")
-        choose("ev", None)
+        wait(lambda: browser.title == "tiny digits" and find("p", "10 classes, 8 × 8 pixels"))
+        choose("ev")
         press("Draw")
         steps.release(1)
         wait(lambda: find("#status", "Step 1 of 16, t = 1.00."))
