@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -249,6 +250,7 @@ def browser(tmp_path):
 @pytest.mark.slow
 def test_in_a_browser(browser):
     """A class is searched by a part of its name and drawn; the strip fills; an error is shown as it is."""
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -257,20 +259,26 @@ def test_in_a_browser(browser):
         return found[0] if found else None
 
     def wait(condition):
-        return WebDriverWait(browser, 120, poll_frequency=0.05).until(lambda _: condition())
+        # The page replaces its elements while it is looked at.
+        changing = WebDriverWait(browser, 120, 0.05, [StaleElementReferenceException])
+        return changing.until(lambda _: condition())
 
-    def choose(text, key):
-        box = wait(lambda: find("input[aria-label='Class']"))
-        box.click()
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(text)
+    def press(name):
+        wait(lambda: find("button", name).click() or True)
+
+    def choose(text, key=None):
+        def type_it():
+            box = find("input[aria-label='Class']")
+            box.click()
+            box.send_keys(Keys.CONTROL, "a")
+            box.send_keys(text, *([key] if key else []))
+            return True
+
+        wait(type_it)
         if key is None:
-            wait(
-                lambda: [option.text for option in browser.find_elements("css selector", "[role=option]")] == ["seven"]
-            )
-            find("[role=option]").click()
-        else:
-            box.send_keys(key)
+            option = "[role=option]"
+            wait(lambda: [found.text for found in browser.find_elements("css selector", option)] == ["seven"])
+            wait(lambda: find(option).click() or True)
 
     def pixels(selector):
         """An image of the page, as the browser has it."""
@@ -285,20 +293,26 @@ def test_in_a_browser(browser):
             selector,
         )
 
+    def num_dark(values):
+        return sum(value < 250 for value in values)
+
     pipe = make_digits_pipeline()
-    pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # so that it can be watched
+    steps, evaluations = threading.Semaphore(0), []  # those that it may take, so that it is watched in the middle
+    pipe.transformer.register_forward_pre_hook(lambda *_: evaluations.append(steps.acquire(timeout=120)))
     with served(pipe, "tiny digits", num_inference_steps=16, scheduler="ode") as url:
         browser.get(url)
         wait(lambda: find("h1", "tiny digits"))
-        assert browser.title == "tiny digits" and find("p", "10 classes, 8 × 8 pixels")
-        choose("ev", None)
-        find("button", "Draw").click()
-        strips = []
-        wait(lambda: find("#status", "Step"))
-        while "Step" in find("#status").text:
-            strips.append(pixels("#strip img"))
+        wait(lambda: browser.title == "tiny digits" and find("p", "10 classes, 8 × 8 pixels"))
+        choose("ev")
+        press("Draw")
+        steps.release(1)
+        wait(lambda: find("#status", "Step 1 of 16, t = 1.00."))
+        first = wait(lambda: pixels("#strip img"))
+        steps.release(8)
+        wait(lambda: (strip := pixels("#strip img")) and num_dark(strip) > num_dark(first))
+        wait(lambda: find("#status", "of 16, t = 0."))
+        steps.release(7)
         wait(lambda: find("#status", "16 steps, seeds 0 to 3."))
-        assert len({sum(value < 250 for value in strip) for strip in strips if strip}) >= 2, "it filled"
 
         wait(lambda: len(browser.find_elements("css selector", "#images img")) == 4)
         generator = [torch.Generator().manual_seed(seed) for seed in range(4)]
@@ -307,9 +321,17 @@ def test_in_a_browser(browser):
         expected = reference([7] * 4, 16, 1.5, generator=generator).images[0]
         wait(lambda: pixels("#images img") == np.asarray(expected).ravel().tolist())
 
+        # What is stopped ends after its next preview, and nobody waits for the other steps.
+        press("Draw")
+        steps.release(1)
+        wait(lambda: find("#status", "Step 1 of 16"))
+        press("Stop")
+        wait(lambda: steps.release() or len(evaluations) >= 16 + 3)
         choose("tree", Keys.TAB)
-        find("button", "Draw").click()
-        wait(lambda: find("body", "there is no class 'tree'. Close names are ['three']"))
+        message = "there is no class 'tree'. Close names are ['three']"
+        # The page takes no click before it has heard that the other run ended.
+        wait(lambda: steps.release() or find("body", message) or find("button", "Draw").click())
+        assert all(evaluations) and 16 + 3 <= len(evaluations) < 16 + 16
 
 
 # The script
