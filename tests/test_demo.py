@@ -27,7 +27,7 @@ from hub_server import HubServer
 from PIL import Image
 from tiny_models import make_pipeline, make_vae
 
-from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler, SiTTransformer2DModel
+from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler
 from diffusers_lsep.cli import main
 from diffusers_lsep.demo import MAX_IMAGES, SAMPLER_TITLES, Drawer, launch_demo, list_classes
 from diffusers_lsep.sampling import SAMPLERS, set_scheduler
@@ -205,7 +205,6 @@ def test_every_sampler_has_a_title():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(SiTTransformer2DModel, "enable_cache"), reason="the transformer takes no caches")
 def test_caches(client, pipe):
     """FirstBlockCache with the threshold 0 leaves nothing out; others do, and none stays."""
     plain = arrays(draw(client)[-1][0])

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,15 +260,9 @@ class SiTTransformer2DModel(
         self.gradient_checkpointing = False
         self.initialize_weights()
 
-        # 4. Output inside of the network. Made last, so that it does not change what the others draw, and zero like
-        # the output layer.
+        # 4. Output inside of the network: a copy, which is zero too and draws nothing
         if internal_guidance_depth is not None:
-            self.internal_norm_out = AdaLayerNormContinuous(
-                self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6
-            )
-            self.internal_proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels)
-            for parameter in (*self.internal_norm_out.parameters(), *self.internal_proj_out.parameters()):
-                nn.init.zeros_(parameter)
+            self.internal_norm_out, self.internal_proj_out = deepcopy(self.norm_out), deepcopy(self.proj_out)
             self._cp_plan = {**self._cp_plan, "internal_proj_out": self._cp_plan["proj_out"]}
 
     def _check_config(self):

@@ -15,6 +15,7 @@ from ..objective import TIMESTEP_SAMPLINGS
 from ..regularizers import REGULARIZERS
 from ..regularizers.repa import PROJECTORS
 from ..transformer_sit import SIT_PRESETS
+from .flags import Flags
 from .recipes import choose_recipe
 from .regularizer_flags import regularizer_key
 
@@ -29,51 +30,6 @@ PAPER_SETTINGS: dict[str, dict[str, Any]] = {
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
 count, size, probability, positive = number(int, 0), number(int, 1), number(float, 0, 1), number(float, 0)
-
-
-class Flags:
-    """
-    A group of flags in the help.
-
-    Args:
-        parser (`ArgumentParser`): Where they are added.
-        title (`str`): Heading of the group.
-    """
-
-    def __init__(self, parser: ArgumentParser, title: str):
-        self.group = parser.add_argument_group(title)
-
-    def add(
-        self,
-        name: str,
-        changeable: bool = False,
-        is_length: bool = False,
-        is_kept: bool = False,
-        on_card: bool = True,
-        **options,
-    ):
-        """
-        Adds a flag.
-
-        Args:
-            name (`str`): The flag.
-            changeable (`bool`, defaults to `False`):
-                Whether a run that is continued may change it; what it comes to is compared even so (`Setup.facts`).
-            is_length (`bool`, defaults to `False`):
-                Whether it may be changed if the learning rate does not depend on the length of the run.
-            is_kept (`bool`, defaults to `False`):
-                Whether a run that is continued keeps what it began with where the flag is not given: it follows from
-                other flags, or an older version had another default.
-            on_card (`bool`, defaults to `True`): Whether it says something about the model.
-            options: As for `argparse.ArgumentParser.add_argument`.
-        """
-        action = self.group.add_argument(name, **options)
-        action.says = {  # type: ignore[attr-defined]
-            "changeable": changeable,
-            "is_length": is_length,
-            "is_kept": is_kept,
-            "on_card": on_card,
-        }
 
 
 def flags_that_are(what: str) -> set[str]:
