@@ -174,7 +174,7 @@ def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]],
             axis.grid(alpha=0.3)
         axes[0].set(ylabel="distance to the uncached images", ylim=(0, None))
         axes[1].set(ylabel="Fréchet distance")
-    rows[0][0].legend(fontsize=8)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     save_figure(path, figure)
 
 
