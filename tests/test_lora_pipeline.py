@@ -124,8 +124,8 @@ def test_classes_come_and_go_with_the_adapter(tmp_path, way):
     pipe.load_lora_weights(save_adapter(tmp_path, classes=NEW), adapter_name="pets")
     assert pipe.labels == {"dog": 0, "elk": 1} and pipe.transformer.config.num_classes == 2
     assert pipe("elk", num_inference_steps=2).images[0].size == (8, 8)
-    with pytest.raises(ValueError, match=r"`class_labels` has to lie in 0\.\.1, but holds 2"):
-        pipe(2)
+    with pytest.raises(ValueError, match=r"`class_labels` has to lie in 0\.\.2, but holds 3"):
+        pipe(3)
     # Of weight 0 it draws what the base model draws without a class.
     pipe.set_adapters("pets", 0.0)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])

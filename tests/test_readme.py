@@ -101,15 +101,18 @@ def test_figures_of_the_readme_are_true():
         assert int(parameters.replace(",", "")) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def find_anchors(text):
+    return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
 def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", text)
     assert targets
-    headings = {
-        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    }
     for target in targets:
         if target.startswith("#"):
-            assert target[1:] in headings, target
+            assert target[1:] in find_anchors(text), target
         elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            path, _, heading = target.partition("#")
+            assert (ROOT / path).exists(), target
+            assert not heading or heading in find_anchors((ROOT / path).read_text(encoding="utf-8")), target

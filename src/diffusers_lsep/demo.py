@@ -106,7 +106,7 @@ class Previews:
             self.steps_done += 1
             if self.steps_done in self.shown:
                 t = float(self.timestep.flatten()[0])
-                velocity, *null_velocity = self.velocity.float().split(self.num_images)
+                *null_velocity, velocity = self.velocity.float().split(self.num_images)
                 if null_velocity:
                     velocity = null_velocity[0] + self.guidance_scale * (velocity - null_velocity[0])
                 sample = self.sample[: self.num_images].float()
