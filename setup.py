@@ -19,6 +19,7 @@ extras["test"] = [
     *extras["demo"],
     *extras["quality"],
     "gguf>=0.10",  # single files of quantized weights
+    "kornia",  # of one of diffusers' guiders
     "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
     "peft>=0.18",
     "pytest>=8",

@@ -26,6 +26,7 @@ from diffusers_lsep.autoencoders import get_image_channels
 from diffusers_lsep.command_line import ArgumentParser, number, run_script
 from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.files import write_text
+from diffusers_lsep.guidance import check_internal_guidance
 from diffusers_lsep.image_store import ImageStore, write_npz, write_png, write_pngs
 from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
@@ -46,7 +47,7 @@ PLACES = ("pretrained_model_name_or_path", "revision", "variant")
 # What samples.json says of them.
 CLASSES = {name: f"{name} over all classes" for name in LABEL_SAMPLINGS} | {"none": "no class"}
 # How an image is drawn, for the call of the pipeline.
-CALL = ("num_inference_steps", "guidance_scale", "guidance_interval")
+CALL = ("num_inference_steps", "guidance_scale", "guidance_interval", "internal_guidance_scale")
 # What makes an image, beside the model: a run is only continued if all of it is the same.
 IMAGE_SETTINGS = ("scheduler", *CALL, "seed", "batch_size", "dtype", "compile")
 
@@ -80,6 +81,12 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument("--save_images", action="store_true", help="With --num_images: write PNGs as well.")
     add_guidance_arguments(parser)
+    parser.add_argument(
+        "--internal_guidance_scale",
+        type=float,
+        default=1.0,
+        help="Scale of Internal Guidance, for models that were trained for it; 1 is without.",
+    )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="Of the classes and the noise.")
     parser.add_argument("--batch_size", type=number(int, 1), default=32, help="Images at a time in one process.")
     parser.add_argument(
@@ -128,6 +135,7 @@ def main(argv: list[str] | None = None):
     # 1. Pipeline and classes
     place = {name: getattr(args, name) for name in PLACES}
     pipe = load_pipeline(**place, device=accelerator.device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
+    check_internal_guidance(args.internal_guidance_scale, pipe.transformer)
     if args.compile:
         # Fixed sizes: a batch, and twice as much under guidance.
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)

@@ -31,6 +31,7 @@ from diffusers.guiders import (
     AutoGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    FrequencyDecoupledGuidance,
     LTX2Guidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
@@ -38,12 +39,6 @@ from diffusers.guiders import (
     TangentialClassifierFreeGuidance,
 )
 from diffusers.hooks import LayerSkipConfig
-from diffusers.hooks._helpers import (
-    AttentionProcessorMetadata,
-    AttentionProcessorRegistry,
-    TransformerBlockMetadata,
-    TransformerBlockRegistry,
-)
 from gaussian_flow import GaussianFlow
 from peft import LoraConfig
 from PIL import Image
@@ -555,6 +550,15 @@ def test_a_callback_replaces_the_guider(ode_pipeline):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_frequency_decoupled_guidance(ode_pipeline):
+    """Equal scales for all frequencies are classifier-free guidance."""
+    expected, _ = run(ode_pipeline, 1, guidance_scale=2.5)
+    found, _ = run(ode_pipeline, 1, guider=FrequencyDecoupledGuidance(guidance_scales=[2.5, 2.5]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    other, _ = run(ode_pipeline, 1, guider=FrequencyDecoupledGuidance(guidance_scales=[4.0, 1.5]))
+    assert not torch.allclose(other, expected, atol=1e-2)
+
+
 def two_velocities(pipe, latents, label):
     with torch.no_grad():
         return (pipe.transformer(latents, 1.0, torch.tensor([k] * len(latents))).sample for k in (label, 10))
@@ -632,20 +636,9 @@ def leave_out(forward, hidden_states, temb):
     return hidden_states
 
 
-@pytest.fixture
-def hooks_know_the_blocks(monkeypatch):
-    """Diffusers' hooks have to know where tokens are in a block, and what kind of attention it is."""
-    if transformer_sit.SiTTransformerBlock not in TransformerBlockRegistry._registry:
-        TransformerBlockRegistry.register(transformer_sit.SiTTransformerBlock, TransformerBlockMetadata(0))
-        metadata = AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states: hidden_states)
-        AttentionProcessorRegistry.register(transformer_sit.SiTAttnProcessor, metadata)
-    monkeypatch.setattr(transformer_sit.SiTAttention, "is_cross_attention", False, raising=False)
-
-
 SKIP = {"fqn": "transformer_blocks", "indices": [1, 2]}
 
 
-@pytest.mark.usefixtures("hooks_know_the_blocks")
 @pytest.mark.parametrize(
     ("guider_class", "prefix", "layers", "change"),
     [
@@ -679,7 +672,6 @@ def predict_three(pipe, latents, t, change):
     return conditional, null, weak
 
 
-@pytest.mark.usefixtures("hooks_know_the_blocks")
 def test_autoguidance_leads_away_from_the_weakened_model(deep_pipeline):
     """With the same class on both sides, as in its paper (arXiv 2406.02507)."""
     guider, states = AutoGuidance(1.5, auto_guidance_config=LayerSkipConfig(**SKIP)), []
@@ -691,7 +683,6 @@ def test_autoguidance_leads_away_from_the_weakened_model(deep_pipeline):
         torch.testing.assert_close(states[i + 1], states[i] - 0.2 * expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("hooks_know_the_blocks")
 def test_hooks_of_a_guider_are_gone_after_an_error(deep_pipeline):
     pipe, expected = deep_pipeline, run(deep_pipeline, 3)[0]
     guider = AutoGuidance(1.5, auto_guidance_config=LayerSkipConfig(**SKIP))

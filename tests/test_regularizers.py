@@ -12,6 +12,8 @@ import pytest
 import torch
 from code_blocks import read_blocks
 from diffusers import DiffusionPipeline
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.hooks import FirstBlockCacheConfig
 from safetensors.torch import load_file
 from tiny_models import make_batch, make_pipeline, make_transformer
 from tiny_run import TINY_RUN
@@ -520,6 +522,24 @@ def test_internal_guidance_is_saved_and_refused_where_there_is_no_head(tmp_path)
         ValueError, match="`internal_guidance_scale` has to be 1 with a transformer without .*, but is 1.4"
     ):
         draw(make_pipeline(), internal_guidance_scale=1.4)
+
+
+def test_internal_guidance_with_a_guider_and_a_cache():
+    pipe = make_pipeline(internal_guidance_depth=1)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(**options):
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 3, "internal_guidance_scale": 1.4, **options}
+        return pipe([1, 2], generator=generator, output_type="latent", **options).images
+
+    guided = draw(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    torch.testing.assert_close(guided, draw(guidance_scale=2.0), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(guided, draw(guidance_scale=2.0, internal_guidance_scale=1.0), atol=1e-3)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="`internal_guidance_scale` has to be 1 with a cache.*`disable_cache"):
+        draw()
+    assert draw(internal_guidance_scale=1.0).isfinite().all()
 
 
 # --- In training

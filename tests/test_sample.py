@@ -326,6 +326,17 @@ def test_half_precision_is_the_transformers_alone(run, save_pipeline, tiny_vae_f
     assert np.abs(found - expected).max() <= 1 and (found != expected).mean() < 0.01
 
 
+def test_internal_guidance(run, save_pipeline, tmp_path):
+    folder = save_pipeline(in_channels=3, internal_guidance_depth=1, name="with-head")
+    options = ["--pretrained_model_name_or_path", folder, "--num_images", 2]
+    images = images_of(run("guided", *options, "--internal_guidance_scale", 2))
+    assert (images != images_of(run("plain", *options))).any()
+    assert json.loads((tmp_path / "guided" / "samples.json").read_text())["internal_guidance_scale"] == 2
+    with pytest.raises(ValueError, match="`internal_guidance_scale` has to be 1 with a transformer without"):
+        run("without-head", "--class_labels", 1, "--internal_guidance_scale", 2)
+    assert not (tmp_path / "without-head").exists()
+
+
 def test_values_that_overflow_are_no_black_images(run, pipeline_dir, tmp_path):
     transformer = SiTTransformer2DModel.from_pretrained(pipeline_dir, subfolder="transformer")
     transformer.proj_out.bias.data.fill_(1e5)  # beyond float16's 65,504

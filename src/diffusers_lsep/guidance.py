@@ -168,10 +168,8 @@ class GuidanceMixin:
         if step:
             path = get_interpolant(self.config.path_type)
             alpha, sigma = path.alpha(t), path.sigma(t)
-            step = {
-                **step,
-                "sigma": sigma / (alpha + sigma),
-            }  # the linear path's time with this ratio of noise to data
+            # The linear path's time with this ratio of noise to data
+            step = {**step, "sigma": sigma / (alpha + sigma)}
         return self.transformer.cache_context(name, **step)
 
     def _set_guidance_active(self, is_active: bool, step_index: int):
