@@ -12,13 +12,19 @@ guidance (32 steps of `FlowMatchSDEMultistepScheduler`) to the 8,000 training im
 of `mnist_classifier.py` and on pixels, precision and recall in these features, and the share of samples that the
 classifier takes for the class that was asked for; at the end linear probes of every block.
 
-`choice` tries LSEP's settings on seeds that nothing else uses, `labels` takes a fifth of wrong labels and two coarse
-classes. Writes `results.json` and, in a folder of its own for each run, the run and its `result.json`.
+`choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison; `labels` takes a fifth of
+wrong labels and two coarse classes; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
+Depths are those of the papers in proportion to 6 blocks. Self-Transcendence has a run before it, its teacher, whose
+1,000 steps count as its time. Writes into `--output_dir` `STUDY.json`, `STUDY.md`, `curves.png` and `accuracy.png`,
+and for each run a folder with the run and its `result.json`.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +41,7 @@ from diffusers_lsep.data.images import load_image_dataset, open_images
 from diffusers_lsep.evaluation.linear_probing import probe_layers
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
 from diffusers_lsep.files import whole_folder, write_text
+from diffusers_lsep.training.log import read_metrics
 
 
 STEPS = 3000
@@ -44,7 +51,19 @@ SAMPLING_STEPS = 32
 PROBED_TIMES = (0.1, 0.3, 0.5, 0.7)
 
 # The flags in which the methods differ from LSEP with the settings of `examples/configs/mnist`.
-METHODS: dict[str, list[object]] = {"SiT": ["--no_lsep"], "LSEP": []}
+METHODS: dict[str, list[object]] = {
+    "SiT": ["--no_lsep"],
+    "LSEP": [],
+    "dispersive": ["--no_lsep", "--regularizers", "dispersive"],
+    "layersync": ["--no_lsep", "--regularizers", "layersync"],
+    "sra": ["--no_lsep", "--regularizers", "sra"],
+    "self-transcendence": ["--no_lsep", "--regularizers", "self-transcendence"],
+    "internal-guidance": ["--no_lsep", "--regularizers", "internal-guidance"],
+    "LSEP and internal-guidance": ["--regularizers", "internal-guidance"],
+}
+TEACHER, TEACHER_STEPS = "self-transcendence, first stage", 1000
+INTERNAL_GUIDANCE_SCALE = 1.4  # at which models with the head are judged once more
+COST_PAIRS, COST_STEPS = 5, 60
 # What was tried to choose LSEP's settings, half as long.
 CHOICE_STEPS = 1500
 CHOICES: dict[str, list[object]] = {
@@ -58,6 +77,18 @@ CHOICES: dict[str, list[object]] = {
 }
 SEEDS, PAIR_SEEDS, CHOICE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4), (100, 101)
 WRONG, COARSE = "wrong labels", "coarse labels"
+KINDS = ("labels", WRONG, COARSE)
+# 97.5 % quantiles of Student's distribution by its degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# The numbers of a run that the tables have, at its end.
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "Fréchet distance": lambda result: result["curve"][-1]["frechet_distance"],
+    "on pixels": lambda result: result["curve"][-1]["pixel_frechet_distance"],
+    "precision": lambda result: result["curve"][-1]["precision"],
+    "recall": lambda result: result["curve"][-1]["recall"],
+    "drawn as asked for": lambda result: result["curve"][-1]["as_asked_for"],
+    "accuracy of linear probes": lambda result: float(np.mean(result["probing"]["accuracy"])),
+}
 
 
 @dataclass
@@ -138,14 +169,120 @@ class Judge:
         }
 
 
+def train_run(folder: Path, data: Path, flags: list[object], steps: int, seed: int):
+    length = ["--max_train_steps", steps, "--checkpointing_steps", 500, "--validation_steps", steps]
+    train(folder, data, *flags, *length, "--seed", seed, "--resume_from_checkpoint", "latest", recipe="mnist")
+
+
+def measure_costs(methods: list[str], output_dir: Path) -> dict[str, dict[str, float]]:
+    """Seconds of a step over those of plain SiT, of runs that take turns: the median of their pairs, and its quartiles."""
+    path = output_dir / "costs.json"
+    costs = json.loads(path.read_text()) if path.is_file() else {}
+    for method in methods:
+        if method == "SiT" or method in costs:
+            continue
+        flags = list(METHODS[method])
+        if method == "self-transcendence":
+            teacher = output_dir / Run(TEACHER, 0, "labels", TEACHER_STEPS).name
+            train_run(teacher, MNIST, flags, TEACHER_STEPS, 0)
+            flags += ["--self_transcendence_teacher", teacher / f"checkpoint-{TEACHER_STEPS}"]
+
+        def seconds(flags: list[object]) -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                length = ["--max_train_steps", COST_STEPS, "--logging_steps", 5, "--overwrite_output_dir"]
+                train(Path(folder, "run"), MNIST, *flags, *length, recipe="mnist")
+                lines = read_metrics(Path(folder, "run", "metrics.jsonl"))
+            return statistics.median(line["seconds_per_step"] for line in lines[2:] if "seconds_per_step" in line)
+
+        pairs = [(seconds(flags), seconds(METHODS["SiT"])) for _ in range(COST_PAIRS)]
+        low, median, high = statistics.quantiles([ours / plain for ours, plain in pairs], n=4)
+        plain = statistics.median(plain for _, plain in pairs)
+        costs[method] = {"ratio": median, "ratio_25": low, "ratio_75": high, "seconds_of_sit": plain}
+        write_text(path, json.dumps(costs, indent=1) + "\n")
+    return costs
+
+
+def paired_differences(results: list[dict], method: str, value: Callable[[dict], float]) -> tuple[float, float, int]:
+    """Mean over the seeds of a method's value less plain SiT's, half of its 95 % interval (Student's), and the number."""
+    of = {name: {r["seed"]: value(r) for r in results if r["method"] == name} for name in ("SiT", method)}
+    differences = [of[method][seed] - of["SiT"][seed] for seed in of[method] if seed in of["SiT"]]
+    count = len(differences)
+    if count < 2:
+        return (statistics.mean(differences) if differences else math.nan), math.nan, count
+    spread = statistics.stdev(differences) / math.sqrt(count)
+    return statistics.mean(differences), STUDENT[count - 1] * spread, count
+
+
+def make_table(title: str, results: list[dict]) -> str:
+    """Markdown: of each method the means at the end, and the paired differences from plain SiT with their intervals."""
+    lines = [f"| {title} | {' | '.join(MEASURES)} | runs |", "|---" * (len(MEASURES) + 2) + "|"]
+    for method in dict.fromkeys(result["method"] for result in results):
+        runs, cells = [result for result in results if result["method"] == method], []
+        for value in MEASURES.values():
+            cell = f"{statistics.mean(map(value, runs)):.3g}"
+            if method != "SiT":
+                mean, half, count = paired_differences(results, method, value)
+                cell += f" ({mean:+.3g} ± {half:.2g})" if count > 1 else f" ({mean:+.3g})" if count else ""
+            cells.append(cell)
+        lines.append(f"| {method} | {' | '.join(cells)} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: Path):
+    """The distance against steps and, where the costs are known, against the time of a core."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    seconds = statistics.median(cost["seconds_of_sit"] for cost in costs.values()) if costs else math.nan
+    for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
+        runs = [[point["frechet_distance"] for point in r["curve"]] for r in results if r["method"] == method]
+        steps = np.array([p["step"] for p in next(r for r in results if r["method"] == method)["curve"]])
+        mean, style = np.mean(runs, axis=0), {"label": method, "color": f"C{index}", "marker": "osD^vP*X"[index % 8]}
+        spread = np.std(runs, axis=0, ddof=1) if len(runs) > 1 else None
+        axes[0].errorbar(steps, mean, yerr=spread, capsize=2, **style)
+        ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
+        before = TEACHER_STEPS if method == "self-transcendence" else 0
+        axes[1].errorbar((steps + before) * ratio * seconds / 60, mean, yerr=spread, capsize=2, **style)
+    axes[0].set(xlabel="steps of 64 images", ylabel="Fréchet distance to the training images", yscale="log")
+    axes[1].set(xlabel="minutes of one core")
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_accuracy(results: list[dict], path: Path):
+    """What linear probes know of the layers against the distance, a point for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
+        runs = [result for result in results if result["method"] == method]
+        points = np.array(
+            [[run["curve"][-1]["frechet_distance"], np.mean(run["probing"]["accuracy"])] for run in runs]
+        )
+        axis.scatter(*points.T, label=method, color=f"C{index}", marker="osD^vP*X"[index % 8])
+    axis.set(
+        xlabel="Fréchet distance to the training images", ylabel="accuracy of linear probes, mean of blocks and times"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def finish(run: Run, judge: Judge, output_dir: Path) -> dict:
     """Trains and judges, or reads what an earlier call found."""
     folder, data = output_dir / run.name, prepare_data(run.data, output_dir)
     result = folder / "result.json"
     if not result.is_file():
-        length = ["--max_train_steps", run.steps, "--checkpointing_steps", 500, "--validation_steps", run.steps]
-        options = ["--seed", run.seed, "--resume_from_checkpoint", "latest"]
-        train(folder, data, *run.flags, *length, *options, recipe="mnist")
+        flags = list(run.flags)
+        if run.method == "self-transcendence":
+            teacher = output_dir / Run(TEACHER, run.seed, run.data, TEACHER_STEPS).name
+            train_run(teacher, data, flags, TEACHER_STEPS, run.seed)
+            flags += ["--self_transcendence_teacher", teacher / f"checkpoint-{TEACHER_STEPS}"]
+        train_run(folder, data, flags, run.steps, run.seed)
         num_classes = 2 if run.data == COARSE else 10
         asked_for, curve = np.arange(NUM_SAMPLES) % num_classes, []
         for step in [step for step in JUDGED_STEPS if step <= run.steps]:
@@ -153,17 +290,24 @@ def finish(run: Run, judge: Judge, output_dir: Path) -> dict:
             pipe.scheduler = FlowMatchSDEMultistepScheduler.from_config(pipe.scheduler.config)
             samples = draw(pipe, asked_for.tolist(), run.seed, num_inference_steps=SAMPLING_STEPS)
             curve.append({"step": step, **judge(samples, asked_for, num_classes)})
+        guided = None
+        if pipe.transformer.config.internal_guidance_depth is not None:
+            call = {"num_inference_steps": SAMPLING_STEPS, "internal_guidance_scale": INTERNAL_GUIDANCE_SCALE}
+            samples = draw(pipe, asked_for.tolist(), run.seed, **call)
+            guided = judge(samples, asked_for, num_classes)
         splits = load_image_dataset(train_data_dir=str(MNIST))
         source, held_out, names = open_images(splits, 28, 1, validation_split="test")
         probing = probe_layers(pipe, source, held_out, len(names), None, PROBED_TIMES, "ridge", batch_size=500)
         found = {key: probing[key] for key in ("accuracy", "layers", "timesteps")}
-        write_text(result, json.dumps({**vars(run), "curve": curve, "probing": found}, indent=1) + "\n")
+        write_text(
+            result, json.dumps({**vars(run), "curve": curve, "guided": guided, "probing": found}, indent=1) + "\n"
+        )
     return json.loads(result.read_text())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", default="all", choices=["all", "choice", "methods", "labels"])
+    parser.add_argument("--study", default="all", choices=["all", "choice", "methods", "labels", "cost"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
@@ -173,15 +317,23 @@ def main():
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    costs = measure_costs(args.methods if args.study in ("all", "cost") else [], args.output_dir)
     judge, runs = Judge(), list(list_runs(args.study, args.methods, args.seeds))
     for kind in {run.data for run in runs}:
         prepare_data(kind, args.output_dir)
+    results: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = []
         for result in pool.map(lambda run: finish(run, judge, args.output_dir), runs):
             results.append(result)
             print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {result['curve'][-1]}")
-            write_text(args.output_dir / "results.json", json.dumps(results, indent=1) + "\n")
+            write_text(args.output_dir / f"{args.study}.json", json.dumps(results, indent=1) + "\n")
+    parts = [make_table("choice of LSEP's settings", [r for r in results if r["steps"] == CHOICE_STEPS])]
+    parts += [make_table(kind, [r for r in results if r["steps"] == STEPS and r["data"] == kind]) for kind in KINDS]
+    write_text(args.output_dir / f"{args.study}.md", "\n\n".join(parts) + "\n")
+    compared = [result for result in results if result["steps"] == STEPS and result["data"] == "labels"]
+    if compared:
+        draw_curves(compared, costs, args.output_dir / "curves.png")
+        draw_accuracy(compared, args.output_dir / "accuracy.png")
 
 
 if __name__ == "__main__":
