@@ -175,7 +175,7 @@ def train_run(folder: Path, data: Path, flags: list[object], steps: int, seed: i
 
 
 def measure_costs(methods: list[str], output_dir: Path) -> dict[str, dict[str, float]]:
-    """Seconds of a step over those of plain SiT, of runs that take turns: the median of their pairs, and its quartiles."""
+    """Seconds of a step over those of plain SiT, of runs that take turns: median and quartiles of their pairs."""
     path = output_dir / "costs.json"
     costs = json.loads(path.read_text()) if path.is_file() else {}
     for method in methods:
@@ -203,7 +203,7 @@ def measure_costs(methods: list[str], output_dir: Path) -> dict[str, dict[str, f
 
 
 def paired_differences(results: list[dict], method: str, value: Callable[[dict], float]) -> tuple[float, float, int]:
-    """Mean over the seeds of a method's value less plain SiT's, half of its 95 % interval (Student's), and the number."""
+    """Mean over the seeds of a value less plain SiT's, half of its 95 % interval (Student's), and their number."""
     of = {name: {r["seed"]: value(r) for r in results if r["method"] == name} for name in ("SiT", method)}
     differences = [of[method][seed] - of["SiT"][seed] for seed in of[method] if seed in of["SiT"]]
     count = len(differences)
@@ -214,7 +214,7 @@ def paired_differences(results: list[dict], method: str, value: Callable[[dict],
 
 
 def make_table(title: str, results: list[dict]) -> str:
-    """Markdown: of each method the means at the end, and the paired differences from plain SiT with their intervals."""
+    """Markdown: of each method the means at the end, and the paired differences from plain SiT."""
     lines = [f"| {title} | {' | '.join(MEASURES)} | runs |", "|---" * (len(MEASURES) + 2) + "|"]
     for method in dict.fromkeys(result["method"] for result in results):
         runs, cells = [result for result in results if result["method"] == method], []
@@ -260,9 +260,8 @@ def draw_accuracy(results: list[dict], path: Path):
     axis = figure.subplots()
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
         runs = [result for result in results if result["method"] == method]
-        points = np.array(
-            [[run["curve"][-1]["frechet_distance"], np.mean(run["probing"]["accuracy"])] for run in runs]
-        )
+        names = ("Fréchet distance", "accuracy of linear probes")
+        points = np.array([[MEASURES[name](run) for name in names] for run in runs])
         axis.scatter(*points.T, label=method, color=f"C{index}", marker="osD^vP*X"[index % 8])
     axis.set(
         xlabel="Fréchet distance to the training images", ylabel="accuracy of linear probes, mean of blocks and times"
@@ -299,9 +298,8 @@ def finish(run: Run, judge: Judge, output_dir: Path) -> dict:
         source, held_out, names = open_images(splits, 28, 1, validation_split="test")
         probing = probe_layers(pipe, source, held_out, len(names), None, PROBED_TIMES, "ridge", batch_size=500)
         found = {key: probing[key] for key in ("accuracy", "layers", "timesteps")}
-        write_text(
-            result, json.dumps({**vars(run), "curve": curve, "guided": guided, "probing": found}, indent=1) + "\n"
-        )
+        found = {**vars(run), "curve": curve, "guided": guided, "probing": found}
+        write_text(result, json.dumps(found, indent=1) + "\n")
     return json.loads(result.read_text())
 
 
