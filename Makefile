@@ -16,10 +16,10 @@ style:
 	ruff format $(check_dirs)
 
 test:
-	pytest
+	pytest -n 2
 
 test-fast:
-	pytest -m "not slow"
+	pytest -n 2 -m "not slow"
 
 # With the oldest version of every requirement that setup.py allows, in an environment of its own, which is kept.
 test-oldest:

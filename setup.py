@@ -24,6 +24,7 @@ extras["test"] = [
     "peft>=0.18",
     "pytest>=8",
     "pytest-timeout>=2.3.1",
+    "pytest-xdist>=3.6",
     "requests-mock",
     "selenium>=4.20",  # looks at the demo in a browser
 ]

@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine tenfold
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 # Neither the caches nor accelerate's settings of whoever runs the tests. Removed with the interpreter.
 hf_home = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ["HF_HOME"] = hf_home.name
