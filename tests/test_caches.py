@@ -92,6 +92,12 @@ def test_cache_that_leaves_nothing_out_gives_the_same_images(pipe, name):
         pipe.transformer.disable_cache()
 
 
+def test_mag_cache_leaves_nothing_out_at_threshold_0_whatever_its_ratios_are(pipe):
+    expected = draw(pipe)
+    pipe.transformer.enable_cache(MagCacheConfig(threshold=0.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS))
+    assert torch.equal(draw(pipe), expected)
+
+
 @pytest.mark.parametrize("name", ACTIVE)
 def test_cache_changes_images_a_little_and_disabling_it_restores_them(pipe, name):
     """With guidance at all times, at some, and at none; every call starts anew."""

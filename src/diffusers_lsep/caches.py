@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, ModelHook, SeaCacheConfig
+from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, ModelHook, SeaCacheConfig
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
 from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
@@ -48,6 +48,9 @@ def fit_cache_config(config: Any, num_layers: int) -> Any:
             f"`config` has to be of another cache than FirstBlockCache, which needs two blocks or more, as the model"
             f" has {num_layers}."
         )
+    if isinstance(config, MagCacheConfig) and config.threshold == 0:
+        # Where the ratios are 1 it expects no error, and would leave blocks out.
+        return replace(config, threshold=-math.inf)
     if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
         return replace(config, raw_vision_callback=_list_latents)
     if isinstance(config, FasterCacheConfig):
