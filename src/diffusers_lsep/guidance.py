@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance away from a class, or from none: by a scale, or by one of diffusers' guiders."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
 
+from .argument_checks import check_finite
 from .interpolants import get_interpolant
 
 
@@ -21,8 +21,7 @@ GUIDER_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip")
 
 def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
     """Raises a `ValueError` if the transformer cannot give the prediction that is asked for."""
-    if not math.isfinite(internal_guidance_scale):
-        raise ValueError(f"`internal_guidance_scale` has to be a finite number, but is {internal_guidance_scale}.")
+    check_finite("internal_guidance_scale", internal_guidance_scale)
     if internal_guidance_scale <= 1:
         return
     if transformer.config.get("internal_guidance_depth") is None:
@@ -39,11 +38,15 @@ def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
 
 def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: BaseGuidance | None):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale}.")
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+    check_finite("guidance_scale", guidance_scale)
+    try:
+        low, high = guidance_interval
+        is_interval = 0 <= low <= high <= 1
+    except (TypeError, ValueError):
+        is_interval = False
+    if not is_interval:
         raise ValueError(
-            f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval}."
+            f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval!r}."
         )
     if guider is None:
         return
