@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, ModelHook, SeaCacheConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    HookRegistry,
+    MagCacheConfig,
+    ModelHook,
+    SeaCacheConfig,
+)
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
 from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
@@ -164,6 +171,11 @@ class SiTCacheMixin(CacheMixin):
                 yield
         finally:
             self._cache_context = None
+
+    def _reset_stateful_cache(self, recurse: bool = True):
+        # Contexts have to reach what `apply_first_block_cache` and the like put in after the last call, too.
+        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+        super()._reset_stateful_cache(recurse)
 
     def default_cache_context(self) -> AbstractContextManager[None]:
         """The context of a call that is made outside of any, if there is a cache."""
