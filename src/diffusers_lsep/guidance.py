@@ -3,14 +3,16 @@
 """Guidance away from a class, or from none: by a scale, or by one of diffusers' guiders."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.guiders import BaseGuidance
 
 from .argument_checks import check_finite
 from .interpolants import get_interpolant
 
+
+if TYPE_CHECKING:
+    from diffusers.guiders import BaseGuidance
 
 # The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
 INTERVAL_TOLERANCE = 1e-6
@@ -36,7 +38,7 @@ def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
         )
 
 
-def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: BaseGuidance | None):
+def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: "BaseGuidance | None"):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
     check_finite("guidance_scale", guidance_scale)
     try:
@@ -50,6 +52,8 @@ def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float]
         )
     if guider is None:
         return
+    from diffusers.guiders import BaseGuidance  # loads kornia where that is installed
+
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"`guider` has to be a guider of diffusers, but is {guider!r}.")
     if guidance_scale != 1:
@@ -81,7 +85,7 @@ class GuidanceMixin:
     _guidance_scale: float
     _guidance_interval: tuple[float, float]
     _guidance_active: bool
-    _guider: BaseGuidance | None
+    _guider: "BaseGuidance | None"
     _attention_kwargs: dict[str, Any] | None
     _internal_guidance_scale: float
 
