@@ -296,6 +296,8 @@ def test_channels_that_do_not_fit_are_refused_when_the_pipeline_is_made(train, i
     vae = make_autoencoder("KL", latent_channels=8)
     with pytest.raises(ValueError, match=message):
         LSEPPipeline(pipe.transformer, pipe.scheduler, vae=vae)
+    with pytest.raises(ValueError, match="`vae` has to be an autoencoder of diffusers, but is of the class str"):
+        LSEPPipeline(pipe.transformer, pipe.scheduler, vae="stabilityai/sd-vae-ft-mse")
     pipe.save_pretrained(tmp_path / "pipeline")
     with pytest.raises(ValueError, match=message):
         LSEPPipeline.from_pretrained(tmp_path / "pipeline", vae=vae)

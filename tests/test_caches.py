@@ -13,6 +13,7 @@ from diffusers.hooks import (
     PyramidAttentionBroadcastConfig,
     SeaCacheConfig,
     TaylorSeerCacheConfig,
+    apply_first_block_cache,
     apply_layer_skip,
 )
 from diffusers.hooks.layer_skip import _LAYER_SKIP_HOOK
@@ -92,6 +93,12 @@ def test_cache_that_leaves_nothing_out_gives_the_same_images(pipe, name):
         pipe.transformer.disable_cache()
 
 
+def test_mag_cache_leaves_nothing_out_at_threshold_0_whatever_its_ratios_are(pipe):
+    expected = draw(pipe)
+    pipe.transformer.enable_cache(MagCacheConfig(threshold=0.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS))
+    assert torch.equal(draw(pipe), expected)
+
+
 @pytest.mark.parametrize("name", ACTIVE)
 def test_cache_changes_images_a_little_and_disabling_it_restores_them(pipe, name):
     """With guidance at all times, at some, and at none; every call starts anew."""
@@ -103,6 +110,14 @@ def test_cache_changes_images_a_little_and_disabling_it_restores_them(pipe, name
         assert 1e-5 < (images[0] - expected).norm() / expected.norm() < 0.2, interval
         pipe.transformer.disable_cache()
         assert torch.equal(draw(pipe, interval=interval, guidance_scale=guidance_scale), expected), interval
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_a_cache_that_is_applied_by_its_function_after_a_call(pipe, interval):
+    expected = draw(pipe, interval=interval)
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.3))
+    images = draw(pipe, interval=interval)
+    assert 1e-5 < (images - expected).norm() / expected.norm() < 0.2
 
 
 @pytest.mark.parametrize("name", ACTIVE)

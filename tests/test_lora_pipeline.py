@@ -124,7 +124,7 @@ def test_classes_come_and_go_with_the_adapter(tmp_path, way):
     pipe.load_lora_weights(save_adapter(tmp_path, classes=NEW), adapter_name="pets")
     assert pipe.labels == {"dog": 0, "elk": 1} and pipe.transformer.config.num_classes == 2
     assert pipe("elk", num_inference_steps=2).images[0].size == (8, 8)
-    with pytest.raises(ValueError, match=r"`class_labels` has to lie in 0\.\.2, but holds 3"):
+    with pytest.raises(ValueError, match=r"`class_labels` has to lie in 0\.\.1, but holds 3"):
         pipe(3)
     # Of weight 0 it draws what the base model draws without a class.
     pipe.set_adapters("pets", 0.0)
@@ -194,6 +194,8 @@ def test_adapters_that_do_not_fit(tmp_path, classes, options, message):
         pipe.load_lora_weights(save_adapter(tmp_path, classes=classes), **options)
     with pytest.raises(ValueError, match=r"has to hold LoRA layers alone, but has \['proj_out.weight'\]"):
         pipe.load_lora_weights({"proj_out.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path_or_dict` has to be an id .* but is None"):
+        pipe.load_lora_weights(None)
     assert pipe.get_list_adapters() == {} and pipe.config.id2label == NAMES
 
 

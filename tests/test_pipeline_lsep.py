@@ -400,6 +400,13 @@ def test_a_callback_sets_scale_and_interval(ode_pipeline):
     assert sizes == [1, 1, 2, 1, 1] and torch.equal(found, expected)
 
 
+def test_a_callback_that_returns_nothing_and_asks_for_nothing(ode_pipeline):
+    seen = []
+    arguments = {"callback_on_step_end": lambda *given: seen.append(given[3]), "guidance_scale": 3.0}
+    found, _ = run(ode_pipeline, 1, callback_on_step_end_tensor_inputs=None, **arguments)
+    assert seen == [{}] * 5 and torch.equal(found, run(ode_pipeline, 1, guidance_scale=3.0)[0])
+
+
 @pytest.mark.parametrize("wrap", [lambda callback: callback, lambda callback: MultiPipelineCallbacks([callback])])
 @pytest.mark.parametrize("cutoff", [{"cutoff_step_index": 1, "cutoff_step_ratio": None}, {"cutoff_step_ratio": 0.2}])
 def test_the_cutoff_callback_of_diffusers(ode_pipeline, cutoff, wrap):
@@ -999,6 +1006,24 @@ def test_model_offload_and_from_pipe(make_pipeline):
         ),
         ({"guider": LTX2Guidance()}, "`guider` has to combine .* LTX2Guidance needs .*'pred_cond_modality'"),
         ({"guider": SmoothedEnergyGuidance(seg_guidance_layers=[0])}, "`guider` .* SmoothedEnergyGuidance needs"),
+        # Of the wrong type
+        ({"num_images_per_label": 1.5}, "`num_images_per_label` has to be an integer, but is 1.5"),
+        ({"num_images_per_label": "2"}, "`num_images_per_label` has to be an integer, but is '2'"),
+        ({"num_inference_steps": "2"}, "`num_inference_steps` has to be an integer, but is '2'"),
+        ({"guidance_scale": None}, "`guidance_scale` has to be a finite number, but is None"),
+        ({"guidance_interval": 0.5}, r"`guidance_interval` has to be \(low, high\) .* but is 0.5"),
+        ({"guidance_interval": ("a", "b")}, r"`guidance_interval` has to be \(low, high\) .* but is \('a', 'b'\)"),
+        ({"internal_guidance_scale": "2"}, "`internal_guidance_scale` has to be a finite number, but is '2'"),
+        ({"attention_kwargs": 0.5}, "`attention_kwargs` has to be a dictionary, but is of type float"),
+        ({"callback_on_step_end": "print"}, "`callback_on_step_end` has to be a function, but is of type str"),
+        (
+            {"callback_on_step_end_tensor_inputs": "latents"},
+            "`callback_on_step_end_tensor_inputs` .* list, .* type str",
+        ),
+        ({"generator": 0}, "`generator` has to be a `torch.Generator`, or a list of them, but is of type int"),
+        ({"generator": [0]}, "`generator` has to be a `torch.Generator`, or a list of them, but is of type int"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "`latents` has to be a tensor, but is of type ndarray"),
+        ({"sigmas": "all", "output_type": "latent"}, "`sigmas` has to be a list of numbers, but is 'all'"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, message):

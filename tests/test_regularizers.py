@@ -454,6 +454,10 @@ def test_losses_stay_in_float32_under_autocast():
         (lambda: SelfTranscendenceRegularizer(8, mask="all"), "`mask` has to be one of .*, but is 'all'"),
         (lambda: REPARegularizer(8, 8, projector="cnn"), "`projector` has to be one of .*, but is 'cnn'"),
         (
+            lambda: make_transformer(internal_guidance_depth="1"),
+            "`internal_guidance_depth` has to be None or lie in 1..2, but is '1'",
+        ),
+        (
             lambda: make_transformer(internal_guidance_depth=3),
             "`internal_guidance_depth` has to be None or lie in 1..2",
         ),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import HEADS, NAMES, REFERENCE, load_original, original_weights
 from tiny_models import make_pipeline, make_transformer, make_vae
 
-from diffusers_lsep import LSEPPipeline, SiTTransformer2DModel, convert_original_checkpoint
+from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel, convert_original_checkpoint
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,6 +123,20 @@ def test_diffusers_layout(folder, tmp_path):
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe([0, 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+
+def test_the_path_of_the_pipeline_that_the_file_lies_in(tmp_path, monkeypatch):
+    """Without it a model of the cosine path would draw on the linear one, and nothing would say so."""
+    expected = make_pipeline(FlowMatchSDEScheduler(path_type="cosine"), in_channels=3)
+    expected.save_pretrained(tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "transformer" / WEIGHTS
+    pipe = LSEPPipeline.from_single_file(file)
+    assert pipe.config.path_type == pipe.scheduler.config.path_type == "cosine"
+    np.testing.assert_array_equal(draw(pipe), draw(expected))
+    assert LSEPPipeline.from_single_file(file, path_type="linear").config.path_type == "linear"
+    (tmp_path / "pipeline" / "model_index.json").unlink()
+    monkeypatch.chdir(file.parent)
+    assert LSEPPipeline.from_single_file(WEIGHTS).config.path_type == "linear"
 
 
 def test_pipelines_with_a_config(folder, tmp_path):

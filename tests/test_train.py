@@ -748,6 +748,8 @@ def test_unconditional_latents_and_streams(train, load_example, loose_images, ti
     )
     losses = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("images", "latents")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(ValueError, match="`--latents_dir` has to have labels without `--unconditional`"):
+        train("--latents_dir", tmp_path / "moments", output_dir=tmp_path / "conditional")
     # Latents in the layout of EDM2, whose document says that there are no labels
     (tmp_path / "vae-sd").mkdir()
     for row in range(4):

@@ -85,6 +85,8 @@ def check_autoencoder(vae: Autoencoder, argument: str, in_channels: int | None =
         in_channels (`int`, *optional*): Channels of the transformer, if it is known.
     """
     class_name = type(vae).__name__
+    if not hasattr(vae, "config") or not hasattr(vae, "decode"):
+        raise ValueError(f"`{argument}` has to be an autoencoder of diffusers, but is of the class {class_name}.")
     if class_name in UNSUPPORTED:
         raise ValueError(f"`{argument}` cannot be of the class {class_name}: {UNSUPPORTED[class_name]}.")
     channels = get_latent_channels(vae)

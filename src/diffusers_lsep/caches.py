@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, ModelHook, SeaCacheConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    HookRegistry,
+    MagCacheConfig,
+    ModelHook,
+    SeaCacheConfig,
+)
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
 from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
@@ -48,6 +55,9 @@ def fit_cache_config(config: Any, num_layers: int) -> Any:
             f"`config` has to be of another cache than FirstBlockCache, which needs two blocks or more, as the model"
             f" has {num_layers}."
         )
+    if isinstance(config, MagCacheConfig) and config.threshold == 0:
+        # Where the ratios are 1 it expects no error, and would leave blocks out.
+        return replace(config, threshold=-math.inf)
     if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
         return replace(config, raw_vision_callback=_list_latents)
     if isinstance(config, FasterCacheConfig):
@@ -161,6 +171,11 @@ class SiTCacheMixin(CacheMixin):
                 yield
         finally:
             self._cache_context = None
+
+    def _reset_stateful_cache(self, recurse: bool = True):
+        # Contexts have to reach what `apply_first_block_cache` and the like put in after the last call, too.
+        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+        super()._reset_stateful_cache(recurse)
 
     def default_cache_context(self) -> AbstractContextManager[None]:
         """The context of a call that is made outside of any, if there is a cache."""

@@ -198,7 +198,10 @@ def set_timesteps(
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
     if sigmas is not None:
         # Some schedulers calculate with them as they are, which takes an array.
-        arguments["sigmas"] = np.asarray(sigmas, dtype=np.float64)
+        try:
+            arguments["sigmas"] = np.asarray(sigmas, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"`sigmas` has to be a list of numbers, but is {sigmas!r}.") from None
     else:
         arguments["num_inference_steps"] = num_inference_steps
     scheduler.set_timesteps(**arguments)

@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance away from a class, or from none: by a scale, or by one of diffusers' guiders."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.guiders import BaseGuidance
 
+from .argument_checks import check_finite
 from .interpolants import get_interpolant
 
+
+if TYPE_CHECKING:
+    from diffusers.guiders import BaseGuidance
 
 # The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
 INTERVAL_TOLERANCE = 1e-6
@@ -21,8 +23,7 @@ GUIDER_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip")
 
 def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
     """Raises a `ValueError` if the transformer cannot give the prediction that is asked for."""
-    if not math.isfinite(internal_guidance_scale):
-        raise ValueError(f"`internal_guidance_scale` has to be a finite number, but is {internal_guidance_scale}.")
+    check_finite("internal_guidance_scale", internal_guidance_scale)
     if internal_guidance_scale <= 1:
         return
     if transformer.config.get("internal_guidance_depth") is None:
@@ -37,16 +38,22 @@ def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
         )
 
 
-def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: BaseGuidance | None):
+def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: "BaseGuidance | None"):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale}.")
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+    check_finite("guidance_scale", guidance_scale)
+    try:
+        low, high = guidance_interval
+        is_interval = 0 <= low <= high <= 1
+    except (TypeError, ValueError):
+        is_interval = False
+    if not is_interval:
         raise ValueError(
-            f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval}."
+            f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval!r}."
         )
     if guider is None:
         return
+    from diffusers.guiders import BaseGuidance  # loads kornia where that is installed
+
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"`guider` has to be a guider of diffusers, but is {guider!r}.")
     if guidance_scale != 1:
@@ -78,7 +85,7 @@ class GuidanceMixin:
     _guidance_scale: float
     _guidance_interval: tuple[float, float]
     _guidance_active: bool
-    _guider: BaseGuidance | None
+    _guider: "BaseGuidance | None"
     _attention_kwargs: dict[str, Any] | None
     _internal_guidance_scale: float
 

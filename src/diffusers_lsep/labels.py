@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .argument_checks import check_count
+
 
 NUM_LISTED = 20  # classes and names, until there are too many to read
 
@@ -108,8 +110,7 @@ def find_call_ids(
     Raises:
         `ValueError`: if there are no labels, or if their numbers do not go together.
     """
-    if num_images_per_label < 1:
-        raise ValueError(f"`num_images_per_label` has to be at least 1, but is {num_images_per_label}.")
+    check_count("num_images_per_label", num_images_per_label)
     ids = [null_id] if class_labels is None else find(class_labels)
     if not ids:
         raise ValueError("`class_labels` has to hold at least one class, but is empty.")

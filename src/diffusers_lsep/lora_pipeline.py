@@ -93,6 +93,11 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
         Raises:
             `ValueError`: if it is no LoRA, or if its classes are not those of the model or of another adapter.
         """
+        if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` has to be an id on the Hub, a folder, a file or a state dict,"
+                f" but is {pretrained_model_name_or_path_or_dict!r}."
+            )
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs

@@ -4,12 +4,11 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import SchedulerMixin
@@ -17,6 +16,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
+from .argument_checks import check_count, check_type
 from .auto_map import AutoMapMixin
 from .autoencoders import (
     Autoencoder,
@@ -33,6 +33,9 @@ from .lora_pipeline import LSEPLoraLoaderMixin
 from .single_file import LSEPSingleFileMixin
 from .transformer_sit import SiTTransformer2DModel
 
+
+if TYPE_CHECKING:
+    from diffusers.guiders import BaseGuidance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -226,11 +229,18 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         sigmas: list[float] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
-        guider: BaseGuidance | None = None,
+        guider: "BaseGuidance | None" = None,
         internal_guidance_scale: float = 1.0,
+        callback_on_step_end: Callable | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ):
-        if sigmas is None and num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
+        if sigmas is None:
+            check_count("num_inference_steps", num_inference_steps)
+        check_type("attention_kwargs", attention_kwargs, dict, "a dictionary")
+        check_type("callback_on_step_end", callback_on_step_end, Callable, "a function")
+        check_type("latents", latents, torch.Tensor, "a tensor")
+        for each in generator if isinstance(generator, list) else [generator]:
+            check_type("generator", each, torch.Generator, "a `torch.Generator`, or a list of them")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` has to be one generator or a list of one for each of the {batch_size} images, but is a"
@@ -241,7 +251,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             raise ValueError(f"`latents` has to be of shape {list(shape)}, but is of shape {list(latents.shape)}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {list(OUTPUT_TYPES)}, but is {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        check_type("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, (list, tuple), "a list")
+        names = callback_on_step_end_tensor_inputs or []
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has to be a part of {self._callback_tensor_inputs}, but has"
@@ -297,7 +309,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
     ):
         # `prompt_embeds` is what diffusers' SDCFGCutoffCallback asks for: it sees the classes, and changes nothing.
         shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
-        outputs = callback(self, i, timestep, {name: shown[name] for name in names}) or {}
+        outputs = callback(self, i, timestep, {name: shown[name] for name in names or []}) or {}
         tensors.update({name: outputs[name] for name in tensors if name in outputs})
 
     @torch.no_grad()
@@ -317,7 +329,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, as in all pipelines of diffusers
         negative_class_labels: int | str | list[int | str] | None = None,
         num_images_per_label: int = 1,
-        guider: BaseGuidance | None = None,
+        guider: "BaseGuidance | None" = None,
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -392,6 +404,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             callback_on_step_end_tensor_inputs,
             guider,
             internal_guidance_scale,
+            callback_on_step_end,
+            attention_kwargs,
         )
         self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
         self._internal_guidance_scale = internal_guidance_scale

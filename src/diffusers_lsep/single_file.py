@@ -77,8 +77,9 @@ class LSEPSingleFileMixin(FromSingleFileMixin):
             weights (`str`, defaults to `"ema"`): Which weights of an original checkpoint, `"ema"` or `"model"`.
             kwargs:
                 - `config`: folder or Hub id of an [`LSEPPipeline`] with all the rest. Without it there is no VAE
-                  unless it is given, the scheduler is [`FlowMatchSDEScheduler`], the path is the file's or linear,
-                  and the 1,000 classes of an original file are ImageNet's.
+                  unless it is given, the scheduler is [`FlowMatchSDEScheduler`], the path is the file's, that of
+                  the pipeline in whose folder `transformer` the file lies, or linear, and the 1,000 classes of an
+                  original file are ImageNet's.
                 - `vae`, `scheduler`, `id2label` and `path_type` of the pipeline, which go before those of `config`.
                 - All others of [`SiTSingleFileMixin.from_single_file`] but `subfolder`, `device` and `device_map`.
 

@@ -85,6 +85,7 @@ def load_model(
         path_type, state_dict = kwargs.pop("path_type", None), content
         if config is None and beside is not None:
             config = _read_config(model_class, hub_options, **beside)
+            path_type = path_type or _read_path_type(hub_options, **beside)
         if config is None:
             raise ValueError(
                 "`config` has to be the folder or Hub id of such a model: weights in the layout of diffusers do not"
@@ -180,6 +181,20 @@ def _read_config(
             )
         return {name: read[name] for name in MODEL_ARGUMENTS if name in read}
     raise ValueError(f"`config` {str(config)!r} has no config of a SiTTransformer2DModel: {reason}") from reason
+
+
+def _read_path_type(
+    hub_options: dict[str, Any], config: str, subfolder: str | None = None, config_revision: str | None = None
+) -> str | None:
+    """The path of the pipeline whose transformer the file is, if it lies in one: weights do not say it."""
+    if subfolder is None:  # a folder on this machine
+        config, subfolder = os.path.split(os.path.abspath(config))
+    if subfolder != "transformer":
+        return None
+    try:
+        return LSEPPipeline.load_config(config, **{**hub_options, "revision": config_revision}).get("path_type")
+    except OSError:
+        return None
 
 
 def _check_weights(state_dict: dict[str, Any], model: SiTTransformer2DModel, quantization_config: Any):

@@ -279,9 +279,9 @@ class SiTTransformer2DModel(
                 f" {config.patch_size}."
             )
         depth = config.internal_guidance_depth
-        if depth is not None and not 1 <= depth <= config.num_layers:
+        if depth is not None and not (isinstance(depth, int) and 1 <= depth <= config.num_layers):
             raise ValueError(
-                f"`internal_guidance_depth` has to be None or lie in 1..{config.num_layers}, but is {depth}."
+                f"`internal_guidance_depth` has to be None or lie in 1..{config.num_layers}, but is {depth!r}."
             )
         width = config.num_attention_heads * config.attention_head_dim
         if width % 4:

@@ -287,6 +287,11 @@ def open_moments(
     names = [latents.id2label[index] for index in range(len(latents.id2label))]
     if args.unconditional:
         names, latents.labels = list(UNLABELED), np.full_like(latents.labels, len(UNLABELED))
+    elif names == list(UNLABELED):
+        raise ValueError(
+            f"`--latents_dir` has to have labels without `--unconditional`, but {args.latents_dir} was encoded with"
+            " that flag."
+        )
     if num_classes is not None and not len(names) <= num_classes:
         raise ValueError(f"`--num_classes` has to be at least {len(names)} for `--latents_dir`, is {num_classes}.")
     data = TrainingData(latents, None, names + [str(index) for index in range(len(names), num_classes or 0)])
