@@ -73,7 +73,13 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents", "class_labels", "negative_class_labels", "prompt_embeds"]
+    _callback_tensor_inputs = [
+        "latents",
+        "class_labels",
+        "negative_class_labels",
+        "pred_original_sample",
+        "prompt_embeds",
+    ]
 
     def __init__(
         self,
@@ -293,10 +299,16 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         return latents.float() if self.vae is None else decode_latents(self.vae, latents)
 
     def _call_back(
-        self, callback: Callable, names: list[str], i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+        self,
+        callback: Callable,
+        names: list[str],
+        i: int,
+        timestep: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        pred_original_sample: torch.Tensor | None,
     ):
         # `prompt_embeds` is what diffusers' SDCFGCutoffCallback asks for: it sees the classes, and changes nothing.
-        shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
+        shown = {**tensors, "prompt_embeds": tensors["class_labels"], "pred_original_sample": pred_original_sample}
         outputs = callback(self, i, timestep, {name: shown[name] for name in names}) or {}
         tensors.update({name: outputs[name] for name in tensors if name in outputs})
 
@@ -349,8 +361,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                 in `pipe._guidance_scale`, `_guidance_interval`, `_guider`, `_attention_kwargs` or `_interrupt` holds
                 from the next step on.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                The tensors that `callback_kwargs` holds: `"latents"`, and the ids `"class_labels"` and
-                `"negative_class_labels"`, `[B]`. A callback of diffusers brings its own list.
+                The tensors that `callback_kwargs` holds: `"latents"`, the ids `"class_labels"` and
+                `"negative_class_labels"`, `[B]`, and `"pred_original_sample"`, the data `x_0` that the model, guided
+                as it is, saw in the latents of before the step. A callback of diffusers brings its own list.
             negative_class_labels (`int`, `str` or a list of these, *optional*):
                 Classes that guidance leads away from, one for all or one for each of `class_labels`; no class if not
                 given.
@@ -416,6 +429,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         # 4. Denoising loop
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if accepts_generator else {}
+        path = get_interpolant(self.config.path_type)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -428,11 +442,15 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
 
                 step = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": timestep}
                 velocity = self._predict_step(tensors, times[i], scale, in_interval, step)
+                data = None
+                if "pred_original_sample" in callback_on_step_end_tensor_inputs:
+                    data = path.predict_original_sample(velocity, tensors["latents"], times[i])
                 tensors["latents"] = self.scheduler.step(
                     velocity, timestep, tensors["latents"], **step_kwargs, return_dict=False
                 )[0]
                 if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, tensors)
+                    names = callback_on_step_end_tensor_inputs
+                    self._call_back(callback_on_step_end, names, i, timestep, tensors, data)
 
                 progress_bar.update()
         self._current_timestep = None
