@@ -4,12 +4,15 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.guiders import BaseGuidance
 
 from .interpolants import get_interpolant
+
+
+if TYPE_CHECKING:  # one of the guiders imports kornia where that is installed
+    from diffusers.guiders import BaseGuidance
 
 
 # The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
@@ -37,7 +40,7 @@ def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
         )
 
 
-def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: BaseGuidance | None):
+def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: "BaseGuidance | None"):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
     if not math.isfinite(guidance_scale):
         raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale}.")
@@ -47,6 +50,8 @@ def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float]
         )
     if guider is None:
         return
+    from diffusers.guiders import BaseGuidance
+
     if not isinstance(guider, BaseGuidance):
         raise ValueError(f"`guider` has to be a guider of diffusers, but is {guider!r}.")
     if guidance_scale != 1:
@@ -78,7 +83,7 @@ class GuidanceMixin:
     _guidance_scale: float
     _guidance_interval: tuple[float, float]
     _guidance_active: bool
-    _guider: BaseGuidance | None
+    _guider: "BaseGuidance | None"
     _attention_kwargs: dict[str, Any] | None
     _internal_guidance_scale: float
 

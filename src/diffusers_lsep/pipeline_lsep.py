@@ -4,12 +4,11 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import SchedulerMixin
@@ -33,6 +32,9 @@ from .lora_pipeline import LSEPLoraLoaderMixin
 from .single_file import LSEPSingleFileMixin
 from .transformer_sit import SiTTransformer2DModel
 
+
+if TYPE_CHECKING:
+    from diffusers.guiders import BaseGuidance
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -232,7 +234,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         sigmas: list[float] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
-        guider: BaseGuidance | None = None,
+        guider: "BaseGuidance | None" = None,
         internal_guidance_scale: float = 1.0,
     ):
         if sigmas is None and num_inference_steps < 1:
@@ -329,7 +331,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006, as in all pipelines of diffusers
         negative_class_labels: int | str | list[int | str] | None = None,
         num_images_per_label: int = 1,
-        guider: BaseGuidance | None = None,
+        guider: "BaseGuidance | None" = None,
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
