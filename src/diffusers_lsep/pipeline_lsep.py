@@ -1,6 +1,5 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,7 +23,7 @@ from .autoencoders import (
     decode_latents,
     get_scale_factor,
 )
-from .flow_schedulers import check_scheduler, set_timesteps
+from .flow_schedulers import check_scheduler, set_timesteps, takes
 from .guidance import GuidanceMixin, check_guidance, check_internal_guidance, is_in_interval
 from .interpolants import get_interpolant
 from .labels import find_call_ids, find_class_ids, find_names, unique_names
@@ -307,10 +306,12 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         i: int,
         timestep: torch.Tensor,
         tensors: dict[str, torch.Tensor],
-        pred_original_sample: torch.Tensor | None,
+        evaluated: tuple[torch.Tensor, torch.Tensor, float],
     ):
         # `prompt_embeds` is what diffusers' SDCFGCutoffCallback asks for: it sees the classes, and changes nothing.
-        shown = {**tensors, "prompt_embeds": tensors["class_labels"], "pred_original_sample": pred_original_sample}
+        shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
+        if "pred_original_sample" in names:
+            shown["pred_original_sample"] = get_interpolant(self.config.path_type).predict_original_sample(*evaluated)
         outputs = callback(self, i, timestep, {name: shown[name] for name in names}) or {}
         tensors.update({name: outputs[name] for name in tensors if name in outputs})
 
@@ -429,9 +430,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         }
 
         # 4. Denoising loop
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if accepts_generator else {}
-        path = get_interpolant(self.config.path_type)
+        options = {"generator": generator} if takes(self.scheduler.step, "generator") else {}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -443,16 +442,12 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                     scale = self.guidance_scale if in_interval else 1.0
 
                 step = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": timestep}
+                state = tensors["latents"]
                 velocity = self._predict_step(tensors, times[i], scale, in_interval, step)
-                data = None
-                if "pred_original_sample" in callback_on_step_end_tensor_inputs:
-                    data = path.predict_original_sample(velocity, tensors["latents"], times[i])
-                tensors["latents"] = self.scheduler.step(
-                    velocity, timestep, tensors["latents"], **step_kwargs, return_dict=False
-                )[0]
+                tensors["latents"] = self.scheduler.step(velocity, timestep, state, **options, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    names = callback_on_step_end_tensor_inputs
-                    self._call_back(callback_on_step_end, names, i, timestep, tensors, data)
+                    names, evaluated = callback_on_step_end_tensor_inputs, (velocity, state, times[i])
+                    self._call_back(callback_on_step_end, names, i, timestep, tensors, evaluated)
 
                 progress_bar.update()
         self._current_timestep = None
