@@ -316,11 +316,18 @@ def draw_strip(args: argparse.Namespace):
     print(describe_classes(class_ids, id2label))
 
     call = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "guidance_interval")}
-    recorder = DenoisingRecorder(class_ids, **call, num_columns=args.num_columns)
     generators = [torch.Generator().manual_seed(seed) for _, seed in rows]
     noise = pipe.prepare_latents(len(rows), pipe.device, generators, None)
-    recorder.record(pipe, noise, 1.0)
-    pipe(class_ids, **call, generator=generators, latents=noise, output_type="latent", callback_on_step_end=recorder)
+    recorder = DenoisingRecorder(noise, args.num_inference_steps, args.num_columns)
+    pipe(
+        class_ids,
+        **call,
+        generator=generators,
+        latents=noise,
+        output_type="latent",
+        callback_on_step_end=recorder,
+        callback_on_step_end_tensor_inputs=recorder.tensor_inputs,
+    )
 
     labels = [id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids]
     if len(args.seeds) > 1:

@@ -38,7 +38,7 @@ from diffusers.guiders import (
     SmoothedEnergyGuidance,
     TangentialClassifierFreeGuidance,
 )
-from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig
 from gaussian_flow import GaussianFlow
 from peft import LoraConfig
 from PIL import Image
@@ -387,6 +387,30 @@ def test_a_callback_that_turns_the_guidance_off_ends_it_with_the_next_step(ode_p
     assert sizes == [4, 4, 2, 2, 2] and torch.equal(found, expected)
     assert not torch.equal(found, run(ode_pipeline, 1, 2, guidance_scale=3.0)[0])
     assert ode_pipeline.current_timestep is None
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchSDEScheduler(diffusion_form="none"), FlowMatchHeunODEScheduler()])
+def test_a_callback_sees_the_data_that_the_model_sees(make_pipeline, scheduler):
+    """As the model is guided, at no further evaluation, and with a cache as without one."""
+    seen = []
+
+    def keep(pipe, i, timestep, tensors):
+        seen.append((pipe.scheduler.sigmas[i].item(), tensors["pred_original_sample"]))
+
+    pipe = make_pipeline(scheduler=scheduler)
+    noise = torch.randn(1, *pipe._latents_shape(1)[1:], generator=torch.Generator().manual_seed(0))
+    arguments = {"guidance_scale": 3.0, "negative_class_labels": 2, "guidance_interval": (0.5, 1.0), "latents": noise}
+    plain, sizes = run(pipe, 1, **arguments)
+    names = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["pred_original_sample"]}
+    found, sizes_with = run(pipe, 1, **arguments, **names)
+    assert torch.equal(found, plain) and sizes_with == sizes and len(seen) == len(sizes)
+    guided = pipe.predict_velocity(noise, seen[0][0], torch.tensor([1]), 3.0, torch.tensor([2])).detach()
+    assert torch.equal(seen[0][1], noise - seen[0][0] * guided)
+    torch.testing.assert_close(seen[-1][1], found)  # the last step ends there
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    cached, _ = run(pipe, 1, **arguments)
+    assert torch.equal(run(pipe, 1, **arguments, **names)[0], cached)
 
 
 def test_a_callback_sets_scale_and_interval(ode_pipeline):

@@ -107,6 +107,7 @@ def test_diffusers_layout(folder, tmp_path):
     file = folder / "transformer" / WEIGHTS
     assert issubclass(SiTTransformer2DModel, FromOriginalModelMixin) and issubclass(LSEPPipeline, FromSingleFileMixin)
     assert_same(load(file), expected)  # the config is beside it
+    assert_same(load(file, config=None), expected)
     elsewhere = tmp_path / "renamed.safetensors"
     elsewhere.write_bytes(file.read_bytes())
     for where in ({"config": folder}, {"config": str(folder), "subfolder": "transformer"}):

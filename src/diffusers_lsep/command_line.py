@@ -68,6 +68,30 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
+def check_output_dir(output_dir: str, overwrite: bool, is_own: Callable[[set[str]], bool], what: str) -> Path:
+    """
+    The folder of `--output_dir`, if it is free, or if `--overwrite_output_dir` may replace what it holds.
+
+    Args:
+        output_dir (`str`): The folder.
+        overwrite (`bool`): Whether that flag is given.
+        is_own (`Callable`): Whether the command has written what has these names.
+        what (`str`): What that is, for the message.
+
+    Raises:
+        `ValueError`: if it is a file, or holds something else.
+    """
+    folder = Path(output_dir).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`--output_dir` {folder} is a file.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not overwrite:
+        raise ValueError(f"`--output_dir` {folder} is not empty. `--overwrite_output_dir` replaces it.")
+    if names and not is_own(names):
+        raise ValueError(f"`--overwrite_output_dir` replaces {what} only, but {folder} holds {sorted(names)}.")
+    return folder
+
+
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number from `low` to `high`, both included."""
 

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from .figures import make_labeled_grid
-from .interpolants import get_interpolant
 from .labels import find_names
 from .pipeline_lsep import LSEPPipeline
 from .sampling import SAMPLERS, set_scheduler
@@ -63,55 +62,40 @@ CSS = """
 
 class Previews:
     """
-    The data that the model sees in its state (`x_0` of the state and the velocity) while a pipeline runs, at steps
-    that are evenly spaced. They cost no evaluation of the model: what went into its last one and came out of it is
-    kept. Under guidance they are of the guided velocity.
+    A `callback_on_step_end` that shows the data which the model sees in its state while a pipeline runs, at steps that
+    are evenly spaced.
 
     Args:
-        pipe ([`LSEPPipeline`]): The pipeline.
-        num_images (`int`): How many images it draws.
-        num_inference_steps (`int`): In how many steps.
-        guidance_scale (`float`): With which guidance, while it acts.
-        show (`Callable`): Gets `(step, t, images)`, the number of the step, its time, and `num_images` PIL images.
+        num_inference_steps (`int`): In how many steps it draws.
+        show (`Callable`): Gets `(step, t, images)`: the number of the step, the time of that state, and PIL images.
         stopped (`threading.Event`): If set, the pipeline is interrupted after the step.
+
+    Attributes:
+        tensor_inputs (`list[str]`): For the call, its `callback_on_step_end_tensor_inputs`.
     """
+
+    tensor_inputs = ["pred_original_sample"]
 
     def __init__(
         self,
-        pipe: LSEPPipeline,
-        num_images: int,
         num_inference_steps: int,
-        guidance_scale: float,
         show: Callable[[int, float, list[Image.Image]], None],
         stopped: threading.Event,
     ):
-        self.num_images, self.guidance_scale = num_images, guidance_scale
-        self.interpolant = get_interpolant(pipe.config.path_type)
         self.show, self.stopped = show, stopped
         columns = min(STRIP_COLUMNS, num_inference_steps)
         self.shown = set(np.linspace(1, num_inference_steps, columns).round().astype(int).tolist())
         self.steps_done = 0
 
-    def keep_evaluation(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
-        """A forward hook of the transformer."""
-        self.sample, self.timestep = (args[0] if args else kwargs["hidden_states"]), kwargs["timestep"]
-        self.velocity = output[0]
-
     def __call__(self, pipe: LSEPPipeline, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The `callback_on_step_end`."""
         if self.stopped.is_set():
             pipe._interrupt = True
         # Heun's method passes here twice in a step, first with a point that it does not keep.
         elif getattr(pipe.scheduler, "state_in_first_order", True):
             self.steps_done += 1
             if self.steps_done in self.shown:
-                t = float(self.timestep.flatten()[0])
-                *null_velocity, velocity = self.velocity.float().split(self.num_images)
-                if null_velocity:
-                    velocity = null_velocity[0] + self.guidance_scale * (velocity - null_velocity[0])
-                sample = self.sample[: self.num_images].float()
-                data = self.interpolant.predict_original_sample(velocity, sample, t)
-                self.show(self.steps_done, t, pipe.image_processor.postprocess(pipe.decode_latents(data)))
+                images = pipe.image_processor.postprocess(pipe.decode_latents(tensors["pred_original_sample"]))
+                self.show(self.steps_done, pipe.scheduler.sigmas[i].item(), images)
         return {}
 
 
@@ -185,9 +169,7 @@ class Drawer:
         }
         events: SimpleQueue[Any] = SimpleQueue()
         stopped = threading.Event()
-        previews = Previews(
-            self.pipe, num_images, num_inference_steps, guidance_scale, lambda *seen: events.put(seen), stopped
-        )
+        previews = Previews(num_inference_steps, lambda *seen: events.put(seen), stopped)
 
         def work():
             try:
@@ -239,13 +221,16 @@ class Drawer:
         call: dict[str, Any],
     ) -> list[Image.Image]:
         pipe = self.pipe
-        hook = pipe.transformer.register_forward_hook(previews.keep_evaluation, with_kwargs=True)
         try:
             set_scheduler(pipe, None if scheduler == SAVED_SCHEDULER else scheduler)
             start_cache(pipe.transformer, *cache_settings)
-            return pipe(class_labels, **call, callback_on_step_end=previews).images
+            return pipe(
+                class_labels,
+                **call,
+                callback_on_step_end=previews,
+                callback_on_step_end_tensor_inputs=previews.tensor_inputs,
+            ).images
         finally:
-            hook.remove()
             pipe.scheduler = self.saved_scheduler
             if getattr(pipe.transformer, "is_cache_enabled", False):
                 pipe.transformer.disable_cache()

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .files import whole_file
-from .interpolants import get_interpolant
 from .pipeline_lsep import LSEPPipeline
 
 
@@ -180,57 +179,48 @@ def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]],
 
 class DenoisingRecorder:
     """
-    Keeps what a pipeline shows to its `callback_on_step_end`, at steps that are evenly spaced, and the data that the
-    model sees in it: for [`plot_denoising_strip`].
+    A `callback_on_step_end` that keeps the states of a pipeline at steps that are evenly spaced, and the data that the
+    model sees in them: for [`plot_denoising_strip`].
 
     Args:
-        class_ids (`Sequence[int]`): The `N` classes that are drawn.
-        num_inference_steps (`int`): Steps of the call, as are the following.
-        guidance_scale (`float`): Scale of the guidance; off if not above 1.
-        guidance_interval (`Sequence[float]`): Times at which it acts.
+        noise (`torch.Tensor` of shape `[N, C, S, S]`): The `latents` that the call starts from.
+        num_inference_steps (`int`): Steps of the call.
         num_columns (`int`): How many times to keep, noise and images included; fewer if there are fewer steps.
 
     Attributes:
+        tensor_inputs (`list[str]`): For the call, its `callback_on_step_end_tensor_inputs`.
         times (`list[float]`): The `T` times.
         states (`list[np.ndarray]`): Of each the states as images, `[N, H, W, C]` in [0, 1].
         predictions (`list[np.ndarray]`): Of each the predicted data, likewise.
     """
 
-    def __init__(
-        self,
-        class_ids: Sequence[int],
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: Sequence[float],
-        num_columns: int,
-    ):
-        self.class_ids = class_ids
-        self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
+    tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(self, noise: torch.Tensor, num_inference_steps: int, num_columns: int):
         num_columns = min(num_columns, num_inference_steps + 1)
         self._shown = set(np.linspace(0, num_inference_steps, num_columns).round().astype(int).tolist())
-        self._steps_done = 0
+        self._state, self._steps_done, self._begins_step = noise, 0, True
         self.times: list[float] = []
         self.states: list[np.ndarray] = []
         self.predictions: list[np.ndarray] = []
 
     def __call__(self, pipe: LSEPPipeline, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The `callback_on_step_end`."""
+        if self._begins_step:
+            self._record(pipe, tensors["pred_original_sample"], pipe.scheduler.sigmas[i].item())
         # Heun's method passes here twice in a step, first with a point that it does not keep.
-        if getattr(pipe.scheduler, "state_in_first_order", True):
+        self._begins_step = getattr(pipe.scheduler, "state_in_first_order", True)
+        if self._begins_step:
+            self._state = tensors["latents"]
             self._steps_done += 1
-            if self._steps_done in self._shown:
-                self.record(pipe, tensors["latents"], pipe.scheduler.sigmas[i + 1].item())
+            if i + 1 == pipe.num_timesteps:  # at t = 0, where the state is the data
+                self._record(pipe, self._state, pipe.scheduler.sigmas[i + 1].item())
         return {}
 
-    @torch.no_grad()
-    def record(self, pipe: LSEPPipeline, latents: torch.Tensor, t: float):
-        """Keeps the state at a time, by itself only for the noise that a call starts from."""
-        low, high = self.guidance_interval
-        class_ids = torch.tensor(self.class_ids, device=latents.device)
-        velocity = pipe.predict_velocity(latents, t, class_ids, self.guidance_scale if low <= t <= high else 1.0)
-        data = get_interpolant(pipe.config.path_type).predict_original_sample(velocity, latents, t)
+    def _record(self, pipe: LSEPPipeline, data: torch.Tensor, t: float):
+        if self._steps_done not in self._shown:
+            return
         self.times.append(t)
-        for kept, tensor in ((self.states, latents), (self.predictions, data)):
+        for kept, tensor in ((self.states, self._state), (self.predictions, data)):
             kept.append(pipe.image_processor.postprocess(pipe.decode_latents(tensor), output_type="np"))
 
 

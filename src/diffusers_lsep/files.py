@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that appear whole or not at all, and hashes of weights."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -97,6 +96,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         `ValueError`: if another process has the folder, which is named.
     """
+    import fcntl  # which Windows does not have
+
     path = folder / ".lock"
     with open(path, "a+", encoding="utf-8") as file:
         try:

@@ -53,7 +53,8 @@ _FLOW_SETTINGS = {
 _DYNAMIC_SHIFTING = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-def _takes(function: Callable, argument: str) -> bool:
+def takes(function: Callable, argument: str) -> bool:
+    """Whether a function has an argument of this name."""
     return argument in inspect.signature(function).parameters
 
 
@@ -70,7 +71,7 @@ def _own_config(scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def _is_flow_multistep(scheduler: SchedulerMixin) -> bool:
-    return _takes(scheduler.__init__, "use_flow_sigmas") and not isinstance(scheduler, _UNFIT_SCHEDULERS)
+    return takes(scheduler.__init__, "use_flow_sigmas") and not isinstance(scheduler, _UNFIT_SCHEDULERS)
 
 
 def _advise(scheduler: SchedulerMixin, path_type: str, settings: dict[str, Any] | None = None) -> str:
@@ -148,11 +149,11 @@ def check_scheduler(scheduler: SchedulerMixin, path_type: str, sigmas: list[floa
 
 def _takes_sigmas(scheduler: SchedulerMixin) -> bool:
     # LTX's wants the last 0 among them, and then evaluates the model there.
-    return _takes(scheduler.set_timesteps, "sigmas") and not isinstance(scheduler, LTXEulerAncestralRFScheduler)
+    return takes(scheduler.set_timesteps, "sigmas") and not isinstance(scheduler, LTXEulerAncestralRFScheduler)
 
 
 def _shifts_dynamically(scheduler: SchedulerMixin) -> bool:
-    return _takes(scheduler.set_timesteps, "mu") and bool(scheduler.config.get("use_dynamic_shifting"))
+    return takes(scheduler.set_timesteps, "mu") and bool(scheduler.config.get("use_dynamic_shifting"))
 
 
 def calculate_shift(

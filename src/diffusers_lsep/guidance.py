@@ -11,8 +11,9 @@ from .argument_checks import check_finite
 from .interpolants import get_interpolant
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # one of the guiders imports kornia where that is installed
     from diffusers.guiders import BaseGuidance
+
 
 # The slack with which `t` counts as inside `guidance_interval`: schedulers keep their grids in float32.
 INTERVAL_TOLERANCE = 1e-6

@@ -1,6 +1,5 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +24,7 @@ from .autoencoders import (
     decode_latents,
     get_scale_factor,
 )
-from .flow_schedulers import check_scheduler, set_timesteps
+from .flow_schedulers import check_scheduler, set_timesteps, takes
 from .guidance import GuidanceMixin, check_guidance, check_internal_guidance, is_in_interval
 from .interpolants import get_interpolant
 from .labels import find_call_ids, find_class_ids, find_names, unique_names
@@ -76,7 +75,13 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents", "class_labels", "negative_class_labels", "prompt_embeds"]
+    _callback_tensor_inputs = [
+        "latents",
+        "class_labels",
+        "negative_class_labels",
+        "pred_original_sample",
+        "prompt_embeds",
+    ]
 
     def __init__(
         self,
@@ -305,10 +310,18 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         return latents.float() if self.vae is None else decode_latents(self.vae, latents)
 
     def _call_back(
-        self, callback: Callable, names: list[str], i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+        self,
+        callback: Callable,
+        names: list[str],
+        i: int,
+        timestep: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        evaluated: tuple[torch.Tensor, torch.Tensor, float],
     ):
         # `prompt_embeds` is what diffusers' SDCFGCutoffCallback asks for: it sees the classes, and changes nothing.
         shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
+        if "pred_original_sample" in (names or []):
+            shown["pred_original_sample"] = get_interpolant(self.config.path_type).predict_original_sample(*evaluated)
         outputs = callback(self, i, timestep, {name: shown[name] for name in names or []}) or {}
         tensors.update({name: outputs[name] for name in tensors if name in outputs})
 
@@ -361,8 +374,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                 in `pipe._guidance_scale`, `_guidance_interval`, `_guider`, `_attention_kwargs` or `_interrupt` holds
                 from the next step on.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                The tensors that `callback_kwargs` holds: `"latents"`, and the ids `"class_labels"` and
-                `"negative_class_labels"`, `[B]`. A callback of diffusers brings its own list.
+                The tensors that `callback_kwargs` holds: `"latents"`, the ids `"class_labels"` and
+                `"negative_class_labels"`, `[B]`, and `"pred_original_sample"`, the data `x_0` that the model, guided
+                as it is, saw in the latents of before the step. A callback of diffusers brings its own list.
             negative_class_labels (`int`, `str` or a list of these, *optional*):
                 Classes that guidance leads away from, one for all or one for each of `class_labels`; no class if not
                 given.
@@ -428,8 +442,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         }
 
         # 4. Denoising loop
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if accepts_generator else {}
+        options = {"generator": generator} if takes(self.scheduler.step, "generator") else {}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -441,12 +454,12 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                     scale = self.guidance_scale if in_interval else 1.0
 
                 step = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": timestep}
+                state = tensors["latents"]
                 velocity = self._predict_step(tensors, times[i], scale, in_interval, step)
-                tensors["latents"] = self.scheduler.step(
-                    velocity, timestep, tensors["latents"], **step_kwargs, return_dict=False
-                )[0]
+                tensors["latents"] = self.scheduler.step(velocity, timestep, state, **options, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, tensors)
+                    names, evaluated = callback_on_step_end_tensor_inputs, (velocity, state, times[i])
+                    self._call_back(callback_on_step_end, names, i, timestep, tensors, evaluated)
 
                 progress_bar.update()
         self._current_timestep = None

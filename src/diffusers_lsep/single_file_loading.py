@@ -60,7 +60,9 @@ def load_model(
 
     # 3. Its weights in diffusers' layout, and the config
     is_original = not (isinstance(content, dict) and any(str(k).startswith("transformer_blocks.") for k in content))
-    config = _read_config(model_class, hub_options, **config_options) if "config" in config_options else None
+    config = (
+        _read_config(model_class, hub_options, **config_options) if config_options.get("config") is not None else None
+    )
     if is_original:
         if config is not None:
             shapeless = ("num_attention_heads", "attention_head_dim", "sample_size")

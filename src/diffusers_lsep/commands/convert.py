@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import number
+from ..command_line import check_output_dir, number
 from ..conversion import DTYPES, SOURCES, WEIGHTS, convert_original_checkpoint, imagenet_id2label
 from ..files import whole_folder
 
@@ -78,17 +78,12 @@ def run(args: argparse.Namespace):
     from ..pipeline_lsep import LSEPPipeline
 
     # 1. Refuse what is wrong before any work
-    output_dir = Path(args.output_dir).resolve()
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"`--output_dir` {output_dir} is a file.")
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        if not args.overwrite_output_dir:
-            raise ValueError(f"`--output_dir` {output_dir} is not empty. `--overwrite_output_dir` replaces it.")
-        names = {path.name for path in output_dir.iterdir()}
-        if "model_index.json" not in names or not names <= _WRITTEN:
-            raise ValueError(
-                f"`--overwrite_output_dir` replaces a converted pipeline only, but {output_dir} holds {sorted(names)}."
-            )
+    output_dir = check_output_dir(
+        args.output_dir,
+        args.overwrite_output_dir,
+        lambda names: "model_index.json" in names and names <= _WRITTEN,
+        "a converted pipeline",
+    )
     if args.push_to_hub and not args.license:
         raise ValueError(
             "`--push_to_hub` needs `--license`: no licence is guessed, the original weights may have none."

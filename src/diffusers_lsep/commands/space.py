@@ -3,7 +3,8 @@
 """`diffusers-lsep space`: the demo of a pipeline, as a Space for the Hub."""
 
 import argparse
-from pathlib import Path
+
+from ..command_line import check_output_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -29,15 +30,7 @@ def run(args: argparse.Namespace):
 
     from ..hub.space import is_space, push_space, write_space
 
-    output_dir = Path(args.output_dir).resolve()
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"`--output_dir` {output_dir} is a file.")
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        if not args.overwrite_output_dir:
-            raise ValueError(f"`--output_dir` {output_dir} is not empty. `--overwrite_output_dir` replaces it.")
-        if not is_space(output_dir):
-            names = sorted(path.name for path in output_dir.iterdir())
-            raise ValueError(f"`--overwrite_output_dir` replaces a Space only, but {output_dir} holds {names}.")
+    output_dir = check_output_dir(args.output_dir, args.overwrite_output_dir, is_space, "a Space")
     if args.push_to_hub:
         validate_repo_id(args.push_to_hub)
 

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..files import hash_file, whole_file
-from ..regularizers import REGULARIZERS
+from ..regularizers import REGULARIZERS, regularizer_key
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
@@ -410,7 +410,7 @@ def _flags_to_show(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of a run that had an effect, without secrets, sorted."""
     unused = ["probe_", "num_probe_weights", "crop_size_min", "coupled_dropout"] if flags.get("no_lsep") else []
     unused += [] if flags.get("repa_encoder") else ["repa_"]
-    unused += [f"{name.replace('-', '_')}_" for name in REGULARIZERS if name not in (flags.get("regularizers") or ())]
+    unused += [f"{regularizer_key(name)}_" for name in REGULARIZERS if name not in (flags.get("regularizers") or ())]
     return {
         key: value
         for key, value in sorted(flags.items())

@@ -145,11 +145,9 @@ def write_space(model: str, output_dir: str | os.PathLike, title: str | None = N
     return target
 
 
-def is_space(folder: Path) -> bool:
-    """Whether a folder holds what [`write_space`] writes and nothing else."""
-    written = {"app.py", "requirements.txt", "README.md", PACKAGE.name}
-    names = {path.name for path in folder.iterdir()} - {MODEL_FOLDER}
-    return names == written
+def is_space(names: set[str]) -> bool:
+    """Whether a folder with files of these names holds what [`write_space`] writes and nothing else."""
+    return names - {MODEL_FOLDER} == {"app.py", "requirements.txt", "README.md", PACKAGE.name}
 
 
 def push_space(folder: str | os.PathLike, repo_id: str, token: str | None = None) -> CommitInfo:

@@ -31,4 +31,10 @@ __all__ = [
     "RegularizerContext",
     "SRARegularizer",
     "SelfTranscendenceRegularizer",
+    "regularizer_key",
 ]
+
+
+def regularizer_key(name: str) -> str:
+    """How a regularizer is called in flags, metrics and weights: with underscores for hyphens."""
+    return name.replace("-", "_")

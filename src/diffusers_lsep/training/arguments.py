@@ -12,12 +12,11 @@ from diffusers.optimization import SchedulerType
 
 from ..command_line import ArgumentParser, number
 from ..objective import TIMESTEP_SAMPLINGS
-from ..regularizers import REGULARIZERS
+from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS
 from ..transformer_sit import SIT_PRESETS
 from .flags import Flags
 from .recipes import choose_recipe
-from .regularizer_flags import regularizer_key
 
 
 # arXiv 2509.21565, as far as it is public. The depth for SiT-B is REPA's (arXiv 2410.06940); the paper has no SiT-S.

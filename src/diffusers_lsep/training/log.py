@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from ..figures import save_figure
 from ..files import write_text
 from ..objective import LSEPObjectiveOutput
-from ..regularizers import REGULARIZERS
+from ..regularizers import REGULARIZERS, regularizer_key
 
 
 NUM_TIME_BINS = 10  # of the probe's loss against t
@@ -169,7 +169,7 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path):
         "probe loss, weighted": (("probe_loss", "training"), ("validation_probe_loss", "held out")),
         **{
             f"{name} loss, weighted": ((f"{key}_loss", "training"), (f"validation_{key}_loss", "held out"))
-            for name, key in {"REPA": "repa", **{name: name.replace("-", "_") for name in REGULARIZERS}}.items()
+            for name, key in {"REPA": "repa", **{name: regularizer_key(name) for name in REGULARIZERS}}.items()
         },
         "probe accuracy": (("probe_accuracy", "training"), ("validation_probe_accuracy", "held out")),
         "gradient norm": (("grad_norm", "training"),),

@@ -5,14 +5,9 @@
 import argparse
 from typing import Any
 
-from ..regularizers import REGULARIZERS, Regularizer, REPAEncoder, REPARegularizer
+from ..regularizers import REGULARIZERS, Regularizer, REPAEncoder, REPARegularizer, regularizer_key
 from ..regularizers.teachers import Teacher, load_teacher
 from ..transformer_sit import SiTTransformer2DModel
-
-
-def regularizer_key(name: str) -> str:
-    """How a regularizer is called in flags, metrics and weights: with underscores for hyphens."""
-    return name.replace("-", "_")
 
 
 def regularizer_values(args: argparse.Namespace, name: str) -> dict[str, Any]:

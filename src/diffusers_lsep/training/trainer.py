@@ -374,12 +374,14 @@ class Trainer:
             with self.accelerator.device:
                 objective = build_objective(self.setup, load=False)
             objective.load_state_dict(whole_tensors(weights))
+            self.fill_classes(objective.transformer)
             yield objective.eval()
             return
         parameters = self.trained_parameters()
         if self.ema is not None:
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
+        self.fill_classes(self.objective.transformer)
         self.objective.eval()
         try:
             yield self.objective
@@ -387,6 +389,12 @@ class Trainer:
             self.objective.train()
             if self.ema is not None:
                 self.ema.restore(parameters)
+
+    def fill_classes(self, transformer: SiTTransformer2DModel):
+        """Without labels the null class alone is trained, and is what the model's one class stands for."""
+        if self.args.unconditional:
+            with torch.no_grad():
+                transformer.class_embedding.weight[:-1] = transformer.class_embedding.weight[-1]
 
     def validate(self):
         """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
@@ -428,9 +436,6 @@ class Trainer:
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
-        if self.args.unconditional:  # its one class is what was trained, the null class
-            with torch.no_grad():
-                transformer.class_embedding.weight[:-1] = transformer.class_embedding.weight[-1]
         pipeline = LSEPPipeline(
             transformer=transformer,
             scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
