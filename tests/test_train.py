@@ -5,6 +5,7 @@
 Most runs are a call of its `main` in this process; `test_train_resume.py` kills real ones.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -1105,6 +1106,19 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
     assert train() == 0
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    """Else a second and a third run, which asked before and after the first one ended, would both have the folder."""
+    lock = fcntl.flock
+
+    def end_first_run(file, operation):
+        (tmp_path / ".lock").unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", end_first_run)
+    with pytest.raises(ValueError, match="was in use by another process until now"), locked_folder(tmp_path):
+        pass
 
 
 @pytest.mark.slow

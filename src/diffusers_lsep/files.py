@@ -108,6 +108,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except OSError:  # there are no locks here
             yield
             return
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            # The process that had the folder has removed this file meanwhile, and others may have made it anew.
+            raise ValueError(f"{str(folder)!r} was in use by another process until now: try again.")
         file.truncate(0)
         file.write(f"the process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
         file.flush()
