@@ -131,7 +131,7 @@ def get_latent_channels(vae: Autoencoder) -> int:
 
 def get_image_channels(vae: Autoencoder) -> int:
     """Channels of the images: 1 for grey, 3 for RGB. Errors as in [`get_scale_factor`]."""
-    channels = _read_config(vae, "in_channels", "input_channels", "num_channels")
+    channels = _read_config(vae, "in_channels", "input_channels", "num_channels", "encoder_in_channels")
     if isinstance(vae, AutoencoderKLWan) and vae.config.get("patch_size"):  # of the images, which its encoder unfolds
         channels //= vae.config["patch_size"] ** 2
     return channels
