@@ -273,6 +273,12 @@ def test_dynamic_shifting_follows_the_number_of_tokens(scheduler_class, argument
         torch.testing.assert_close(scheduler.sigmas.double(), expected, rtol=0, atol=2e-3)
 
 
+def test_dynamic_shifting_without_a_range_is_refused():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=16)
+    with pytest.raises(ValueError, match="`max_image_seq_len` other than its `base_image_seq_len`.* but both are 16"):
+        make_pipeline(scheduler)(1, num_inference_steps=2)
+
+
 def test_heun_of_diffusers_shifts_nothing_dynamically():
     """It keeps the setting for others, and is none that shifts."""
     shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)

@@ -1092,6 +1092,17 @@ def test_schedulers_that_do_not_fit_are_refused(make_pipeline, scheduler, argume
         pipe(1, **arguments)
 
 
+def test_names_have_to_be_a_dictionary(make_pipeline):
+    with pytest.raises(ValueError, match="`id2label` has to be a dict of names by class ids, but is of type list"):
+        make_pipeline(id2label=["ant", "bee"])
+
+
+def test_a_callback_that_returns_something_else(make_pipeline):
+    message = "`callback_on_step_end` has to be a function that returns a dict or None, but is of type int"
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(1, num_inference_steps=2, callback_on_step_end=lambda *_: 3)
+
+
 def test_unknown_path_is_refused(make_pipeline):
     with pytest.raises(ValueError, match="`path_type` has to be one of .*, but is 'vp'"):
         make_pipeline(path_type="vp")

@@ -146,6 +146,16 @@ def check_scheduler(scheduler: SchedulerMixin, path_type: str, sigmas: list[floa
             f" {advice}"
         )
 
+    low, high = (
+        scheduler.config.get(f"{end}_image_seq_len", _DYNAMIC_SHIFTING[f"{end}_image_seq_len"])
+        for end in ("base", "max")
+    )
+    if _shifts_dynamically(scheduler) and low == high:
+        raise ValueError(
+            f"`scheduler` {name} has to have a `max_image_seq_len` other than its `base_image_seq_len`, between which the"
+            f" shift is interpolated, but both are {low}."
+        )
+
 
 def _takes_sigmas(scheduler: SchedulerMixin) -> bool:
     # LTX's wants the last 0 among them, and then evaluates the model there.

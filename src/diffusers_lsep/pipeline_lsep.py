@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             check_autoencoder(vae, "vae", transformer.config.in_channels if transformer is not None else None)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
+        check_type("id2label", id2label, Mapping, "a dict of names by class ids")
         # JSON has only strings as keys.
         id2label = {int(class_id): label for class_id, label in id2label.items()} if id2label is not None else None
         self.register_to_config(id2label=id2label, path_type=path_type)
@@ -323,6 +324,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         if "pred_original_sample" in (names or []):
             shown["pred_original_sample"] = get_interpolant(self.config.path_type).predict_original_sample(*evaluated)
         outputs = callback(self, i, timestep, {name: shown[name] for name in names or []}) or {}
+        check_type("callback_on_step_end", outputs, Mapping, "a function that returns a dict or None")
         tensors.update({name: outputs[name] for name in tensors if name in outputs})
 
     @torch.no_grad()
