@@ -1100,7 +1100,7 @@ def test_names_have_to_be_a_dictionary(make_pipeline):
 def test_a_callback_that_returns_something_else(make_pipeline):
     message = "`callback_on_step_end` has to be a function that returns a dict or None, but is of type int"
     with pytest.raises(ValueError, match=message):
-        make_pipeline()(1, num_inference_steps=2, callback_on_step_end=lambda *_: 3)
+        make_pipeline()(1, num_inference_steps=2, output_type="latent", callback_on_step_end=lambda *_: 3)
 
 
 def test_unknown_path_is_refused(make_pipeline):

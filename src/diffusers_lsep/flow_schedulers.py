@@ -138,22 +138,18 @@ def check_scheduler(scheduler: SchedulerMixin, path_type: str, sigmas: list[floa
             f"`scheduler` has to keep the size of images, but {name} has `scale_factors={config['scale_factors']}`."
             f" {advice}"
         )
-    missing = [key for key, default in _DYNAMIC_SHIFTING.items() if scheduler.config.get(key, default) is None]
+    values = {key: scheduler.config.get(key, default) for key, default in _DYNAMIC_SHIFTING.items()}
+    missing = [key for key, value in values.items() if value is None]
     if _shifts_dynamically(scheduler) and missing:
         advice = _advise(scheduler, path_type, {"use_dynamic_shifting": False})
         raise ValueError(
             f"`scheduler` {name} has `use_dynamic_shifting=True`, but none of {missing}, which the shift follows from."
             f" {advice}"
         )
-
-    low, high = (
-        scheduler.config.get(f"{end}_image_seq_len", _DYNAMIC_SHIFTING[f"{end}_image_seq_len"])
-        for end in ("base", "max")
-    )
-    if _shifts_dynamically(scheduler) and low == high:
+    if _shifts_dynamically(scheduler) and values["base_image_seq_len"] == values["max_image_seq_len"]:
         raise ValueError(
-            f"`scheduler` {name} has to have a `max_image_seq_len` other than its `base_image_seq_len`, between which the"
-            f" shift is interpolated, but both are {low}."
+            f"`scheduler` {name} has to have a `max_image_seq_len` other than its `base_image_seq_len`, between which"
+            f" the shift is interpolated, but both are {values['max_image_seq_len']}."
         )
 
 
