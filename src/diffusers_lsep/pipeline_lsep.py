@@ -287,6 +287,15 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             return latents.to(device=device, dtype=torch.float32)
         return randn_tensor(self._latents_shape(batch_size), generator=generator, device=device, dtype=torch.float32)
 
+    def _set_timesteps(
+        self, num_inference_steps: int, device: torch.device, sigmas: list[float] | None
+    ) -> tuple[torch.Tensor, list[float]]:
+        config = self.transformer.config
+        num_tokens = (config.sample_size // config.get("patch_size", 1)) ** 2
+        grid = set_timesteps(self.scheduler, num_inference_steps, device, sigmas, self.config.path_type, num_tokens)
+        self._num_timesteps = len(grid[0])
+        return grid
+
     def check_decodable(self):
         """Raises a `ValueError` if there are only latents to be had, for want of a VAE that fits."""
         channels = self.transformer.config.in_channels
@@ -403,9 +412,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
-        config = self.transformer.config
+        num_classes = self.transformer.config.num_classes
         label_ids, negative_ids = find_call_ids(
-            self.get_label_ids, class_labels, negative_class_labels, num_images_per_label, config.num_classes
+            self.get_label_ids, class_labels, negative_class_labels, num_images_per_label, num_classes
         )
         batch_size = len(label_ids)
         self.check_inputs(
@@ -430,11 +439,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         device = self._execution_device
 
         # 2. Timesteps. Times are compared on the host: no synchronisation in the loop.
-        num_tokens = (config.sample_size // config.get("patch_size", 1)) ** 2
-        timesteps, times = set_timesteps(
-            self.scheduler, num_inference_steps, device, sigmas, self.config.path_type, num_tokens
-        )
-        self._num_timesteps = len(timesteps)
+        timesteps, times = self._set_timesteps(num_inference_steps, device, sigmas)
 
         # 3. Latents and classes
         tensors = {
