@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 from client_process import run_client
+from diffusers.utils import logging
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -438,3 +439,46 @@ def test_push_folder_checks_before_it_sends(tmp_path):
     (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="has to hold the weights of transformer, but there are none in"):
         push_folder(tmp_path, REPO, "mit")
+
+
+@pytest.mark.parametrize(
+    "trick",
+    ["absolute image", "image above", "linked image", "linked file", "linked folder", "linked card", "component"],
+)
+def test_push_uploads_nothing_from_elsewhere(tmp_path, trick):
+    folder, secret = tmp_path / "pipeline", tmp_path / "secret.png"
+    make_named_pipeline().save_pretrained(folder)
+    secret.write_bytes(b"private")
+    card = {"absolute image": f"![x]({secret})", "image above": "![x](../secret.png)", "linked image": "![x](a.png)"}
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{card.get(trick, '')}\n")
+    if trick == "linked image":
+        (folder / "a.png").symlink_to(secret)
+    elif trick == "linked file":
+        (folder / "scheduler" / "more.txt").symlink_to(secret)
+    elif trick == "linked folder":
+        (folder / "scheduler").rename(tmp_path / "scheduler")
+        (folder / "scheduler").symlink_to(tmp_path / "scheduler")
+    elif trick == "linked card":
+        (folder / "README.md").rename(tmp_path / "card.md")
+        (folder / "README.md").symlink_to(tmp_path / "card.md")
+    elif trick == "component":
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, str(tmp_path): ["diffusers_lsep", "X"]}))
+    # HF_HUB_OFFLINE=1 here: anything sent would be another error.
+    with pytest.raises(ValueError, match=r"`folder` has to hold all files to upload, but .* leads to "):
+        push_folder(folder, REPO, "mit")
+
+
+def test_a_card_shows_images_and_uploads_no_other_files(tmp_path, caplog):
+    make_named_pipeline().save_pretrained(tmp_path)
+    for name in ("a.png", ".env"):
+        (tmp_path / name).write_bytes(b"private")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n![x](a.png) ![y](.env)\n")
+    logging.enable_propagation()
+    try:
+        with pytest.raises(OfflineModeIsEnabled):
+            push_folder(tmp_path, REPO, "mit")
+    finally:
+        logging.disable_propagation()
+    (listed,) = (record.message for record in caplog.records if "Uploading to" in record.message)
+    assert "README.md, model_index.json, a.png, " in listed and ".env" not in listed

@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Makes diffusers know this package. This file and `caches.py` are the only ones that touch diffusers' internals."""
+"""Makes diffusers know this package."""
 
 from typing import Any
 

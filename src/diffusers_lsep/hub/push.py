@@ -32,6 +32,7 @@ from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 logger = logging.get_logger(__name__)
 
 PROBE_FOLDER = "probe"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
 
@@ -75,8 +76,8 @@ def push_folder(
         `CommitInfo`: the commit.
 
     Raises:
-        `ValueError`: before anything is sent, if `folder` holds no pipeline of this package, or if weights of a
-        component are missing or are pickles.
+        `ValueError`: before anything is sent, if `folder` holds no pipeline of this package, if weights of a
+        component are missing or are pickles, or if a file or a link leads out of it.
         `ConnectionError`: if the connection breaks. Nothing is visible on the Hub then; pushing again completes it.
     """
     validate_repo_id(repo_id)
@@ -90,6 +91,7 @@ def push_folder(
         write_model_card(folder, repo_id=repo_id, license=license)
     card = ModelCard.load(folder / CARD_NAME)
     files = _files_to_push(pipeline, card)
+    logger.warning(f"Uploading to {repo_id}: {', '.join([CARD_NAME, *files])}")
     arguments = (token, private, revision, commit_message or "Upload LSEPPipeline", create_pr)
     return _commit(folder, files, card, pipeline.hashes, repo_id, license, *arguments)
 
@@ -205,7 +207,8 @@ def push_pipeline(
 def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:
     """The files to upload, without the model card: by what they are for, so that no others slip in."""
     folder = pipeline.folder
-    images = [name for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.text) if "://" not in name]
+    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.text)
+    images = [name for name in shown if "://" not in name and name.lower().endswith(IMAGE_SUFFIXES)]
     code = [REMOTE_PIPELINE_FILE] if pipeline.has_code else []
     results = [EVAL_RESULTS_NAME] if pipeline.read_evaluation() is not None else []
     files = [name for name in ["model_index.json", *results, *code, *images] if (folder / name).is_file()]
@@ -216,6 +219,7 @@ def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:
         if name != "_class_name" and isinstance(value, list) and len(value) == 2 and value[0] is not None
     ]
     for name in components:
+        _check_inside(folder, name)
         if not (folder / name).is_dir():
             raise ValueError(
                 f"`folder` has to hold all components of the pipeline, but there is no {name} in {folder}."
@@ -237,7 +241,19 @@ def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:
             file.startswith(f"{name}/") and file.endswith(".safetensors") for file in files
         ):
             raise ValueError(f"`folder` has to hold the weights of {name}, but there are none in {folder / name}.")
+    for name in [CARD_NAME, *files]:
+        _check_inside(folder, name)
     return files
+
+
+def _check_inside(folder: Path, name: str):
+    """Refuses what a card, an index or a link names elsewhere: it could be anything on this machine."""
+    found = (folder / name).resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"`folder` has to hold all files to upload, but {name!r} in {folder} leads to {found}. If that is meant"
+            " to go to the Hub, put a copy in its place."
+        )
 
 
 def _weights_key(path: str) -> tuple[str, str | None] | None:
