@@ -953,5 +953,14 @@ class TestOriginalMomentsDataset:
 
     def test_pickled_objects_are_not_executed(self, folder):
         np.save(folder / "00000" / "img-mean-std-00000000.npy", np.array([{}], dtype=object), allow_pickle=True)
-        with pytest.raises(ValueError, match="allow_pickle=False"):
+        with pytest.raises(ValueError, match=r"\.npy files of numbers, but .*00000000\.npy cannot be read"):
             OriginalMomentsDataset(folder)
+
+    def test_damaged_and_negative_files_beyond_the_first(self, folder):
+        moments = OriginalMomentsDataset(folder)
+        np.save(folder / "00001" / "img-mean-std-00000010.npy", np.full((8, 8, 8), -1, np.float32))
+        with pytest.raises(ValueError, match="second half of .*00000010.npy has negative values"):
+            moments.load([10])
+        (folder / "00001" / "img-mean-std-00000010.npy").write_bytes(b"junk")
+        with pytest.raises(ValueError, match=r"00000010\.npy cannot be read"):
+            moments.load([10])

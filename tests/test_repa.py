@@ -150,6 +150,13 @@ def test_encoders_that_do_not_fit_are_refused(tmp_path):
         REPAEncoder(tmp_path / "swin", 4)
     with pytest.raises(ValueError, match="`repa_encoder` 'no/such' cannot be loaded"):
         REPAEncoder("no/such", 4)
+    # Nobody is asked whether to run a model's own code.
+    (tmp_path / "own").mkdir()
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text("raise SystemExit('it was run')\n")
+    with pytest.raises(ValueError, match="`repa_encoder` .*own' cannot be loaded: .*contains custom code"):
+        REPAEncoder(tmp_path / "own", 4)
 
 
 # --- The regularizer

@@ -293,18 +293,29 @@ class OriginalMomentsDataset:
         self.id2label = {index: str(index) for index in range(int(self.labels.max()) + 1)}
         # Fixed-width bytes: 1.28 M names take 50 MB, and worker processes share them.
         self._names = np.array([os.fsencode(name) for name in names])
-        first = np.load(self.folder / names[0], allow_pickle=False)
+        first = self._read(self.folder / names[0])
         if first.ndim != 3 or first.shape[0] % 2 or first.dtype.kind != "f":
             raise ValueError(
                 f"`folder` has to hold moments [2 * C, h, w], but {names[0]} has {first.dtype} {first.shape}."
             )
-        if first[len(first) // 2 :].min() < 0:
-            raise ValueError(
-                f"`folder` has to hold the mean and the standard deviation, but the second half of {names[0]} has "
-                "negative values: log-variances?"
-            )
+        self._check_deviations(first, names[0])
         self.moments_shape = first.shape
         self.dtype = first.dtype
+
+    @staticmethod
+    def _read(path: Path) -> np.ndarray:
+        try:
+            return np.load(path, allow_pickle=False)
+        except (EOFError, OSError, ValueError):  # numpy's advice is to unpickle it
+            raise ValueError(f"`folder` has to hold .npy files of numbers, but {path} cannot be read.") from None
+
+    @staticmethod
+    def _check_deviations(moments: np.ndarray, name: str):
+        if not moments[len(moments) // 2 :].min() >= 0:
+            raise ValueError(
+                f"`folder` has to hold the mean and the standard deviation, but the second half of {name} has"
+                " negative values: log-variances?"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -320,9 +331,10 @@ class OriginalMomentsDataset:
         moments = np.empty((len(rows), *self.moments_shape), self.dtype)
         for target, row in zip(moments, rows):
             path = self.folder / os.fsdecode(self._names[row])
-            values = np.load(path, allow_pickle=False)
+            values = self._read(path)
             if values.shape != self.moments_shape:
                 raise ValueError(f"{path} has shape {values.shape}, the first file has {self.moments_shape}.")
+            self._check_deviations(values, str(path))
             target[...] = values
         return torch.from_numpy(moments)
 

@@ -37,7 +37,9 @@ class DINOv2Features:
         from transformers import AutoModel
 
         try:
-            model = AutoModel.from_pretrained(model_name_or_path, dtype=torch.float32, use_safetensors=True)
+            # Left open, whether to run a model's own code would be asked on the terminal.
+            options = {"use_safetensors": True, "trust_remote_code": False}
+            model = AutoModel.from_pretrained(model_name_or_path, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"`dinov2_model` {model_name_or_path!r} cannot be loaded: {error}") from error
         patch_size = getattr(model.config, "patch_size", None)

@@ -147,7 +147,9 @@ class REPAEncoder:
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            model = AutoModel.from_pretrained(model_name_or_path, dtype=torch.float32, use_safetensors=True)
+            # Left open, whether to run a model's own code would be asked on the terminal.
+            options = {"use_safetensors": True, "trust_remote_code": False}
+            model = AutoModel.from_pretrained(model_name_or_path, dtype=torch.float32, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"`repa_encoder` {str(model_name_or_path)!r} cannot be loaded: {error}") from error
         try:
