@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from diffusers_lsep.data.archives import pair_labels
 from diffusers_lsep.data.images import (
     ImageSource,
     center_crop,
@@ -130,6 +131,16 @@ def test_bundled_part_of_mnist():
     both = [rows.load(np.arange(len(rows.labels)), np.zeros(len(rows.labels), bool)) for rows in (source, held_out)]
     assert both[0].shape == (8000, 1, 28, 28) and both[0].min() == -1 and both[0].max() == 1
     assert len({image.numpy().tobytes() for images in both for image in images}) == 10_000
+
+
+@pytest.mark.parametrize("label", [100_000, 10**9, 2**62])
+def test_labels_that_number_no_classes(tmp_path, label):
+    rows = {"image": [PIL.Image.new("L", (8, 8))] * 2, "label": [0, label]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=f"number the classes from 0 on, and below 100,000, but one is {label}"):
+        open_images(load_image_dataset(train_data_dir=tmp_path), 8, 1)
+    with pytest.raises(ValueError, match=f"below 100,000, but one is {label}"):
+        pair_labels(json.dumps({"labels": [["a.png", 0], ["b.png", label]]}), ["a.png", "b.png"])
 
 
 def test_image_folder_with_a_subfolder_per_class(tmp_path):

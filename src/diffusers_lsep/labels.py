@@ -16,6 +16,23 @@ NUM_LISTED = 20  # classes and names, until there are too many to read
 # The classes of data without labels: one, which is the null class. That has the index of the classes' number, here 1.
 UNLABELED = ("unconditional",)
 
+# Of classes that only have numbers. A larger number is one of something else.
+MAX_CLASSES = 100_000
+
+
+def number_names(largest_id: int) -> list[str]:
+    """
+    The names of classes that only have numbers, from 0 to the largest.
+
+    Raises:
+        `ValueError`: if there are more than 100,000.
+    """
+    if largest_id >= MAX_CLASSES:
+        raise ValueError(
+            f"the labels have to number the classes from 0 on, and below {MAX_CLASSES:,}, but one is {largest_id}."
+        )
+    return [str(index) for index in range(largest_id + 1)]
+
 
 def find_names(id2label: dict[int, str] | None) -> dict[str, list[int]]:
     """

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import UNLABELED
+from ..labels import UNLABELED, number_names
 
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -167,7 +167,7 @@ def _is_image(name: str) -> bool:
 
 
 def _numbered_classes(labels: np.ndarray) -> dict[int, str]:
-    return {index: str(index) for index in range(int(labels.max(initial=-1)) + 1)}
+    return dict(enumerate(number_names(int(labels.max(initial=-1)))))
 
 
 def _one_class(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
@@ -254,6 +254,7 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
     if len(label_of) > len(keys):
         without_file = [str(key) for key in label_of.keys() - set(keys)]
         raise ValueError(f"dataset.json has labels for files that are not there: {list_some(sorted(without_file))}.")
+    number_names(max(label_of.values(), default=-1))  # also before numbers of more than 64 bits are put into an array
     return np.array([label_of[key] for key in keys], np.int64)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..labels import UNLABELED
+from ..labels import UNLABELED, number_names
 
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def read_labels(
                 raise ValueError(f"`label_column` {label_column!r} has other class names than the training split.")
             names = feature.names if names is None else names
         elif names is None:
-            names = [str(index) for index in range(max(num_classes or 0, int(labels.max()) + 1))]
+            names = number_names(max((num_classes or 0) - 1, int(labels.max())))
     else:
         raise ValueError(
             f"`label_column` has to hold class indices or names, but {label_column!r} holds {feature.dtype}."

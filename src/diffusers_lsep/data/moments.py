@@ -20,6 +20,7 @@ import torch
 
 from ..autoencoders import Autoencoder, encoder_options, get_normalization, normalize_latents
 from ..files import hash_weights
+from ..labels import number_names
 from .archives import list_some, number_in, pair_labels, walk_files
 from .images import ImageSource
 
@@ -290,7 +291,7 @@ class OriginalMomentsDataset:
         self.labels = np.zeros(len(names), np.int64)
         if labelled:
             self.labels = pair_labels((self.folder / "dataset.json").read_bytes(), names)
-        self.id2label = {index: str(index) for index in range(int(self.labels.max()) + 1)}
+        self.id2label = dict(enumerate(number_names(int(self.labels.max()))))
         # Fixed-width bytes: 1.28 M names take 50 MB, and worker processes share them.
         self._names = np.array([os.fsencode(name) for name in names])
         first = self._read(self.folder / names[0])
