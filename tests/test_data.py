@@ -133,6 +133,17 @@ def test_bundled_part_of_mnist():
     assert len({image.numpy().tobytes() for images in both for image in images}) == 10_000
 
 
+def test_an_image_that_is_too_narrow_is_named(tmp_path):
+    """Of 1 x 40,000 pixels, the scaled image would take gigabytes."""
+    (tmp_path / "train").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir()
+        PIL.Image.new("L", (1, 40_000)).save(tmp_path / "train" / name / "narrow.png")
+    source, *_ = open_images(load_image_dataset(train_data_dir=tmp_path / "train"), 256, 1)
+    with pytest.raises(ValueError, match="narrow.png.*1 x 40000 pixels are too narrow to be scaled to 256 x 10240000"):
+        source.load(np.arange(1), np.zeros(1, bool))
+
+
 @pytest.mark.parametrize("label", [100_000, 10**9, 2**62])
 def test_labels_that_number_no_classes(tmp_path, label):
     rows = {"image": [PIL.Image.new("L", (8, 8))] * 2, "label": [0, label]}

@@ -25,13 +25,20 @@ def center_crop(image: "PIL.Image.Image", resolution: int) -> "PIL.Image.Image":
     Args:
         image (`PIL.Image.Image`): The image.
         resolution (`int`): Side of the square in pixels.
+
+    Raises:
+        `ValueError`: if it is so narrow that the scaled image has more than 178 million pixels, which is
+        where Pillow too takes a file for an attack.
     """
     import PIL.Image
 
+    width, height = image.size
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), resample=PIL.Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
+    if PIL.Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > 2 * PIL.Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are too narrow to be scaled to {size[0]} x {size[1]}")
     image = image.resize(size, resample=PIL.Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
