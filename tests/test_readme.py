@@ -46,7 +46,7 @@ SUBSTITUTIONS = {
         "fid/samples.npz --metrics fid --inception_weights inception.pth --cache_dir features"
     ),
     "--method ridge": "--method ridge --layers 3 --timesteps 0.2 --max_train_images 400",
-    'pip install -c constraints.txt -e ".[test]" && pytest\n': "",  # .ci/run does
+    'pip install -c constraints.txt -e ".[test]" && pytest -n 2\n': "",  # .ci/run does
 }
 
 
