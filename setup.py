@@ -18,7 +18,7 @@ extras["test"] = [
     *extras["eval"],
     *extras["demo"],
     *extras["quality"],
-    "gguf>=0.10",  # single files of quantized weights
+    "gguf>=0.19",  # single files of quantized weights; older ones need sentencepiece
     "kornia",  # of one of diffusers' guiders
     "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
     "peft>=0.18",
