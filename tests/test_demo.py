@@ -451,11 +451,26 @@ def test_a_space_of_a_folder_stands_alone(tmp_path):
     names = {path.name for path in (tmp_path / "elsewhere" / "model").iterdir()}
     assert names == {"model_index.json", "transformer", "scheduler"}
     module = tmp_path / "elsewhere" / "diffusers_lsep" / "demo.py"
-    module.write_text(module.read_text().replace("Class-conditional images", "The images of this Space"))
+    module.write_text(module.read_text().replace("Images by flow matching", "The images of this Space"))
     with started([sys.executable, "app.py"], tmp_path / "elsewhere", PYTHONPATH="") as url:
         client = Client(url, verbose=False)
         assert client.config["title"] == "my digits" and "The images of this Space" in str(client.config)
         assert client.predict("seven", 1, 0, 2, api_name="/generate")[2] == "2 steps, seed 0."
+
+
+def test_a_space_takes_nothing_from_elsewhere(tmp_path):
+    folder, secret = tmp_path / "my-digits", tmp_path / "secret.json"
+    make_digits_pipeline().save_pretrained(folder)
+    secret.write_text("private")
+    (folder / "scheduler" / "more.json").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"has to hold all files to upload, but 'scheduler/more.json' .* leads to "):
+        make_space(folder, tmp_path / "space")
+    (folder / "scheduler" / "more.json").unlink()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, str(tmp_path): ["diffusers_lsep", "X"]}))
+    with pytest.raises(ValueError, match="has to hold all files to upload, but .* leads to "):
+        make_space(folder, tmp_path / "space")
+    assert not (tmp_path / "space").exists()
 
 
 @pytest.mark.slow

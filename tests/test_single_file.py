@@ -5,6 +5,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,8 @@ from client_process import run_client
 from diffusers import FlowMatchEulerDiscreteScheduler, GGUFQuantizationConfig
 from diffusers.loaders import FromOriginalModelMixin, FromSingleFileMixin
 from hub_server import HubServer
+from original_checkpoints import HEADS, NAMES, REFERENCE, load_original, original_weights
 from safetensors.torch import load_file, save_file
-from test_conversion import HEADS, NAMES, REFERENCE, load_original, original_weights
 from tiny_models import make_pipeline, make_transformer, make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel, convert_original_checkpoint
@@ -240,7 +241,6 @@ def test_no_pickle_is_executed(tmp_path):
 
 
 def write_gguf(path, model, quantized):
-    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "sit")
     for name, value in model.state_dict().items():
         array = value.numpy()

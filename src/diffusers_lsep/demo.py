@@ -239,10 +239,11 @@ class Drawer:
 def describe_pipeline(pipe: LSEPPipeline) -> str:
     """What the page says about the model: a line of Markdown."""
     config, side = pipe.transformer.config, pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    classes = f"{config.num_classes:,} classes" if config.num_classes > 1 else "one class"
     return (
-        f"Class-conditional images by flow matching: {config.num_classes:,} classes, {side} × {side} pixels,"
+        f"Images by flow matching: {classes}, {side} × {side} pixels,"
         f" {pipe.transformer.num_parameters() / 1e6:,.1f} M parameters."
-        " Trained with [diffusers_lsep](https://arxiv.org/abs/2509.21565)."
+        " Drawn with diffusers_lsep ([LSEP](https://arxiv.org/abs/2509.21565))."
     )
 
 

@@ -154,10 +154,8 @@ def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]],
             for name, marker in zip(names, "os^Dv<>P*X" * len(names)):
                 line = [result for result in row if result["cache"] == name]
                 line.sort(key=lambda result: result["share_computed"])
-                shares, heights = (
-                    [100 * result["share_computed"] for result in line],
-                    [result[value] for result in line],
-                )
+                shares = [100 * result["share_computed"] for result in line]
+                heights = [result[value] for result in line]
                 (drawn,) = axis.plot(shares, heights, label=name, marker=marker, markersize=5, linewidth=1.2)
                 for share, height, result in zip(shares, heights, line):
                     axis.annotate(

@@ -20,17 +20,17 @@ UNLABELED = ("unconditional",)
 MAX_CLASSES = 100_000
 
 
-def number_names(largest_id: int) -> list[str]:
-    """
-    The names of classes that only have numbers, from 0 to the largest.
-
-    Raises:
-        `ValueError`: if there are more than 100,000.
-    """
+def check_largest_id(largest_id: int):
+    """Raises a `ValueError` if classes that only have numbers, from 0 to this one, are more than 100,000."""
     if largest_id >= MAX_CLASSES:
         raise ValueError(
             f"the labels have to number the classes from 0 on, and below {MAX_CLASSES:,}, but one is {largest_id}."
         )
+
+
+def number_names(largest_id: int) -> list[str]:
+    """The names of classes that only have numbers, from 0 to the largest. Errors as in [`check_largest_id`]."""
+    check_largest_id(largest_id)
     return [str(index) for index in range(largest_id + 1)]
 
 

@@ -17,16 +17,20 @@ import sys
 import unittest
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from original_checkpoints import original_weights
 from torch import nn
 
 from diffusers_lsep import (
+    SIT_PRESETS,
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
+    LinearProbe,
     LSEPPipeline,
     SiTTransformer2DModel,
 )
@@ -91,10 +95,13 @@ def no_streams_on_cpu(monkeypatch):
         monkeypatch.setattr(SiTTransformer2DModel, "enable_group_offload", enable_without_streams)
 
 
-def on_any_device(mixin):
+ACCELERATOR = ("hardware accelerator", "accelerator+", "CUDA")
+
+
+def on_any_device(mixin, needless=ACCELERATOR):
     """
     A copy of one of diffusers' mixins, and of what it is made of, without the marks that skip its tests where there is
-    no accelerator: most of them pass on a CPU too.
+    no accelerator (or whatever is `needless`, by a part of the reasons): most of them pass on a CPU too.
     """
     if torch_device != "cpu" or mixin is object:
         return mixin
@@ -102,18 +109,17 @@ def on_any_device(mixin):
     for name, value in namespace.items():
         if name.startswith("test_") and hasattr(value, "pytestmark"):
             namespace[name] = functools.wraps(value)(lambda *args, test=value, **kwargs: test(*args, **kwargs))
-            namespace[name].pytestmark = [mark for mark in value.pytestmark if not asks_for_accelerator(mark)]
+            namespace[name].pytestmark = [mark for mark in value.pytestmark if not is_one_of(mark, needless)]
     if "pytestmark" in namespace:
-        namespace["pytestmark"] = [mark for mark in namespace["pytestmark"] if not asks_for_accelerator(mark)]
-    copy = type(mixin.__name__, tuple(on_any_device(base) for base in mixin.__bases__), {})
+        namespace["pytestmark"] = [mark for mark in namespace["pytestmark"] if not is_one_of(mark, needless)]
+    copy = type(mixin.__name__, tuple(on_any_device(base, needless) for base in mixin.__bases__), {})
     for name, value in namespace.items():
         setattr(copy, name, value)
     return copy
 
 
-def asks_for_accelerator(mark):
-    reason = mark.kwargs.get("reason") or ""
-    return mark.name == "skipif" and ("hardware accelerator" in reason or "accelerator+" in reason or "CUDA" in reason)
+def is_one_of(mark, reasons):
+    return mark.name == "skipif" and any(reason in (mark.kwargs.get("reason") or "") for reason in reasons)
 
 
 # Models
@@ -223,6 +229,25 @@ class TestContextParallel(ModelConfig, model_tests.ContextParallelTesterMixin):
 @needs_accelerators
 class TestTensorParallel(ModelConfig, model_tests.TensorParallelTesterMixin):
     pass
+
+
+class TestSingleFile(SavedModelConfig, on_any_device(model_tests.SingleFileTesterMixin, ("auth token", "nightly"))):
+    """An original checkpoint of a model whose heads follow from its width; theirs are on the Hub."""
+
+    pretrained_model_kwargs: ClassVar = {}
+
+    def get_init_dict(self):
+        return {**SIT_PRESETS["SiT-S/8"], "num_classes": 10}
+
+    def get_dummy_single_file_state_dict(self):  # with values, as weights without any are refused
+        model = self.model_class.from_pretrained(self.pretrained_model_name_or_path)
+        return original_weights(model, LinearProbe(model.inner_dim, 10))
+
+    @property
+    def ckpt_path(self):
+        path = Path(self.pretrained_model_name_or_path, "original.pt")
+        torch.save(self.get_dummy_single_file_state_dict(), path)
+        return str(path)
 
 
 class TestTraining(ModelConfig, model_tests.TrainingTesterMixin):

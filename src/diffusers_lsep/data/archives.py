@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..labels import UNLABELED, number_names
+from ..labels import UNLABELED, check_largest_id, number_names
 
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -254,7 +254,7 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
     if len(label_of) > len(keys):
         without_file = [str(key) for key in label_of.keys() - set(keys)]
         raise ValueError(f"dataset.json has labels for files that are not there: {list_some(sorted(without_file))}.")
-    number_names(max(label_of.values(), default=-1))  # also before numbers of more than 64 bits are put into an array
+    check_largest_id(max(label_of.values(), default=-1))  # JSON's numbers may be larger than the array's
     return np.array([label_of[key] for key in keys], np.int64)
 
 

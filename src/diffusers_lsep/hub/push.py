@@ -33,8 +33,6 @@ logger = logging.get_logger(__name__)
 
 PROBE_FOLDER = "probe"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
-COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
 
 # Of the client, which itself tries again after the first three, and of its library for large files.
 CONNECTION_FAILURES = (
@@ -213,47 +211,9 @@ def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:
     results = [EVAL_RESULTS_NAME] if pipeline.read_evaluation() is not None else []
     files = [name for name in ["model_index.json", *results, *code, *images] if (folder / name).is_file()]
 
-    components = [
-        name
-        for name, value in pipeline.index.items()
-        if name != "_class_name" and isinstance(value, list) and len(value) == 2 and value[0] is not None
-    ]
-    for name in components:
-        _check_inside(folder, name)
-        if not (folder / name).is_dir():
-            raise ValueError(
-                f"`folder` has to hold all components of the pipeline, but there is no {name} in {folder}."
-            )
-    if (folder / PROBE_FOLDER).is_dir():
-        components.append(PROBE_FOLDER)
-    for name in components:
-        for path in sorted((folder / name).iterdir()):
-            if path.suffix in PICKLE_SUFFIXES:
-                raise ValueError(
-                    f"`folder` has to hold weights as safetensors, but {path} is a pickle. Save the pipeline with"
-                    " `safe_serialization=True`."
-                )
-            if path.is_file() and path.suffix in COMPONENT_SUFFIXES:
-                files.append(f"{name}/{path.name}")
-    for name in components:
-        config = folder / name / "config.json"
-        if config.is_file() and not any(
-            file.startswith(f"{name}/") and file.endswith(".safetensors") for file in files
-        ):
-            raise ValueError(f"`folder` has to hold the weights of {name}, but there are none in {folder / name}.")
-    for name in [CARD_NAME, *files]:
-        _check_inside(folder, name)
-    return files
-
-
-def _check_inside(folder: Path, name: str):
-    """Refuses what a card, an index or a link names elsewhere: it could be anything on this machine."""
-    found = (folder / name).resolve()
-    if not found.is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"`folder` has to hold all files to upload, but {name!r} in {folder} leads to {found}. If that is meant"
-            " to go to the Hub, put a copy in its place."
-        )
+    extra = (PROBE_FOLDER,) if (folder / PROBE_FOLDER).is_dir() else ()
+    pipeline.check_inside(CARD_NAME, *files)
+    return [*files, *pipeline.component_files(extra)]
 
 
 def _weights_key(path: str) -> tuple[str, str | None] | None:

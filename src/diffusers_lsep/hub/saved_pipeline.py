@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from ..transformer_sit import SIT_PRESETS
 logger = logging.get_logger(__name__)
 
 EVAL_RESULTS_NAME = "eval_results.json"
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".py")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".msgpack", ".pkl", ".pt", ".pth")
 
 
 class SavedPipeline:
@@ -61,6 +63,54 @@ class SavedPipeline:
         if not path.is_file():
             raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but there is no {name} in {self.folder}.")
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def component_files(self, extra: Sequence[str] = ()) -> list[str]:
+        """
+        The files that make the pipeline beside its index, as paths in its folder: for others, on the Hub.
+
+        Args:
+            extra (`Sequence[str]`): Folders of models beside the components.
+
+        Raises:
+            `ValueError`: if a component or its weights are missing or pickles, or if one leads out of the folder.
+        """
+        components = [
+            name
+            for name, value in self.index.items()
+            if name != "_class_name" and isinstance(value, list) and len(value) == 2 and value[0] is not None
+        ]
+        files = []
+        for component in (*components, *extra):
+            self.check_inside(component)
+            folder = self.folder / component
+            if not folder.is_dir():
+                raise ValueError(
+                    f"`folder` has to hold all components of the pipeline, but there is no {component} in"
+                    f" {self.folder}."
+                )
+            paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+            pickles = [path for path in paths if path.suffix in PICKLE_SUFFIXES]
+            if pickles:
+                raise ValueError(
+                    f"`folder` has to hold weights as safetensors, but {pickles[0]} is a pickle. Save the pipeline"
+                    " with `safe_serialization=True`."
+                )
+            has_weights = any(path.suffix == ".safetensors" for path in paths)
+            if (folder / "config.json").is_file() and not has_weights:
+                raise ValueError(f"`folder` has to hold the weights of {component}, but there are none in {folder}.")
+            files += [f"{component}/{path.name}" for path in paths if path.suffix in COMPONENT_SUFFIXES]
+        self.check_inside(*files)
+        return files
+
+    def check_inside(self, *names: str):
+        """Refuses what a card, an index or a link names elsewhere: it could be anything on this machine."""
+        for name in names:
+            found = (self.folder / name).resolve()
+            if not found.is_relative_to(self.folder.resolve()):
+                raise ValueError(
+                    f"`folder` has to hold all files to upload, but {name!r} in {self.folder} leads to {found}. If"
+                    " that is meant to go to the Hub, put a copy in its place."
+                )
 
     def weights(self, component: str = "transformer") -> list[Path]:
         """The files of a component's weights, of one variant if there are several."""

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 
 from ..files import whole_folder
-from .push import COMPONENT_SUFFIXES, explain_connection_failures
+from .push import explain_connection_failures
 from .saved_pipeline import SavedPipeline
 
 
@@ -96,6 +96,8 @@ def write_space(model: str, output_dir: str | os.PathLike, title: str | None = N
     is_folder = Path(model).is_dir()
     if is_folder:
         saved = SavedPipeline(Path(model))
+        model_files = ["model_index.json", *saved.component_files()]
+        saved.check_inside(*model_files)
     elif not re.fullmatch(r"[^/\s]+/[^/\s]+", model):
         raise ValueError(
             "`pretrained_model_name_or_path` has to be an id on the Hub, `namespace/name`, or the folder of a"
@@ -123,10 +125,9 @@ def write_space(model: str, output_dir: str | os.PathLike, title: str | None = N
     with whole_folder(target) as folder:
         shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
         if is_folder:
-            (folder / MODEL_FOLDER).mkdir()
-            shutil.copy(saved.folder / "model_index.json", folder / MODEL_FOLDER)
-            for component in (name for name in saved.index if (saved.folder / name).is_dir()):
-                shutil.copytree(saved.folder / component, folder / MODEL_FOLDER / component, ignore=_not_of_component)
+            for name in model_files:
+                (folder / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(saved.folder / name, folder / MODEL_FOLDER / name)
         texts = {
             "app.py": APP.format(
                 model=f'Path(__file__).parent / "{MODEL_FOLDER}"' if is_folder else repr(model),
@@ -174,7 +175,3 @@ def push_space(folder: str | os.PathLike, repo_id: str, token: str | None = None
     with explain_connection_failures(folder, repo_id):
         repo_id = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True).repo_id
         return api.create_commit(repo_id, operations, commit_message="Upload demo", repo_type="space")
-
-
-def _not_of_component(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if Path(name).suffix not in COMPONENT_SUFFIXES]

@@ -168,7 +168,7 @@ class Trainer:
         if (self.output_dir / UNREADABLE_FILE).exists():
             self.unreadable = {entry["id"]: entry for entry in read_metrics(self.output_dir / UNREADABLE_FILE)}
         # A checkpoint is written before its step is validated, and what comes after it may have been cut off.
-        self.owes_validation = checkpoint is not None and self.is_validated(self.step)
+        self.owes_validation = checkpoint is not None and self.validates_at(self.step)
         if self.owes_validation:
             done = [(self.output_dir / self.samples_file).exists()] if accelerator.is_main_process else [None]
             self.owes_validation = not broadcast_object_list(done)[0]
@@ -202,7 +202,7 @@ class Trainer:
         """The samples of this step, in the output folder."""
         return Path("samples", f"step-{self.step}.png")
 
-    def is_validated(self, step: int) -> bool:
+    def validates_at(self, step: int) -> bool:
         return step % self.args.validation_steps == 0 or step == self.args.max_train_steps
 
     @property
@@ -257,7 +257,7 @@ class Trainer:
             last = self.step == args.max_train_steps
             stopped = stop.arrived() and not last
             saves = self.step % args.checkpointing_steps == 0 or last or stopped
-            validates = self.is_validated(self.step)
+            validates = self.validates_at(self.step)
             if self.step % args.logging_steps == 0 or saves or validates:
                 self.log()
             if saves:
