@@ -88,6 +88,13 @@ def test_a_command_suggests_its_own_flags(capsys):
     assert line.startswith("tool two: error: ") and "is --secnod meant to be --second?" in line
     assert "meant" not in usage_error(parser, capsys, "two", "--first", "3")
 
+    # What is found wrong after parsing is no flag that is misspelt.
+    commands.choices["two"].add_argument("--halp")
+    parser.parse_args(["two", "--halp", "3"])
+    with pytest.raises(SystemExit):
+        parser.error("--halp has to be below 3")
+    assert "meant" not in capsys.readouterr().err
+
 
 def test_arguments_from_a_file(parser, tmp_path, capsys):
     (tmp_path / "arguments").write_text("# what\n--num_images 3  # few\n\n--output_dir 'a folder'\n--times 1 2\n")

@@ -61,8 +61,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # Also where a required flag is missing: it may be there, misspelt.
         flags = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        known = {*self._option_string_actions}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known.update(*(parser._option_string_actions for parser in action.choices.values()))
         for flag in flags:
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            close = difflib.get_close_matches(flag, sorted(known), n=1)
             if close and close[0] != flag:
                 message += f"; is {flag} meant to be {close[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
