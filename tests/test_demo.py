@@ -431,7 +431,8 @@ def test_a_space_is_not_written_over_other_things(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["lsep-digits", "a/b/c", "your name/model", "me/model--x"])
-def test_a_space_needs_a_model(tmp_path, model):
+def test_a_space_needs_a_model(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)  # the README's first command leaves a model of this name in the repository
     with pytest.raises(ValueError, match="`pretrained_model_name_or_path`|Cannot have|repo name"):
         make_space(model, tmp_path / "space")
     (tmp_path / "empty").mkdir()
