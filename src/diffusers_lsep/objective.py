@@ -357,9 +357,10 @@ class LSEPObjective(nn.Module):
         velocity, tokens_at, probe_tokens, known = self._forward_streams(
             noisy_latents, timesteps, labels, probe_labels, separate_rows
         )
-        known |= {"latents": latents, "noise": noise, "noisy_latents": noisy_latents, "timesteps": timesteps}
-        known |= {"class_labels": class_labels, "dropped_labels": labels, "null_class": null_class, "path": self.path}
-        known |= {"velocity": target, "prediction": velocity, "probe_tokens": probe_tokens}
+        # Not by `|=`, which dynamo of torch 2.6 does not know
+        known.update(latents=latents, noise=noise, noisy_latents=noisy_latents, timesteps=timesteps, path=self.path)
+        known.update(class_labels=class_labels, dropped_labels=labels, null_class=null_class)
+        known.update(velocity=target, prediction=velocity, probe_tokens=probe_tokens)
 
         # 4. Losses, in float32
         denoising_losses = (velocity.float() - target).square().flatten(1).mean(dim=1)
