@@ -15,8 +15,9 @@ classifier takes for the class that was asked for; at the end linear probes of e
 `choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison; `labels` takes a fifth of
 wrong labels and two coarse classes; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
 Depths are those of the papers in proportion to 6 blocks. Self-Transcendence has a run before it, its teacher, whose
-1,000 steps count as its time. Writes into `--output_dir` `STUDY.json`, `STUDY.md`, `curves.png` and `accuracy.png`,
-and for each run a folder with the run and its `result.json`.
+1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file in `--results_dir`,
+beside `STUDY.md`, `curves.png` and `accuracy.png`, and a run that has its file is not trained again: with
+`--results_dir benchmarks/regularizers` the command goes on with the results that the repository has.
 """
 
 import argparse
@@ -107,7 +108,7 @@ class Run:
 
 def list_runs(study: str, methods: list[str], seeds: list[int] | None) -> Iterator[Run]:
     if study in ("all", "choice"):
-        for seed in CHOICE_SEEDS:
+        for seed in CHOICE_SEEDS if seeds is None else seeds:
             for name, flags in CHOICES.items():
                 yield Run(name, seed, steps=CHOICE_STEPS, flags=flags)
     if study in ("all", "methods"):
@@ -174,9 +175,9 @@ def train_run(folder: Path, data: Path, flags: list[object], steps: int, seed: i
     train(folder, data, *flags, *length, "--seed", seed, "--resume_from_checkpoint", "latest", recipe="mnist")
 
 
-def measure_costs(methods: list[str], output_dir: Path) -> dict[str, dict[str, float]]:
+def measure_costs(methods: list[str], output_dir: Path, results_dir: Path) -> dict[str, dict[str, float]]:
     """Seconds of a step over those of plain SiT, of runs that take turns: median and quartiles of their pairs."""
-    path = output_dir / "costs.json"
+    path = results_dir / "costs.json"
     costs = json.loads(path.read_text()) if path.is_file() else {}
     for method in methods:
         if method == "SiT" or method in costs:
@@ -271,11 +272,11 @@ def draw_accuracy(results: list[dict], path: Path):
     figure.savefig(path, dpi=110)
 
 
-def finish(run: Run, judge: Judge, output_dir: Path) -> dict:
+def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
     """Trains and judges, or reads what an earlier call found."""
-    folder, data = output_dir / run.name, prepare_data(run.data, output_dir)
-    result = folder / "result.json"
+    result = results_dir / f"{run.name}.json"
     if not result.is_file():
+        folder, data = output_dir / run.name, prepare_data(run.data, output_dir)
         flags = list(run.flags)
         if run.method == "self-transcendence":
             teacher = output_dir / Run(TEACHER, run.seed, run.data, TEACHER_STEPS).name
@@ -310,28 +311,30 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results/regularizers"))
+    parser.add_argument("--results_dir", type=Path, help="default: OUTPUT_DIR/results")
     args = parser.parse_args()
+    results_dir = args.results_dir or args.output_dir / "results"
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    costs = measure_costs(args.methods if args.study in ("all", "cost") else [], args.output_dir)
+    for folder in (args.output_dir, results_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    costs = measure_costs(args.methods if args.study in ("all", "cost") else [], args.output_dir, results_dir)
     judge, runs = Judge(), list(list_runs(args.study, args.methods, args.seeds))
     for kind in {run.data for run in runs}:
         prepare_data(kind, args.output_dir)
     results: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(lambda run: finish(run, judge, args.output_dir), runs):
+        for result in pool.map(lambda run: finish(run, judge, args.output_dir, results_dir), runs):
             results.append(result)
             print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {result['curve'][-1]}")
-            write_text(args.output_dir / f"{args.study}.json", json.dumps(results, indent=1) + "\n")
     parts = [make_table("choice of LSEP's settings", [r for r in results if r["steps"] == CHOICE_STEPS])]
     parts += [make_table(kind, [r for r in results if r["steps"] == STEPS and r["data"] == kind]) for kind in KINDS]
-    write_text(args.output_dir / f"{args.study}.md", "\n\n".join(parts) + "\n")
+    write_text(results_dir / f"{args.study}.md", "\n\n".join(parts) + "\n")
     compared = [result for result in results if result["steps"] == STEPS and result["data"] == "labels"]
     if compared:
-        draw_curves(compared, costs, args.output_dir / "curves.png")
-        draw_accuracy(compared, args.output_dir / "accuracy.png")
+        draw_curves(compared, costs, results_dir / "curves.png")
+        draw_accuracy(compared, results_dir / "accuracy.png")
 
 
 if __name__ == "__main__":
