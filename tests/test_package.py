@@ -43,6 +43,7 @@ def test_exports():
         "SIT_PRESETS",
         "FlowMatchSDEScheduler",
         "FlowMatchSDEMultistepScheduler",
+        "FlowMapScheduler",
         "FlowMatchHeunODEScheduler",
         "LSEPPipeline",
         "LinearProbe",

@@ -38,7 +38,7 @@ config = {
     "ulysses": lambda: ContextParallelConfig(ulysses_degree=2),
     "tensor": lambda: TensorParallelConfig(tp_degree=2),
 }[kind]()
-pipe = make_pipeline(FlowMatchSDEScheduler(diffusion_form="none"), num_layers=3, qk_norm=True)
+pipe = make_pipeline(FlowMatchSDEScheduler(diffusion_form="none"), num_layers=3, qk_norm=True, flow_map_depth=1)
 model, batch = pipe.transformer, make_batch()
 model.enable_parallelism(config=config)
 
@@ -46,7 +46,7 @@ model.enable_parallelism(config=config)
 seen = []
 model.transformer_blocks[1].ff.register_forward_hook(lambda ff, args, output: seen.append(args[0].shape[1]))
 with torch.no_grad():
-    output = model(batch["latents"], batch["timesteps"], batch["class_labels"]).sample
+    output = model(batch["latents"], batch["timesteps"], batch["class_labels"], r_timestep=0.1).sample
 weight = model.transformer_blocks[1].ff.net[2].weight
 if kind == "tensor":
     assert seen == [16] and weight.to_local().shape == (32, 64), (seen, weight.to_local().shape)
@@ -80,9 +80,10 @@ def test_two_processes_give_what_one_gives(kind, tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     parallel = torch.load(tmp_path / "output.pt", weights_only=True)
 
-    pipe, batch = make_pipeline(FlowMatchSDEScheduler(diffusion_form="none"), num_layers=3, qk_norm=True), make_batch()
+    scheduler, batch = FlowMatchSDEScheduler(diffusion_form="none"), make_batch()
+    pipe = make_pipeline(scheduler, num_layers=3, qk_norm=True, flow_map_depth=1)
     with torch.no_grad():
-        output = pipe.transformer(batch["latents"], batch["timesteps"], batch["class_labels"]).sample
+        output = pipe.transformer(batch["latents"], batch["timesteps"], batch["class_labels"], r_timestep=0.1).sample
     call = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.0, 0.6), "output_type": "latent"}
     images = pipe([1, 2], generator=torch.Generator().manual_seed(0), **call).images
     torch.testing.assert_close(parallel["output"], output, rtol=0, atol=1e-5)

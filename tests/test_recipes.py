@@ -21,8 +21,8 @@ from tiny_models import make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.cli import COMMANDS
+from diffusers_lsep.presets import SIT_PRESETS
 from diffusers_lsep.training.arguments import build_parser
-from diffusers_lsep.transformer_sit import SIT_PRESETS
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"

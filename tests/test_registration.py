@@ -12,7 +12,12 @@ from diffusers_lsep.transformer_sit import SiTAttention, SiTAttnProcessor, SiTTr
 
 
 def test_classes_are_attributes_of_diffusers():
-    schedulers = ("FlowMatchSDEScheduler", "FlowMatchSDEMultistepScheduler", "FlowMatchHeunODEScheduler")
+    schedulers = (
+        "FlowMatchSDEScheduler",
+        "FlowMatchSDEMultistepScheduler",
+        "FlowMatchHeunODEScheduler",
+        "FlowMapScheduler",
+    )
     for name in ("SiTTransformer2DModel", *schedulers, "LSEPPipeline"):
         assert getattr(diffusers, name) is getattr(diffusers_lsep, name)
 

@@ -17,6 +17,7 @@ from tiny_models import make_pipeline
 
 import diffusers_lsep
 from diffusers_lsep import (
+    FlowMapScheduler,
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
@@ -109,10 +110,13 @@ def pipelines():
         "cosine": FlowMatchSDEScheduler(path_type="cosine"),
         "multistep": FlowMatchSDEMultistepScheduler(),
         "heun": FlowMatchHeunODEScheduler(),
+        "flow-map": FlowMapScheduler(renoising=0.5),
         "euler": FlowMatchEulerDiscreteScheduler(),
     }
     return {
-        name: make_pipeline(scheduler, id2label=id2label, sample_size=4, in_channels=3, num_classes=3)
+        name: make_pipeline(
+            scheduler, id2label=id2label, sample_size=4, in_channels=3, num_classes=3, flow_map_depth=1
+        )
         for name, scheduler in schedulers.items()
     }
 

@@ -17,7 +17,12 @@ import diffusers
 import pytest
 import torch
 
-from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEMultistepScheduler, FlowMatchSDEScheduler
+from diffusers_lsep import (
+    FlowMapScheduler,
+    FlowMatchHeunODEScheduler,
+    FlowMatchSDEMultistepScheduler,
+    FlowMatchSDEScheduler,
+)
 from diffusers_lsep.interpolants import get_interpolant
 
 
@@ -515,7 +520,8 @@ SDE_CONFIG = {
     "last_step": "tweedie",
     "last_step_size": 0.02,
 }
-SCHEDULERS = [FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler, FlowMatchHeunODEScheduler]
+SCHEDULERS = [FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler, FlowMatchHeunODEScheduler, FlowMapScheduler]
+OF_SDES = SCHEDULERS[:2]
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
@@ -526,7 +532,7 @@ def through_a_file(scheduler, folder):
 
 @pytest.mark.parametrize("scheduler_class", SCHEDULERS)
 def test_config_round_trip(tmp_path, scheduler_class):
-    config = SDE_CONFIG if scheduler_class is not FlowMatchHeunODEScheduler else {"path_type": "cosine"}
+    config = SDE_CONFIG if scheduler_class in OF_SDES else {"path_type": "cosine"}
     scheduler = scheduler_class(**config, num_train_timesteps=500)
     for loaded in (through_a_file(scheduler, tmp_path), scheduler_class.from_config(scheduler.config)):
         assert {name: loaded.config[name] for name in config} == config and loaded.path is scheduler.path
@@ -541,7 +547,7 @@ def test_settings_survive_another_scheduler(tmp_path, swapped_class):
     """As a pipeline that is saved between the swaps keeps them."""
     saved = through_a_file(FlowMatchSDEScheduler(**SDE_CONFIG), tmp_path / "a")
     swapped = through_a_file(swapped_class.from_config(saved.config), tmp_path / "b")
-    for scheduler_class in SCHEDULERS[:2]:
+    for scheduler_class in OF_SDES:
         back = through_a_file(scheduler_class.from_config(swapped.config), tmp_path / "c")
         assert {name: back.config[name] for name in SDE_CONFIG} == SDE_CONFIG and back.sde.last_step == "tweedie"
 
@@ -695,7 +701,7 @@ def test_impossible_grids_are_refused(arguments, message):
 
 
 def test_sbdm_refuses_a_grid_that_starts_at_its_singularity():
-    for scheduler_class in SCHEDULERS[:2]:
+    for scheduler_class in OF_SDES:
         with pytest.raises(ValueError, match="`sigmas` have to start at 0.999 or below.* start at 1.0"):
             scheduler_class(diffusion_form="sbdm").set_timesteps(sigmas=[1.0, 0.5])
 

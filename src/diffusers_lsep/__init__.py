@@ -9,17 +9,20 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .conversion import convert_original_checkpoint
 from .objective import LinearProbe, LSEPObjective
 from .pipeline_lsep import LSEPPipeline
+from .presets import SIT_PRESETS
 from .registration import register_with_diffusers
+from .scheduling_flow_map import FlowMapScheduler
 from .scheduling_flow_match_heun_ode import FlowMatchHeunODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
-from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from .transformer_sit import SiTTransformer2DModel
 
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "SIT_PRESETS",
+    "FlowMapScheduler",
     "FlowMatchHeunODEScheduler",
     "FlowMatchSDEMultistepScheduler",
     "FlowMatchSDEScheduler",
@@ -37,5 +40,6 @@ register_with_diffusers(
     FlowMatchSDEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchHeunODEScheduler,
+    FlowMapScheduler,
     LSEPPipeline,
 )

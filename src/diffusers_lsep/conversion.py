@@ -16,9 +16,10 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
 from .objective import LinearProbe
+from .presets import SIT_PRESETS
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .torch_files import load_checkpoint
-from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from .transformer_sit import SiTTransformer2DModel
 
 
 SOURCES = ("lsep", "repa", "sit")

@@ -87,7 +87,16 @@ def _advise(scheduler: SchedulerMixin, path_type: str, settings: dict[str, Any] 
     return f"Try `{name}.from_config(pipe.scheduler.config, {listed})`."
 
 
-def check_scheduler(scheduler: SchedulerMixin, path_type: str, sigmas: list[float] | None = None):
+def get_r_times(scheduler: SchedulerMixin) -> list[float] | None:
+    """The times that a flow map is to go to in each step, if the scheduler is one for flow maps."""
+    if isinstance(scheduler, FlowMapEulerDiscreteScheduler):
+        return scheduler.sigmas[1:].tolist()
+    return scheduler.r_sigmas.tolist() if hasattr(scheduler, "r_sigmas") else None
+
+
+def check_scheduler(
+    scheduler: SchedulerMixin, path_type: str, sigmas: list[float] | None = None, flow_map_depth: int | None = None
+):
     """
     Refuses a scheduler that does not integrate the flow of a model, and says what would.
 
@@ -95,6 +104,7 @@ def check_scheduler(scheduler: SchedulerMixin, path_type: str, sigmas: list[floa
         scheduler (`SchedulerMixin`): A scheduler of this package or of diffusers.
         path_type (`str`): The path that the model was trained on, `"linear"` or `"cosine"`.
         sigmas (`list[float]`, *optional*): The grid of times that it is to be given.
+        flow_map_depth (`int`, *optional*): That of the transformer, if it is a flow map.
 
     Raises:
         `ValueError`: with advice, a line of code.
@@ -106,6 +116,11 @@ def check_scheduler(scheduler: SchedulerMixin, path_type: str, sigmas: list[floa
             raise ValueError(
                 f"`scheduler` has `path_type={scheduler.config.path_type!r}`, but the transformer was trained on the"
                 f" path {path_type!r}. {advice}"
+            )
+        if hasattr(scheduler, "r_sigmas") and flow_map_depth is None:
+            raise ValueError(
+                f"`scheduler` has to be one for velocities, as the transformer has no `flow_map_depth`, but {name} is"
+                f" for flow maps. {_advise(scheduler, path_type)}"
             )
     elif not isinstance(scheduler, _FLOW_SCHEDULERS):
         advice = _advise(scheduler, path_type)

@@ -117,6 +117,7 @@ class GuidanceMixin:
         attention_kwargs: dict[str, Any] | None = None,
         step: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
+        r: float | None = None,
     ) -> torch.Tensor:
         """
         Predicts the velocity, with classifier-free guidance (arXiv 2207.12598) if its scale is above 1.
@@ -131,11 +132,12 @@ class GuidanceMixin:
             step (`dict`, *optional*):
                 `step_index`, `num_inference_steps` and `timestep`, which tell caches where in a loop this is.
             internal_guidance_scale (`float`, defaults to `1.0`): Scale of Internal Guidance; off if not above 1.
+            r (`float`, *optional*): The time that a flow map is to go to, whose mean velocity this is then.
 
         Returns:
             `torch.Tensor`: float32 `[B, C, S, S]`.
         """
-        call = (t, attention_kwargs, step or {}, internal_guidance_scale)
+        call = (t, attention_kwargs, step or {}, internal_guidance_scale, r)
         if guidance_scale <= 1:
             return self._call_transformer(latents, class_ids, "cond", *call)
         if negative_class_ids is None:
@@ -155,10 +157,13 @@ class GuidanceMixin:
         attention_kwargs: dict[str, Any] | None,
         step: dict[str, Any],
         internal_guidance_scale: float,
+        r: float | None,
     ) -> torch.Tensor:
         time = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
         latents = latents.to(self.transformer.dtype)
-        arguments = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
+        arguments: dict[str, Any] = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
+        if r is not None:
+            arguments["r_timestep"] = torch.full_like(time, r)
         with self._cache_context(context, t, step):
             output = self.transformer(latents, timestep=time, class_labels=class_ids, return_dict=False, **arguments)
         velocity = output[0].float()
@@ -188,14 +193,20 @@ class GuidanceMixin:
         self._guidance_active = is_active
 
     def _predict_step(
-        self, tensors: dict[str, torch.Tensor], t: float, scale: float, in_interval: bool, step: dict[str, Any]
+        self,
+        tensors: dict[str, torch.Tensor],
+        t: float,
+        scale: float,
+        in_interval: bool,
+        step: dict[str, Any],
+        r: float | None,
     ) -> torch.Tensor:
         """The velocity of a step of the loop. `tensors` are what callbacks see."""
         latents, class_ids = tensors["latents"], tensors["class_labels"]
         negative_class_ids = tensors["negative_class_labels"]
         if self._guider is None:
             self._set_guidance_active(scale > 1, step["step_index"])
-            options = (negative_class_ids, self._attention_kwargs, step, self._internal_guidance_scale)
+            options = (negative_class_ids, self._attention_kwargs, step, self._internal_guidance_scale, r)
             return self.predict_velocity(latents, t, class_ids, scale, *options)
 
         # As the modular pipelines of diffusers do it
@@ -219,6 +230,7 @@ class GuidanceMixin:
                         self._attention_kwargs,
                         step,
                         self._internal_guidance_scale,
+                        r,
                     )
                 finally:
                     guider.cleanup_models(self.transformer)

@@ -24,7 +24,7 @@ from .autoencoders import (
     decode_latents,
     get_scale_factor,
 )
-from .flow_schedulers import check_scheduler, set_timesteps, takes
+from .flow_schedulers import check_scheduler, get_r_times, set_timesteps, takes
 from .guidance import GuidanceMixin, check_guidance, check_internal_guidance, is_in_interval
 from .interpolants import get_interpolant
 from .labels import find_call_ids, find_class_ids, find_names, unique_names
@@ -267,7 +267,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             )
         check_guidance(guidance_scale, guidance_interval, guider)
         check_internal_guidance(internal_guidance_scale, self.transformer)
-        check_scheduler(self.scheduler, self.config.path_type, sigmas)
+        check_scheduler(self.scheduler, self.config.path_type, sigmas, self.transformer.config.get("flow_map_depth"))
         if output_type != "latent":
             self.check_decodable()
 
@@ -440,6 +440,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
 
         # 2. Timesteps. Times are compared on the host: no synchronisation in the loop.
         timesteps, times = self._set_timesteps(num_inference_steps, device, sigmas)
+        is_flow_map = self.transformer.config.get("flow_map_depth") is not None
+        r_times = get_r_times(self.scheduler) if is_flow_map else None
 
         # 3. Latents and classes
         tensors = {
@@ -461,8 +463,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                     scale = self.guidance_scale if in_interval else 1.0
 
                 step = {"step_index": i, "num_inference_steps": len(timesteps), "timestep": timestep}
-                state = tensors["latents"]
-                velocity = self._predict_step(tensors, times[i], scale, in_interval, step)
+                state, r = tensors["latents"], r_times[i] if r_times is not None else None
+                velocity = self._predict_step(tensors, times[i], scale, in_interval, step, r)
                 tensors["latents"] = self.scheduler.step(velocity, timestep, state, **options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     names, evaluated = callback_on_step_end_tensor_inputs, (velocity, state, times[i])

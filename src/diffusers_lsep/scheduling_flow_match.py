@@ -40,6 +40,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         "FlowMatchSDEScheduler",
         "FlowMatchSDEMultistepScheduler",
         "FlowMatchHeunODEScheduler",
+        "FlowMapScheduler",
         "FlowMatchEulerDiscreteScheduler",
         "FlowMatchHeunDiscreteScheduler",
         "DPMSolverMultistepScheduler",

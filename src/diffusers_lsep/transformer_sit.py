@@ -18,26 +18,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.utils import apply_lora_scale
 
+from .argument_checks import check_count
 from .auto_map import AutoMapMixin
 from .caches import SiTCacheMixin
 from .registration import register_with_hooks
 from .single_file import SiTSingleFileMixin
-
-
-# Widths, depths and heads of DiT (arXiv 2212.09748, table 1), which SiT, REPA and LSEP keep.
-_SIZES = {
-    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
-    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
-    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
-    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
-}
-
-SIT_PRESETS: dict[str, dict[str, int]] = {
-    f"SiT-{size}/{patch_size}": {"patch_size": patch_size, **arguments}
-    for size, arguments in _SIZES.items()
-    for patch_size in (2, 4, 8)
-}
-"""Constructor arguments of [`SiTTransformer2DModel`] by the name the papers use, such as `"SiT-XL/2"`."""
 
 
 @dataclass
@@ -196,10 +181,14 @@ class SiTTransformer2DModel(
         internal_guidance_depth (`int`, *optional*):
             After how many blocks, `1..num_layers`, a second output layer stands, whose weaker prediction can guide
             the model (Internal Guidance, arXiv 2512.24176). There is none if not given.
+        flow_map_depth (`int`, *optional*):
+            After how many blocks, `1..num_layers - 1`, `r_timestep` takes the place of `timestep`, so that the model
+            predicts the mean velocity between the two times (Decoupled MeanFlow, arXiv 2510.24474). It adds no
+            weights: `from_pretrained(..., flow_map_depth=18)` makes a flow map, to be trained, of any model.
 
     Raises:
-        `ValueError`: if a size is below 1, if `sample_size` is not divisible by `patch_size`, or if the width is not
-        divisible by 4.
+        `ValueError`: if a size is below 1 or a depth outside of these ranges, if there are both depths, if
+        `sample_size` is not divisible by `patch_size`, or if the width is not divisible by 4.
     """
 
     _supports_gradient_checkpointing = True
@@ -233,6 +222,7 @@ class SiTTransformer2DModel(
         num_classes: int = 1000,
         qk_norm: bool = False,
         internal_guidance_depth: int | None = None,
+        flow_map_depth: int | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -269,8 +259,7 @@ class SiTTransformer2DModel(
         config = self.config
         sizes = ("sample_size", "patch_size", "in_channels", "num_layers", "num_classes")
         for name in (*sizes, "num_attention_heads", "attention_head_dim"):
-            if config[name] < 1:
-                raise ValueError(f"`{name}` has to be at least 1, but is {config[name]}.")
+            check_count(name, config[name])
         if config.out_channels is not None and config.out_channels < 1:
             raise ValueError(f"`out_channels` has to be None or at least 1, but is {config.out_channels}.")
         if config.sample_size % config.patch_size:
@@ -278,10 +267,13 @@ class SiTTransformer2DModel(
                 f"`sample_size` has to be divisible by `patch_size`, but {config.sample_size} is not divisible by"
                 f" {config.patch_size}."
             )
-        depth = config.internal_guidance_depth
-        if depth is not None and not (isinstance(depth, int) and 1 <= depth <= config.num_layers):
+        for name, last in (("internal_guidance_depth", config.num_layers), ("flow_map_depth", config.num_layers - 1)):
+            depth = config[name]
+            if depth is not None and not (isinstance(depth, int) and 1 <= depth <= last):
+                raise ValueError(f"`{name}` has to be None or lie in 1..{last}, but is {depth!r}.")
+        if config.internal_guidance_depth is not None and config.flow_map_depth is not None:
             raise ValueError(
-                f"`internal_guidance_depth` has to be None or lie in 1..{config.num_layers}, but is {depth!r}."
+                f"`flow_map_depth` has to be None with an `internal_guidance_depth`, but is {config.flow_map_depth}."
             )
         width = config.num_attention_heads * config.attention_head_dim
         if width % 4:
@@ -352,11 +344,17 @@ class SiTTransformer2DModel(
         return temb + self.class_embedding(class_labels).to(temb.dtype)
 
     def apply_blocks(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, start: int = 0, end: int | None = None
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        start: int = 0,
+        end: int | None = None,
+        r_temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Runs the transformer blocks `start..end - 1` (to the last one if `end` is not given) on tokens `[B, N, D]` with
-        the condition `[B, D]` of `embed_condition`.
+        the condition `[B, D]` of `embed_condition`; if there is one of the second time, `r_temb`, those from
+        `flow_map_depth` on with it.
 
         Raises:
             `ValueError`: if a cache or context parallelism is enabled, with which only `forward` works: blocks would
@@ -372,12 +370,12 @@ class SiTTransformer2DModel(
                 "`apply_blocks`, for training and probing, has to see all tokens, but with context parallelism every"
                 " process has a part of them."
             )
-        return self._run_blocks(hidden_states, temb, start, end)
+        return self._run_blocks(hidden_states, temb, start, end, r_temb)
 
-    def _run_blocks(
-        self, hidden_states: torch.Tensor, temb: torch.Tensor, start: int = 0, end: int | None = None
-    ) -> torch.Tensor:
-        for block in self.transformer_blocks[start:end]:
+    def _run_blocks(self, hidden_states: torch.Tensor, temb: torch.Tensor, start=0, end=None, r_temb=None):
+        for index, block in enumerate(self.transformer_blocks[start:end], start):
+            if r_temb is not None and index >= self.config.flow_map_depth:
+                temb = r_temb
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
             else:
@@ -407,9 +405,10 @@ class SiTTransformer2DModel(
         class_labels: torch.Tensor,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        r_timestep: torch.Tensor | float | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
-        Predicts the velocity `d x_t / d t`.
+        Predicts the velocity `d x_t / d t`; a flow map, with an `r_timestep`, the mean one `(x_t - x_r) / (t - r)`.
 
         Args:
             hidden_states (`torch.Tensor` of shape `[B, C, S, S]`): The noisy latents `x_t`.
@@ -420,16 +419,23 @@ class SiTTransformer2DModel(
                 Class indices in `0..num_classes`; `num_classes` stands for no class.
             attention_kwargs (`dict`, *optional*): `scale` scales the LoRA layers, if there are any.
             return_dict (`bool`, defaults to `True`): Whether to return an output class in place of a tuple.
+            r_timestep (`torch.Tensor` of shape `[B]`, or scalar, *optional*):
+                With `flow_map_depth`, the time `r` in [0, t] to go to. `timestep` if not given.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: the velocity `[B, C, S, S]`; and, of a
             model with `internal_guidance_depth`, what is predicted there ([`SiTTransformer2DModelOutput`]).
 
         Raises:
-            `ValueError`: if `hidden_states` is not of the shape that the model was built for.
+            `ValueError`: if `hidden_states` is not of the shape that the model was built for, or if there is an
+            `r_timestep` without `flow_map_depth`.
         """
         # 1. Input
-        temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
+        temb, r_temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype), None
+        if r_timestep is not None:
+            if self.config.flow_map_depth is None:
+                raise ValueError("`r_timestep` has to be None for a model without `flow_map_depth`, but is given.")
+            r_temb = self.embed_condition(r_timestep, class_labels, dtype=hidden_states.dtype)
         hidden_states = self.embed_patches(hidden_states)
 
         depth = self.config.internal_guidance_depth
@@ -438,10 +444,10 @@ class SiTTransformer2DModel(
             if depth is not None:
                 hidden_states = self._run_blocks(hidden_states, temb, end=depth)
                 internal_sample = self.project_out(hidden_states, temb, internal=True)
-            hidden_states = self._run_blocks(hidden_states, temb, start=depth or 0)
+            hidden_states = self._run_blocks(hidden_states, temb, start=depth or 0, r_temb=r_temb)
 
             # 3. Output
-            sample = self.project_out(hidden_states, temb)
+            sample = self.project_out(hidden_states, temb if r_temb is None else r_temb)
 
         if depth is not None:
             output = SiTTransformer2DModelOutput(sample=sample, internal_sample=internal_sample)

@@ -27,6 +27,7 @@ from torch import nn
 
 from diffusers_lsep import (
     SIT_PRESETS,
+    FlowMapScheduler,
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
@@ -314,6 +315,22 @@ class TestEulerScheduler(TestSDEScheduler):
 class TestHeunODEScheduler(TestSDEScheduler):
     scheduler_classes = (FlowMatchHeunODEScheduler,)
     test_forms = None
+
+
+class TestFlowMapScheduler(TestSDEScheduler):
+    scheduler_classes = (FlowMapScheduler,)
+
+    def test_forms(self):
+        for renoising in (0.0, 0.5, 1.0):
+            self.check_over_configs(time_step=None, renoising=renoising)
+
+
+class TestFlowMap(TestModel):
+    def get_init_dict(self):
+        return {**super().get_init_dict(), "flow_map_depth": 1}
+
+    def get_dummy_inputs(self, *args, **kwargs):
+        return {**super().get_dummy_inputs(*args, **kwargs), "r_timestep": 0.25}
 
 
 # Pipelines

@@ -18,6 +18,7 @@ REMOTE_COMPONENTS = {
     "FlowMatchSDEScheduler": ("scheduler", "scheduling_flow_match_sde"),
     "FlowMatchSDEMultistepScheduler": ("scheduler", "scheduling_flow_match_sde_multistep"),
     "FlowMatchHeunODEScheduler": ("scheduler", "scheduling_flow_match_heun_ode"),
+    "FlowMapScheduler": ("scheduler", "scheduling_flow_map"),
 }
 
 # What goes in the place of a component's module in the code of the pipeline. That only names the class as a type, and

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from ..autoencoders import describe_normalization, get_latent_channels, get_scale_factor
 from ..files import hash_saved_weights
 from ..labels import UNLABELED
-from ..transformer_sit import SIT_PRESETS
+from ..presets import SIT_PRESETS
 
 
 logger = logging.get_logger(__name__)

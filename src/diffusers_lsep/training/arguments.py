@@ -12,9 +12,9 @@ from diffusers.optimization import SchedulerType
 
 from ..command_line import ArgumentParser, number
 from ..objective import TIMESTEP_SAMPLINGS
+from ..presets import SIT_PRESETS
 from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS
-from ..transformer_sit import SIT_PRESETS
 from .flags import Flags
 from .recipes import choose_recipe
 

@@ -28,9 +28,10 @@ from ..data.streamed import open_stream
 from ..files import hash_weights
 from ..labels import UNLABELED
 from ..objective import LinearProbe, LSEPObjective
+from ..presets import SIT_PRESETS
 from ..regularizers import REPAEncoder
 from ..regularizers.teachers import Teacher
-from ..transformer_sit import SIT_PRESETS, SiTTransformer2DModel
+from ..transformer_sit import SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
 from .fine_tuning import PretrainedPipeline, Start, add_lora, read_pretrained
 from .regularizer_flags import build_regularizers, choose_regularizer_flags, open_teacher
