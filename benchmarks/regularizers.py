@@ -13,11 +13,12 @@ of `mnist_classifier.py` and on pixels, precision and recall in these features, 
 classifier takes for the class that was asked for; at the end linear probes of every block.
 
 `choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison; `labels` takes a fifth of
-wrong labels and two coarse classes; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
+wrong labels and two coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA), of one
+run of plain SiT and one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
 Depths are those of the papers in proportion to 6 blocks. Self-Transcendence has a run before it, its teacher, whose
 1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file in `--results_dir`,
-beside `STUDY.md`, `curves.png` and `accuracy.png`, and a run that has its file is not trained again: with
-`--results_dir benchmarks/regularizers` the command goes on with the results that the repository has.
+beside `STUDY.md`, `curves.png`, `accuracy.png` and `lengths.png`, and a run that has its file is not trained again:
+with `--results_dir benchmarks/regularizers` the command goes on with the results that the repository has.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from diffusers_lsep.evaluation.linear_probing import probe_layers
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
 from diffusers_lsep.files import whole_folder, write_text
 from diffusers_lsep.training.log import read_metrics
+from diffusers_lsep.training.post_hoc_ema import reconstruct_average
 
 
 STEPS = 3000
@@ -65,6 +67,8 @@ METHODS: dict[str, list[object]] = {
 TEACHER, TEACHER_STEPS = "self-transcendence, first stage", 1000
 INTERNAL_GUIDANCE_SCALE = 1.4  # at which models with the head are judged once more
 COST_PAIRS, COST_STEPS = 5, 60
+# Lengths of averages, in parts of the run: those that are kept while training, and those that are judged.
+STORED_LENGTHS, LENGTHS, LENGTH_SEEDS = (0.05, 0.1), (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25), (0,)
 # What was tried to choose LSEP's settings, half as long.
 CHOICE_STEPS = 1500
 CHOICES: dict[str, list[object]] = {
@@ -203,6 +207,60 @@ def measure_costs(methods: list[str], output_dir: Path, results_dir: Path) -> di
     return costs
 
 
+def judge_lengths(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
+    """Trains a run and judges averages of its weights, the ordinary one first, or reads what an earlier call found."""
+    result = results_dir / f"{run.name}-lengths.json"
+    if not result.is_file():
+        folder, asked_for, points = output_dir / f"{run.name}-lengths", np.arange(NUM_SAMPLES) % 10, []
+        train_run(folder, MNIST, [*run.flags, "--post_hoc_ema_sigmas", *STORED_LENGTHS], run.steps, run.seed)
+        pipe = DiffusionPipeline.from_pretrained(folder / f"checkpoint-{run.steps}" / "pipeline")
+        pipe.scheduler = FlowMatchSDEMultistepScheduler.from_config(pipe.scheduler.config)
+        for sigma_rel in (None, *LENGTHS):
+            facts = {"sigma_rel": sigma_rel}
+            if sigma_rel is not None:
+                weights, facts = reconstruct_average(folder, sigma_rel)
+                prefix = "transformer."
+                of_pipe = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+                pipe.transformer.load_state_dict(of_pipe)
+            samples = draw(pipe, asked_for.tolist(), run.seed, num_inference_steps=SAMPLING_STEPS)
+            points.append({**facts, **judge(samples, asked_for, 10)})
+        write_text(result, json.dumps({**vars(run), "lengths": points}, indent=1) + "\n")
+    return json.loads(result.read_text())
+
+
+def draw_lengths(results: list[dict], path: Path):
+    """The distance against the length of the average; the ordinary one as a line across."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for index, result in enumerate(results):
+        ordinary, *points = result["lengths"]
+        values = [[point[name] for point in points] for name in ("sigma_rel", "frechet_distance")]
+        axis.plot(*values, label=result["method"], color=f"C{index}", marker="osD^vP*X"[index % 8])
+        axis.axhline(ordinary["frechet_distance"], color=f"C{index}", linestyle=":", linewidth=1)
+    axis.set(
+        xlabel="length of the average, sigma_rel (dotted: the ordinary average)",
+        ylabel="Fréchet distance to the training images",
+        xscale="log",
+        yscale="log",
+    )
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def make_length_table(results: list[dict]) -> str:
+    """Markdown: the distance by the length of the average."""
+    lengths = [point["sigma_rel"] for point in results[0]["lengths"]]
+    lines = [f"| length of the average | {' | '.join('ordinary' if s is None else f'{s:g}' for s in lengths)} |"]
+    lines.append("|---" * (len(lengths) + 1) + "|")
+    for result in results:
+        cells = [f"{point['frechet_distance']:.3g}" for point in result["lengths"]]
+        lines.append(f"| {result['method']}, seed {result['seed']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def paired_differences(results: list[dict], method: str, value: Callable[[dict], float]) -> tuple[float, float, int]:
     """Mean over the seeds of a value less plain SiT's, half of its 95 % interval (Student's), and their number."""
     of = {name: {r["seed"]: value(r) for r in results if r["method"] == name} for name in ("SiT", method)}
@@ -306,7 +364,7 @@ def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", default="all", choices=["all", "choice", "methods", "labels", "cost"])
+    parser.add_argument("--study", default="all", choices=["all", "choice", "methods", "labels", "lengths", "cost"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
@@ -328,8 +386,16 @@ def main():
         for result in pool.map(lambda run: finish(run, judge, args.output_dir, results_dir), runs):
             results.append(result)
             print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {result['curve'][-1]}")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        seeds = LENGTH_SEEDS if args.seeds is None else args.seeds
+        names = [name for name in ("SiT", "LSEP") if name in args.methods and args.study in ("all", "lengths")]
+        runs = [Run(name, seed, flags=METHODS[name]) for name in names for seed in seeds]
+        lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), runs))
     parts = [make_table("choice of LSEP's settings", [r for r in results if r["steps"] == CHOICE_STEPS])]
     parts += [make_table(kind, [r for r in results if r["steps"] == STEPS and r["data"] == kind]) for kind in KINDS]
+    if lengths:
+        parts.append(make_length_table(lengths))
+        draw_lengths(lengths, results_dir / "lengths.png")
     write_text(results_dir / f"{args.study}.md", "\n\n".join(parts) + "\n")
     compared = [result for result in results if result["steps"] == STEPS and result["data"] == "labels"]
     if compared:

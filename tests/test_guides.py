@@ -132,3 +132,17 @@ def test_fine_tuning(folder, environment):
     settings = json.loads((folder / "my-samples" / "samples.json").read_text())
     assert settings["class_ids"] == [0, 1, 2] and settings["guidance_interval"] == [0.0, 0.7]
     assert Image.open(folder / "my-samples" / "images" / "2-class-2.png").size == (64, 64)
+
+
+AFTER_TRAINING = {
+    "accelerate launch": "python",
+    "0.05 0.1\n": "0.05 0.1 --max_train_steps 4 --validation_inference_steps 1\n",
+}
+
+
+@pytest.mark.slow
+def test_after_training(folder, environment):
+    run_blocks(read_blocks("docs/after_training.md"), folder, environment, AFTER_TRAINING)
+    facts = json.loads((folder / "lsep-digits-0.15" / "post_hoc_ema.json").read_text())
+    assert facts["sigma_rel"] == 0.15 and facts["step"] == facts["num_snapshots"] == 4
+    assert DiffusionPipeline.from_pretrained(folder / "lsep-digits-0.15").labels["7"] == 7

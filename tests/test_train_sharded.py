@@ -102,6 +102,7 @@ def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_envir
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
     repa = ("--repa_encoder", encoder, "--repa_depth", 2, "--regularizers", "sra", "internal-guidance")
     repa += ("--sra_depth", 1, "--sra_teacher_depth", 2, "--internal_guidance_depth", 1)
+    repa += ("--post_hoc_ema_sigmas", 0.05, 0.2, "--post_hoc_ema_steps", 2)
     train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole")
     train_sharded(tmp_path, launch_environment, *repa, "--max_train_steps", 2)
     train_sharded(tmp_path, launch_environment, *repa, "--resume_from_checkpoint", "latest")
@@ -117,8 +118,9 @@ def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_envir
         assert names
         for name in names:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
-    for file in ("model.safetensors", "optimizer.safetensors", "average.safetensors"):
-        one, other = (load_file(run / "checkpoint-2" / file) for run in (whole, sharded))
+    files = [f"checkpoint-2/{name}.safetensors" for name in ("model", "optimizer", "average", "post_hoc_ema")]
+    for file in (*files, "ema_snapshots/step-2.safetensors", "ema_snapshots/step-4.safetensors"):
+        one, other = (load_file(run / file) for run in (whole, sharded))
         assert one.keys() == other.keys() and len(one) >= 6
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)

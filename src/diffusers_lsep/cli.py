@@ -13,6 +13,7 @@ from .command_line import ArgumentParser, run_script
 # Command -> the module with its `add_arguments(parser)` and `run(args)`, and what it does.
 COMMANDS = {
     "convert": ("commands.convert", "turn an original LSEP, REPA or SiT checkpoint into a pipeline"),
+    "ema": ("commands.ema", "make an average of the weights of another length after training"),
     "evaluate": ("commands.evaluate", "measure FID, sFID, inception score, precision and recall"),
     "probe": ("commands.probe", "fit linear probes to the hidden states of a model"),
     "space": ("commands.space", "make a Space for the Hub, on whose page a model draws"),

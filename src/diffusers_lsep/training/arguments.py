@@ -16,6 +16,7 @@ from ..presets import SIT_PRESETS
 from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS
 from .flags import Flags
+from .post_hoc_ema import add_post_hoc_ema_flags, check_post_hoc_ema
 from .recipes import choose_recipe
 
 
@@ -46,6 +47,7 @@ def build_parser(description: str) -> ArgumentParser:
     add_method_flags(Flags(parser, "method"))
     add_regularizer_flags(Flags(parser, "other losses"))
     add_optimisation_flags(Flags(parser, "optimisation"))
+    add_post_hoc_ema_flags(Flags(parser, "averages of other lengths"))
     add_output_flags(Flags(parser, "output"))
     return parser
 
@@ -465,6 +467,7 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     averaging = [name for name in args.regularizers if REGULARIZERS[name].teacher == "average"]
     if averaging and not args.use_ema:
         parser.error(f"--regularizers {averaging[0]} needs the average of the weights: leave out --no-use_ema")
+    check_post_hoc_ema(parser, args)
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
     return args

@@ -8,13 +8,14 @@ checkpoint-1000/
     training_state.json      step, learning rates, loss scale, settings
     pipeline/                the averaged weights, for `DiffusionPipeline.from_pretrained`, with `probe/`
     average.safetensors      those of them that no pipeline has, if there are any: heads of regularizers, LoRA layers
+    post_hoc_ema.safetensors the averages of `--post_hoc_ema_sigmas`, as `{sigma_rel}.{name}`, if there are any
     manifest.json            size and SHA-256 of every other file
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..transformer_sit import SiTTransformer2DModel
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "average.safetensors"
+POST_HOC_EMA_FILE = "post_hoc_ema.safetensors"
 STATE_FILE = "training_state.json"
 PIPELINE_FOLDER = "pipeline"
 MANIFEST_FILE = "manifest.json"
@@ -50,6 +52,7 @@ def save_checkpoint(
     state: dict[str, Any],
     save_pipeline: Callable[[Path], None],
     ema: EMAModel | None = None,
+    post_hoc_ema: Mapping[str, torch.Tensor] | None = None,
     is_main_process: bool = True,
 ):
     """
@@ -62,6 +65,7 @@ def save_checkpoint(
         state (`dict`): Whatever else there is to remember, as JSON.
         save_pipeline (`Callable`): Saves the averaged weights, as a pipeline with a `probe/`, into the folder it gets.
         ema (`EMAModel`, *optional*): The average of the objective's trained parameters, in their order.
+        post_hoc_ema (`Mapping`, *optional*): The averages of `--post_hoc_ema_sigmas`, by name.
         is_main_process (`bool`, defaults to `True`): Whether to write: the others only help to gather the tensors.
     """
     average = named_averages(objective, ema) if ema is not None else {}
@@ -69,13 +73,14 @@ def save_checkpoint(
         MODEL_FILE: whole_tensors(objective.state_dict()),
         OPTIMIZER_FILE: whole_tensors(_optimizer_tensors(objective, optimizer)),
         AVERAGE_FILE: whole_tensors({name: value for name, value in average.items() if not _is_in_pipeline(name)}),
+        POST_HOC_EMA_FILE: whole_tensors(post_hoc_ema or {}),
     }
     if not is_main_process:
         save_pipeline(folder)
         return
     with whole_folder(folder) as partial:
         for name, tensors in files.items():
-            if tensors or name != AVERAGE_FILE:
+            if tensors or name not in (AVERAGE_FILE, POST_HOC_EMA_FILE):
                 save_file(tensors, partial / name)
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         save_pipeline(partial / PIPELINE_FOLDER)
@@ -85,7 +90,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, objective: LSEPObjective, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+    folder: Path,
+    objective: LSEPObjective,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    post_hoc_ema: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """
     Restores a checkpoint into the objects that training uses.
@@ -95,6 +104,7 @@ def load_checkpoint(
         objective ([`LSEPObjective`]): Transformer and probe.
         optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
         ema (`EMAModel`, *optional*): The average of the objective's trained parameters, in their order.
+        post_hoc_ema (`Mapping`, *optional*): The averages of `--post_hoc_ema_sigmas`, by name, to be filled.
 
     Returns:
         `dict`: the `state` that was given to [`save_checkpoint`].
@@ -125,6 +135,10 @@ def load_checkpoint(
             average |= load_file(folder / AVERAGE_FILE)
         for name, shadow in named_averages(objective, ema).items():
             shadow.copy_(_shard_like(average[name].detach(), shadow))
+    if post_hoc_ema:
+        averages = load_file(folder / POST_HOC_EMA_FILE)
+        for name, tensor in post_hoc_ema.items():
+            tensor.copy_(_shard_like(averages[name], tensor))
     return read_state(folder)
 
 
@@ -217,7 +231,7 @@ def named_averages(objective: LSEPObjective, ema: EMAModel) -> dict[str, torch.T
     return dict(zip(names, ema.shadow_params, strict=True))
 
 
-def whole_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def whole_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors without gradient; those that are sharded are put together on the host, by all processes in step."""
     whole = {}
     for name, tensor in tensors.items():

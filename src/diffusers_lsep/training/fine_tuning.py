@@ -127,6 +127,12 @@ class Start:
         return transformer, probe
 
 
+@torch.no_grad()
+def fill_classes(transformer: SiTTransformer2DModel):
+    """Without labels the null class alone is trained, and is what the model's one class stands for."""
+    transformer.class_embedding.weight[:-1] = transformer.class_embedding.weight[-1]
+
+
 def add_lora(transformer: SiTTransformer2DModel, rank: int):
     """
     Freezes a transformer but for its label table, and adds trainable LoRA layers (arXiv 2106.09685) of this rank to

@@ -19,6 +19,7 @@ from ..data.moments_writer import UNREADABLE_FILE
 from ..files import locked_folder, remove, write_text
 from .arguments import build_parser, flags_that_are
 from .checkpoints import choose_checkpoint, list_checkpoints, read_state, remove_leftovers
+from .post_hoc_ema import SNAPSHOTS_FOLDER, remove_snapshots_after
 from .setup import follows_length
 
 
@@ -27,6 +28,7 @@ SETTINGS_FILE = "training_args.json"
 # What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
 OUTPUTS = (
     *(SETTINGS_FILE, "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
+    SNAPSHOTS_FOLDER,
     *(UNREADABLE_FILE, "model_index.json", "transformer", "scheduler", "vae", "probe", "lora", ".pipeline*"),
 )
 
@@ -109,6 +111,8 @@ def own_output_folder(
         remove_leftovers(output_dir)
         if checkpoint is not None:
             put_aside(output_dir, read_state(checkpoint)["step"], report)
+        # What a run takes once more, it writes once more.
+        remove_snapshots_after(output_dir, 0 if checkpoint is None else read_state(checkpoint)["step"])
         write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         yield
 

@@ -12,9 +12,17 @@ from accelerate import Accelerator
 from ..figures import make_labeled_grid
 from ..files import whole_file
 from ..hub.model_card import Gallery, write_lora_card, write_model_card
+from ..labels import find_class_ids
 from ..pipeline_lsep import LSEPPipeline
 from .arguments import flags_that_are
 from .fine_tuning import LORA_FOLDER
+
+
+def choose_validation_labels(args: argparse.Namespace, names: list[str]) -> list[int]:
+    """The classes of which samples are drawn; if none are asked for, up to ten, evenly spaced."""
+    if args.validation_labels is None:
+        return np.linspace(0, len(names) - 1, min(10, len(names))).round().astype(int).tolist()
+    return find_class_ids(args.validation_labels, dict(enumerate(names)), len(names), "--validation_labels")
 
 
 def draw_samples(

@@ -3,11 +3,13 @@
 """What a run comes to, in words and in memory, for the user."""
 
 import argparse
+import math
 
 import torch
 from accelerate import Accelerator
 
 from ..objective import LSEPObjective
+from .post_hoc_ema import SNAPSHOT_DTYPES
 from .processes import memory_limit, processes_here
 from .recipes import RECIPES
 from .setup import Setup, build_objective
@@ -71,7 +73,8 @@ def memory_needed(setup: Setup, objective: LSEPObjective, num_shards: int = 1) -
     # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
     # in the dtype of the computation; with gradient checkpointing one block keeps them, and the others their input.
     # Measured on a CPU, a step takes a third more.
-    state = 4 * ((parameters + trained * (4 if args.use_ema else 3)) // num_shards + frozen_parameters)
+    copies = (4 if args.use_ema else 3) + len(args.post_hoc_ema_sigmas or ())
+    state = 4 * ((parameters + trained * copies) // num_shards + frozen_parameters)
     blocks = config.num_layers + (0 if args.no_lsep else args.probe_depth)
     values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
     return [state, values * (4 if args.mixed_precision == "no" else 2) // 2]
@@ -92,6 +95,17 @@ def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, 
     return (
         f"training does not fit into this machine's memory: {processes}at least {state:.2f} GB of state and"
         f" {activations:.2f} GB of activations, of {memory / 1e9:.2f} GB in all. What helps: {'; '.join(smaller)}."
+    )
+
+
+def describe_snapshots(args: argparse.Namespace, num_parameters: int) -> str:
+    """How many snapshots of post-hoc EMA there will be, and how much room they take."""
+    count = math.ceil(args.max_train_steps / args.post_hoc_ema_steps)
+    size = num_parameters * len(args.post_hoc_ema_sigmas) * SNAPSHOT_DTYPES[args.post_hoc_ema_dtype].itemsize
+    return (
+        f"post-hoc EMA: averages of the lengths {', '.join(map(str, args.post_hoc_ema_sigmas))}, in"
+        f" {args.post_hoc_ema_dtype} every {args.post_hoc_ema_steps:,} steps: {count} snapshots of"
+        f" {size / 1e9:.3g} GB, {count * size / 1e9:.3g} GB in all"
     )
 
 
@@ -123,6 +137,8 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
         f"average of the weights: {average}",
         f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",
     ]
+    if args.post_hoc_ema_sigmas is not None:
+        lines.append(describe_snapshots(args, trained))
     if data.treatment is not None:
         lines.insert(4, f"pixels: {data.treatment}")
     if args.recipe is not None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -32,7 +31,6 @@ from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
 from ..files import whole_folder, write_text
-from ..labels import find_class_ids
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
 from ..regularizers.teachers import AverageTeacher, Teacher
@@ -46,11 +44,12 @@ from .checkpoints import (
     save_checkpoint,
     whole_tensors,
 )
-from .fine_tuning import LORA_FOLDER, merge_lora, save_lora
+from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .inputs import objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
+from .post_hoc_ema import PowerFunctionEMA
 from .processes import StopSignal, ignore_interrupts
-from .results import draw_samples, write_cards
+from .results import choose_validation_labels, draw_samples, write_cards
 from .setup import Setup, build_objective
 
 
@@ -78,7 +77,7 @@ class Trainer:
         set_seed(args.seed)
         self.objective = build_objective(setup, load=load)
         transformer = self.objective.transformer
-        self.validation_labels = self.get_validation_labels()
+        self.validation_labels = choose_validation_labels(args, data.names)
         self.normalization: dict[str, Any] = {}
         if setup.vae is not None:
             setup.vae.to(accelerator.device)
@@ -117,14 +116,6 @@ class Trainer:
         self.stream.__getitems__([0])  # to find now what would go wrong later
         self.unreadable: dict[str, dict[str, str]] = {}  # in all processes
         self.newly_unreadable: dict[str, dict[str, str]] = {}  # in this one
-
-    def get_validation_labels(self) -> list[int]:
-        """The classes of which samples are drawn; if none are asked for, up to ten, evenly spaced."""
-        num_classes = len(self.setup.data.names)
-        if self.args.validation_labels is None:
-            return np.linspace(0, num_classes - 1, min(10, num_classes)).round().astype(int).tolist()
-        names = dict(enumerate(self.setup.data.names))
-        return find_class_ids(self.args.validation_labels, names, num_classes, "--validation_labels")
 
     def prepare_training(self, checkpoint: Path | None):
         """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
@@ -180,8 +171,10 @@ class Trainer:
             self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
             # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
             self.ema.optimization_step = 0 if args.ema_warmup else 1
+        self.post_hoc_ema = PowerFunctionEMA(objective, args.post_hoc_ema_sigmas or ())
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, objective, self.optimizer, self.ema)
+            averages = (self.ema, self.post_hoc_ema.averages)
+            state = load_checkpoint(checkpoint, objective, self.optimizer, *averages)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
                 group["lr"] = rate
@@ -258,8 +251,12 @@ class Trainer:
             stopped = stop.arrived() and not last
             saves = self.step % args.checkpointing_steps == 0 or last or stopped
             validates = self.validates_at(self.step)
-            if self.step % args.logging_steps == 0 or saves or validates:
+            snaps = bool(args.post_hoc_ema_sigmas) and (self.step % args.post_hoc_ema_steps == 0 or last)
+            if self.step % args.logging_steps == 0 or saves or validates or snaps:
                 self.log()
+            if snaps:
+                dtype = args.post_hoc_ema_dtype
+                self.post_hoc_ema.save_snapshot(self.output_dir, self.step, dtype, accelerator.is_main_process)
             if saves:
                 self.save_checkpoint()
             if validates:
@@ -313,6 +310,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.step(self.trained_parameters())
         self.step += 1
+        self.post_hoc_ema.step(self.step)
 
     def log(self):
         """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
@@ -374,14 +372,16 @@ class Trainer:
             with self.accelerator.device:
                 objective = build_objective(self.setup, load=False)
             objective.load_state_dict(whole_tensors(weights))
-            self.fill_classes(objective.transformer)
+            if self.args.unconditional:
+                fill_classes(objective.transformer)
             yield objective.eval()
             return
         parameters = self.trained_parameters()
         if self.ema is not None:
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
-        self.fill_classes(self.objective.transformer)
+        if self.args.unconditional:
+            fill_classes(self.objective.transformer)
         self.objective.eval()
         try:
             yield self.objective
@@ -389,12 +389,6 @@ class Trainer:
             self.objective.train()
             if self.ema is not None:
                 self.ema.restore(parameters)
-
-    def fill_classes(self, transformer: SiTTransformer2DModel):
-        """Without labels the null class alone is trained, and is what the model's one class stands for."""
-        if self.args.unconditional:
-            with torch.no_grad():
-                transformer.class_embedding.weight[:-1] = transformer.class_embedding.weight[-1]
 
     def validate(self):
         """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
@@ -468,7 +462,8 @@ class Trainer:
         try:
             if self.saves:
                 main = accelerator.is_main_process
-                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, self.ema, main)
+                averages = (self.ema, self.post_hoc_ema.averages)
+                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, *averages, main)
         except Exception as error:  # A full disk, for one, shows in many ways.
             good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
             raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
