@@ -354,11 +354,13 @@ def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsy
     (run / "checkpoint-30" / "samples").mkdir(parents=True)
     (run / "checkpoint-30" / "samples" / "samples.npz").write_bytes((folder / "samples.npz").read_bytes())
     options = ("--checkpoints", str(run), "--num_images", "6", "--num_inference_steps", "2")
-    main(arguments(*options, samples=None, metrics=["kid", "inception_score"]))
+    precision = ("--dtype", "bfloat16", "--allow_tf32")
+    main(arguments(*options, *precision, samples=None, metrics=["kid", "inception_score"]))
 
     entries = json.loads((tmp_path / "out" / "eval_results.json").read_text())["checkpoints"]
     assert [(entry["step"], entry["num_images"]) for entry in entries] == [(30, 8), (200, 6), (1000, 6)]
     expected = compute_feature_metrics(features["samples"]["pool"], features["reference"]["pool"], ["kid"])
+    assert (entries[1]["sampling"]["dtype"], entries[1]["sampling"]["allow_tf32"]) == ("bfloat16", True)
     assert entries[0]["metrics"] == {**expected, "inception_score": entries[0]["metrics"]["inception_score"]}
     assert len({entry["metrics"]["kid"] for entry in entries}) == 3
     sampling = {"num_inference_steps": 2, "guidance_scale": 1.0, "label_sampling": "random", "seed": 0}
@@ -428,6 +430,7 @@ def test_the_hash_of_drawn_samples_tells_settings_and_weights_apart(save_pipelin
     variants += [{"label_sampling": "balanced"}, {"num_inference_steps": 3}, {"num_images": 6}]
     samples = [DrawnSamples(load(), "samples", **{"num_images": 5, **variant}) for variant in variants]
     samples += [DrawnSamples(load(1), "samples", 5), DrawnSamples(load(0, "ode"), "samples", 5)]
+    samples += [DrawnSamples(load().to(torch.bfloat16), "samples", 5), DrawnSamples(load(), "s", 5, allow_tf32=True)]
     assert len({each.content_hash for each in samples}) == len(samples)
     assert DrawnSamples(load(), "another name", 5).content_hash == samples[0].content_hash
 

@@ -18,6 +18,7 @@ from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 from diffusers_lsep.evaluation.features import PixelFeatures, extract_features
 from diffusers_lsep.evaluation.images import open_images
 from diffusers_lsep.evaluation.inception import InceptionFeatures
+from diffusers_lsep.sampling import float32_products
 
 
 def make_images(count, size=16, seed=0):
@@ -38,13 +39,18 @@ def test_networks_run_without_tf32_and_with_cudnn(request, tmp_path, name):
     else:
         extractor = request.getfixturevalue(name)
         network = extractor.network
-    seen = []
-    handle = network.register_forward_pre_hook(
-        lambda *args: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
-    )
-    extractor(make_images(1))
+
+    def flags():
+        products = torch.backends.cuda.matmul.allow_tf32
+        return torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32, products
+
+    seen, before = [], flags()
+    handle = network.register_forward_pre_hook(lambda *args: seen.append(flags()))
+    with float32_products(allow_tf32=True):  # as a model that is measured may have it
+        extractor(make_images(1))
+        assert flags() == (True, True, True)
     handle.remove()
-    assert seen == [(True, False)]
+    assert seen == [(True, False, False)] and flags() == before
 
 
 def save_npz(path, **arrays):

@@ -19,10 +19,10 @@ from diffusers_lsep.data.sources import hash_labels
 from diffusers_lsep.evaluation.linear_probing import (
     NOISE_PURPOSES,
     HiddenStates,
-    accuracy,
+    NormalEquations,
     draw_heat_map,
+    find_hits,
     fit_mae,
-    fit_ridge,
     probe_layers,
 )
 
@@ -37,7 +37,18 @@ def clusters(count, num_classes=3, dim=6, spread=0.3, seed=0):
     return centres[labels] + spread * torch.randn(count, dim, generator=generator), labels
 
 
-class TestFitRidge:
+def fit_ridge(features, labels, num_classes, regularization=0.01, batch_size=13):
+    equations = NormalEquations(num_classes)
+    for batch in zip(features.split(batch_size), labels.split(batch_size)):
+        equations.add(*batch)
+    return equations.solve(regularization)
+
+
+def accuracy(probe, features, labels):
+    return find_hits(probe, features, labels).mean()
+
+
+class TestRidge:
     def test_equals_a_plain_solution(self):
         x, labels = clusters(50, spread=3.0)
         x = x * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0, 1.0]) + 5
@@ -56,6 +67,18 @@ class TestFitRidge:
         probe = fit_ridge(x, labels, 3)
         assert torch.isfinite(probe.weight).all()
         assert accuracy(probe, *clusters(60, seed=1)) > 0.9
+
+    def test_far_from_zero_nothing_cancels(self):
+        """Features of which float32 has but three digits beside their mean."""
+        x, labels = clusters(200)
+        moved = x + 1e4
+        far = fit_ridge(moved, labels, 3)
+        near = fit_ridge((moved.double() - 1e4).float(), labels, 3)
+        torch.testing.assert_close(far.weight, near.weight, rtol=1e-5, atol=1e-6)
+
+    def test_nothing_to_solve(self):
+        with pytest.raises(ValueError, match="`add` has to be called with features before `solve`"):
+            NormalEquations(3).solve()
 
 
 class TestFitMAE:
@@ -196,6 +219,30 @@ class TestProbeLayers:
         assert (results["num_training_images"], results["num_held_out_images"]) == (90, 60)
         assert results["epochs"] == (20 if method == "mae" else None)
         json.dumps(results)
+
+    @pytest.mark.parametrize(("method", "kept"), [("ridge", []), ("mae", ["training-features.npy"])])
+    def test_features_are_not_kept(self, pipe, monkeypatch, method, kept):
+        names, open_memmap = [], np.lib.format.open_memmap
+
+        def record(path, *arguments):
+            names.append(path.name)
+            return open_memmap(path, *arguments)
+
+        monkeypatch.setattr(np.lib.format, "open_memmap", record)
+        probe_layers(pipe, BrightSource(20), BrightSource(10), 3, timesteps=[0.5], method=method, epochs=1)
+        assert names == ["training-latents.npy", "held-out-latents.npy", *kept]
+
+    @pytest.mark.parametrize("method", ["mae", "ridge"])
+    def test_bfloat16(self, pipe, method):
+        """Products in half precision, means and fits not; and TF32, of which a CPU has none."""
+        options = {"timesteps": [0.0, 0.5], "method": method, "epochs": 5}
+        results = probe_layers(pipe, BrightSource(60), BrightSource(60), 3, **options)
+        pipe.transformer.to(torch.bfloat16)
+        rounded = probe_layers(pipe, BrightSource(60), BrightSource(60), 3, **options, allow_tf32=True)
+        assert (results["dtype"], results["allow_tf32"]) == ("float32", None)
+        assert (rounded["dtype"], rounded["allow_tf32"]) == ("bfloat16", True)
+        assert not torch.backends.cuda.matmul.allow_tf32
+        np.testing.assert_allclose(rounded["accuracy"], results["accuracy"], atol=0.1)
 
     def test_the_best_is_not_the_largest_of_many_by_chance(self, pipe):
         """No cell of the table is better than another: half of the images choose one, the other half measures it."""
@@ -354,6 +401,12 @@ class TestCommand:
             "best: 1.0000 after 1 blocks at t = 0 (chance 0.3333): chosen on 6 of the 12 held-out images, measured on"
             " the other 6; held out: the split 'test'"
         ) in capsys.readouterr().out
+
+    def test_bfloat16(self, arguments, tmp_path):
+        main(arguments("--dtype", "bfloat16", "--allow_tf32"))
+        results = read_results(tmp_path)
+        assert (results["dtype"], results["allow_tf32"]) == ("bfloat16", True)
+        assert results["accuracy"][0][0] == 1.0
 
     def test_mae_and_fewer_images(self, arguments, tmp_path):
         options = ("--method", "mae", "--epochs", "3", "--layers", "2", "0", "--max_train_images", "10")

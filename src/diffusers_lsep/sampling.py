@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
     parser.add_argument("--variant", help="Variant of the weight files, such as fp16.")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="Precision in which the transformer computes; the VAE always decodes in float32.",
-    )
+    add_dtype_argument(parser)
     parser.add_argument(
         "--scheduler",
         choices=SAMPLERS,
@@ -51,6 +47,28 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser):
         " (second order, fewer steps), ode (Euler), heun (second order), dpmpp or unipc (of diffusers).",
     )
     parser.add_argument("--num_inference_steps", type=number(int, 1), default=250, help="Steps from noise to image.")
+
+
+def add_dtype_argument(parser: argparse._ActionsContainer):
+    """Adds the flag for the dtype of the transformer."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="Precision in which the transformer computes; the VAE always does in float32.",
+    )
+
+
+def add_precision_arguments(parser: argparse._ActionsContainer):
+    """Adds the flags of commands that measure a model: its dtype, and TF32."""
+    add_dtype_argument(parser)
+    parser.add_argument(
+        "--allow_tf32",
+        action="store_true",
+        default=None,
+        help="Round the inputs of the float32 products of model and VAE on NVIDIA GPUs: faster. PyTorch alone rounds"
+        " those of convolutions. Networks that make features of images never do.",
+    )
 
 
 class _IntervalAction(argparse.Action):
@@ -231,6 +249,25 @@ def describe_models(pipe: LSEPPipeline) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def float32_products(allow_tf32: bool | None) -> Iterator[None]:
+    """
+    Says for a while whether NVIDIA GPUs may round the inputs of float32 products and convolutions to TF32 (ten bits of
+    mantissa): faster. None leaves it as it is set: by default PyTorch rounds those of convolutions.
+    """
+    if allow_tf32 is None:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    try:
+        # `enabled` is False if it is not given.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow_tf32):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class DrawnSamples:
     """
     The images that `examples/sample.py --num_images N` writes, drawn while they are read: none are stored.
@@ -254,6 +291,8 @@ class DrawnSamples:
             Of classes and noise.
         batch_size (`int`, defaults to `32`):
             Images in one batch of the pipeline.
+        allow_tf32 (`bool`, *optional*):
+            Of [`float32_products`].
 
     Attributes:
         name, count, size, statistics, content_hash, settings, notes: as those of [`NpzImages`]; the hash is that of
@@ -274,6 +313,7 @@ class DrawnSamples:
         label_sampling: str = "random",
         seed: int = 0,
         batch_size: int = 32,
+        allow_tf32: bool | None = None,
     ):
         from . import __version__
 
@@ -299,6 +339,8 @@ class DrawnSamples:
             "label_sampling": label_sampling,
             "seed": seed,
             "batch_size": batch_size,
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "allow_tf32": allow_tf32,
             **describe_scheduler(pipe.scheduler),
             "diffusers_lsep_version": __version__,
         }
@@ -314,7 +356,8 @@ class DrawnSamples:
         arguments = {name: self.settings[name] for name in names}
         rest = np.empty((0, *self.size, 3), np.uint8)
         for batch in range(start // drawn, math.ceil(stop / drawn)):
-            images = draw_batch(self._pipe, self._class_ids, batch, drawn, self.settings["seed"], **arguments)
+            with float32_products(self.settings["allow_tf32"]):
+                images = draw_batch(self._pipe, self._class_ids, batch, drawn, self.settings["seed"], **arguments)
             images = images[max(0, start - batch * drawn) : stop - batch * drawn]
             rest = np.concatenate([rest, np.broadcast_to(images, (*images.shape[:3], 3))])
             while len(rest) >= batch_size:

@@ -20,6 +20,7 @@ from ..figures import require_matplotlib
 from ..files import write_text
 from ..hub.model_card import update_evaluation, without_folders
 from ..hub.saved_pipeline import SavedPipeline
+from ..sampling import DTYPES, add_precision_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_images", type=number(int, 1), default=PROTOCOL_IMAGES, help="Images to draw from each checkpoint."
     )
     group.add_argument("--num_inference_steps", type=number(int, 1), default=250, help="Steps for drawing them.")
+    add_precision_arguments(group)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
     is_main = process_state().is_main_process
     if args.checkpoints is not None:
         entries = []
-        for step, samples in milestone_samples(args.checkpoints, args.num_images, args.num_inference_steps):
+        drawn = (args.num_images, args.num_inference_steps, DTYPES[args.dtype], args.allow_tf32)
+        for step, samples in milestone_samples(args.checkpoints, *drawn):
             entries.append({"step": step, **evaluate_images(samples, reference, **options)})
         results: dict[str, Any] = {"checkpoints": entries}
         rows = {f"step {entry['step']}": entry["metrics"] for entry in entries}

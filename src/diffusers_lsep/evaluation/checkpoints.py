@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..figures import save_figure
 from ..sampling import DrawnSamples, load_pipeline
 from ..training.checkpoints import PIPELINE_FOLDER, list_checkpoints
@@ -19,7 +21,11 @@ SAMPLES_FILE = Path("samples", "samples.npz")
 
 
 def milestone_samples(
-    run: str | os.PathLike, num_images: int, num_inference_steps: int
+    run: str | os.PathLike,
+    num_images: int,
+    num_inference_steps: int,
+    dtype: torch.dtype = torch.float32,
+    allow_tf32: bool | None = None,
 ) -> Iterator[tuple[int, NpzImages | DrawnSamples]]:
     """
     Steps of a run's checkpoints in their order, and samples of each: those in `checkpoint-N/samples/samples.npz` where
@@ -32,6 +38,10 @@ def milestone_samples(
             How many images to draw from a pipeline.
         num_inference_steps (`int`):
             Steps of the scheduler for that.
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            In which the transformer computes.
+        allow_tf32 (`bool`, *optional*):
+            Of [`~sampling.float32_products`].
 
     Raises:
         `ValueError`: before the first one, if there are no checkpoints or one has neither samples nor a pipeline.
@@ -46,8 +56,9 @@ def milestone_samples(
         if (folder / SAMPLES_FILE).is_file():
             yield step, NpzImages(folder / SAMPLES_FILE)
         else:
-            pipe = load_pipeline(folder / PIPELINE_FOLDER, process_state().device)
-            yield step, DrawnSamples(pipe, str(folder / PIPELINE_FOLDER), num_images, num_inference_steps)
+            pipe = load_pipeline(folder / PIPELINE_FOLDER, process_state().device, dtype)
+            name = str(folder / PIPELINE_FOLDER)
+            yield step, DrawnSamples(pipe, name, num_images, num_inference_steps, allow_tf32=allow_tf32)
 
 
 def plot_metrics(path: Path, steps: Sequence[int], values: Sequence[dict[str, float]], titles: dict[str, str]) -> None:

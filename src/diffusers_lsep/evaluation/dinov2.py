@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..files import hash_weights
+from ..sampling import float32_products
 
 
 RESOLUTION = 224
@@ -65,6 +66,6 @@ class DINOv2Features:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
         pixels = torch.nn.functional.interpolate(pixels, size=(RESOLUTION, RESOLUTION), mode="bicubic", antialias=True)
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with float32_products(allow_tf32=False):
             tokens = self.model((pixels / 255 - mean) / std).last_hidden_state
         return {"class_token": tokens[:, 0].cpu().numpy()}

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..sampling import float32_products
+
 
 # First digits of the SHA-256 of the 2015 weights, as torch-fidelity's file name states them.
 OFFICIAL_HASH = "6726825d"
@@ -80,7 +82,7 @@ class InceptionFeatures:
             `dict[str, np.ndarray]`: float32 features `[B, width]` under the names of `widths`.
         """
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with float32_products(allow_tf32=False):
             pool, logits = self.network(pixels)
         features = {"pool": pool, "spatial": self._spatial, "logits": logits}
         return {name: value.cpu().numpy() for name, value in features.items()}

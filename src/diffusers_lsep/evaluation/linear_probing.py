@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..figures import save_figure
 from ..interpolants import get_interpolant
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
+from ..sampling import float32_products
 
 
 logger = logging.getLogger(__name__)
@@ -103,49 +104,56 @@ def fit_mae(
     return probe.eval().requires_grad_(False)
 
 
-def fit_ridge(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, regularization: float = 0.01
-) -> nn.Module:
+class NormalEquations:
     """
-    Fits a linear classifier in closed form: least squares from standardised features to one-hot classes, with
-    `regularization` times the identity added to the features' correlation matrix.
+    Ridge regression of one-hot classes on features that come in batches, of which none is kept: their sums and
+    products in float64.
 
     Args:
-        features (`torch.Tensor`):
-            Features `[N, D]`.
-        labels (`torch.Tensor`):
-            Classes `[N]` in `0..num_classes - 1`.
         num_classes (`int`):
-            Number of classes.
-        regularization (`float`, defaults to `0.01`):
-            Strength, above 0.
-
-    Returns:
-        `nn.Module`: takes features to scores, of which the largest marks the class.
+            Number of classes `K`.
     """
-    x = features.double()
-    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
-    inverse_std = torch.where(std > 0, 1 / std, 0.0)
-    x = (x - mean) * inverse_std
-    targets = F.one_hot(labels, num_classes).double()
-    share = targets.mean(dim=0)
-    gram = x.T @ x / len(x) + regularization * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram, x.T @ (targets - share) / len(x)) * inverse_std[:, None]
-    linear = nn.Linear(x.shape[1], num_classes, device=x.device)
-    linear.weight.data.copy_(weight.T)
-    linear.bias.data.copy_(share - mean @ weight)
-    return linear.requires_grad_(False)
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+        self._shift: torch.Tensor | None = None  # near the mean, so that nothing cancels in variances
+        self._sums: list[torch.Tensor] = []  # of features [D], their products [D, D], those with classes [D, K], [K]
+
+    def add(self, features: torch.Tensor, labels: torch.Tensor):
+        """Takes in features `[B, D]` of the classes `[B]`."""
+        if self._shift is None:
+            self._shift = features[0].double()
+        x, targets = features.double() - self._shift, F.one_hot(labels, self.num_classes).double()
+        sums = [x.sum(dim=0), x.T @ x, x.T @ targets, targets.sum(dim=0)]
+        self._sums = [total.add_(value) for total, value in zip(self._sums, sums)] if self._sums else sums
+
+    def solve(self, regularization: float = 0.01) -> nn.Linear:
+        """
+        The classifier: least squares from standardised features to one-hot classes, with `regularization` (above 0)
+        times the identity added to the features' correlation matrix. It takes features to scores, of which the
+        largest marks the class.
+        """
+        if self._shift is None:
+            raise ValueError("`add` has to be called with features before `solve`.")
+        count = self._sums[-1].sum()
+        mean, products, products_with_classes, share = (value / count for value in self._sums)
+        covariance = products - torch.outer(mean, mean)
+        variance = covariance.diagonal()
+        inverse_std = torch.where(variance > 0, variance.rsqrt(), 0.0)
+        gram = covariance * inverse_std * inverse_std[:, None]
+        gram += regularization * torch.eye(len(mean), dtype=gram.dtype, device=gram.device)
+        targets = (products_with_classes - torch.outer(mean, share)) * inverse_std[:, None]
+        weight = torch.linalg.solve(gram, targets) * inverse_std[:, None]
+        linear = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device)
+        linear.weight.data.copy_(weight.T)
+        linear.bias.data.copy_(share - (mean + self._shift) @ weight)
+        return linear.requires_grad_(False)
 
 
 @torch.no_grad()
 def find_hits(probe: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """Whether the largest score of each of the features `[N, D]` is that of its class; bool, `[N]`."""
     return (probe(features).argmax(dim=1) == labels).cpu().numpy()
-
-
-def accuracy(probe: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of the features `[N, D]` whose largest score is that of their class."""
-    return find_hits(probe, features, labels).mean().item()
 
 
 class HiddenStates:
@@ -158,11 +166,13 @@ class HiddenStates:
         layers (`Sequence[int]`):
             Depths, in blocks.
         folder (`str` or `os.PathLike`):
-            Where latents and features are put, out of memory's way.
+            Where latents, and features that are kept, are put, out of memory's way.
         batch_size (`int`, defaults to `64`):
             Images at a time.
         seed (`int`, defaults to `0`):
             With an image's row it decides its noise, which is the same at every time.
+        allow_tf32 (`bool`, *optional*):
+            For VAE and model, of [`~sampling.float32_products`].
     """
 
     def __init__(
@@ -172,9 +182,10 @@ class HiddenStates:
         folder: str | os.PathLike,
         batch_size: int = 64,
         seed: int = 0,
+        allow_tf32: bool | None = None,
     ):
         self.pipe, self.layers, self.folder = pipe, list(layers), Path(folder)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.allow_tf32 = batch_size, seed, allow_tf32
 
     @torch.no_grad()
     def encode(self, name: str, source: SampleSource) -> np.ndarray:
@@ -188,19 +199,18 @@ class HiddenStates:
         for start, rows in self._batches(len(latents), f"{name} images"):
             batch = source.load(rows, np.zeros(len(rows), dtype=bool)).to(pipe.device)
             if source.kind == "images" and pipe.vae is not None:
-                batch = encode_moments(pipe.vae, batch)
+                with float32_products(self.allow_tf32):
+                    batch = encode_moments(pipe.vae, batch)
             if pipe.vae is not None:
                 batch = sample_posterior(batch, torch.zeros((), device=pipe.device), **get_normalization(pipe.vae))
             latents[start : start + len(rows)] = batch.cpu().numpy()
         return latents
 
     @torch.no_grad()
-    def at(self, t: float, name: str, latents: np.ndarray) -> np.ndarray:
-        """Features `[layers, N, D]` of latents at a time."""
+    def batches_at(self, t: float, name: str, latents: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of the latents and their features at a time, float32 `[layers, B, D]` on the device: none are kept."""
         pipe = self.pipe
         path, null_class = get_interpolant(pipe.config.path_type), pipe.transformer.config.num_classes
-        shape = (len(self.layers), len(latents), pipe.transformer.inner_dim)
-        features = np.lib.format.open_memmap(self.folder / f"{name}-features.npy", "w+", np.float32, shape)
         for start, rows in self._batches(len(latents), f"{name} features at t = {t:g}"):
             noise = np.stack(
                 [
@@ -212,15 +222,24 @@ class HiddenStates:
             )
             x = path.interpolate(torch.from_numpy(latents[rows]), torch.from_numpy(noise), t).to(pipe.device)
             labels = torch.full((len(rows),), null_class, device=pipe.device)
-            tokens = pipe.transformer.hidden_states_at(x.to(pipe.transformer.dtype), t, labels, self.layers)
-            for layer, value in enumerate(tokens):
-                if not value.isfinite().all():
-                    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
-                    raise ValueError(
-                        f"`transformer` in {dtype} gives tokens that are no finite numbers after {self.layers[layer]}"
-                        f" blocks at t = {t:g}."
-                    )
-                features[layer, start : start + len(rows)] = value.mean(dim=1, dtype=torch.float32).cpu().numpy()
+            with float32_products(self.allow_tf32):
+                tokens = pipe.transformer.hidden_states_at(x.to(pipe.transformer.dtype), t, labels, self.layers)
+            features = torch.stack([value.mean(dim=1, dtype=torch.float32) for value in tokens])
+            finite = features.isfinite().flatten(1).all(dim=1).tolist()
+            if not all(finite):
+                dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"`transformer` in {dtype} gives tokens that are no finite numbers after"
+                    f" {self.layers[finite.index(False)]} blocks at t = {t:g}."
+                )
+            yield slice(start, start + len(rows)), features
+
+    def at(self, t: float, name: str, latents: np.ndarray) -> np.ndarray:
+        """All of the features `[layers, N, D]` at a time, in a file of the folder."""
+        shape = (len(self.layers), len(latents), self.pipe.transformer.inner_dim)
+        features = np.lib.format.open_memmap(self.folder / f"{name}-features.npy", "w+", np.float32, shape)
+        for rows, values in self.batches_at(t, name, latents):
+            features[:, rows] = values.cpu().numpy()
         return features
 
     def _batches(self, count: int, description: str):
@@ -228,6 +247,34 @@ class HiddenStates:
 
         for start in tqdm(range(0, count, self.batch_size), desc=description, unit="batch", leave=False):
             yield start, np.arange(start, min(start + self.batch_size, count))
+
+
+def fit_layers(
+    states: HiddenStates,
+    t: float,
+    latents: np.ndarray,
+    labels: torch.Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    method: str,
+    epochs: int,
+    seed: int,
+) -> dict[int, nn.Module]:
+    """The classifiers of layers at a time, by layer, fitted to the latents of the training images."""
+    if method == "ridge":
+        equations = {layer: NormalEquations(num_classes) for layer in layers}
+        for rows, features in states.batches_at(t, "training", latents):
+            for layer, value in zip(states.layers, features):
+                if layer in equations:
+                    equations[layer].add(value, labels[rows])
+        return {layer: each.solve() for layer, each in equations.items()}
+    # MAE's training goes through the features epoch after epoch.
+    kept = states.at(t, "training", latents)
+    probes: dict[int, nn.Module] = {}
+    for layer in layers:
+        x = torch.from_numpy(kept[states.layers.index(layer)].copy()).to(labels.device)
+        probes[layer] = fit_mae(x, labels, num_classes, epochs=epochs, seed=seed)
+    return probes
 
 
 def probe_layers(
@@ -243,6 +290,7 @@ def probe_layers(
     probe_depth: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    allow_tf32: bool | None = None,
 ) -> dict[str, Any]:
     """
     Held-out accuracy of linear classifiers on the mean of the tokens of every layer at every time, with no class label
@@ -262,7 +310,8 @@ def probe_layers(
         timesteps (`Sequence[float]`, defaults to `(0.0, 0.1, ..., 0.9)`):
             Times `t` in [0, 1].
         method (`str`, defaults to `"mae"`):
-            `"mae"` ([`fit_mae`]) or `"ridge"` ([`fit_ridge`], fast).
+            `"mae"` ([`fit_mae`]), which keeps the features of all layers at one time in the temporary folder (4 bytes
+            x images x layers x width), or `"ridge"` ([`NormalEquations`]), which is fast and keeps none.
         epochs (`int`, defaults to `90`):
             Length of MAE's training.
         training_probe ([`LinearProbe`], *optional*):
@@ -273,6 +322,8 @@ def probe_layers(
             Images in one pass of the model.
         seed (`int`, defaults to `0`):
             Of the noise, of MAE's training and of the two halves.
+        allow_tf32 (`bool`, *optional*):
+            For VAE and model, of [`~sampling.float32_products`].
 
     Returns:
         `dict[str, Any]`: `layers`, `timesteps`, `accuracy` (a row for each layer, a column for each time, on all
@@ -308,22 +359,21 @@ def probe_layers(
     sources = {"training": train, "held-out": held_out}
     labels = {name: torch.from_numpy(source.labels).to(device) for name, source in sources.items()}
     hits = np.zeros((len(layers), len(timesteps), len(held_out.labels)), dtype=bool)
-    of_training_probe = []
+    of_training_probe = np.zeros((len(timesteps), len(held_out.labels)), dtype=bool)
     with tempfile.TemporaryDirectory() as folder:
-        states = HiddenStates(pipe, all_layers, folder, batch_size, seed)
+        states = HiddenStates(pipe, all_layers, folder, batch_size, seed, allow_tf32)
         latents = {name: states.encode(name, source) for name, source in sources.items()}
         for column, t in enumerate(timesteps):
-            features = {name: states.at(t, name, value) for name, value in latents.items()}
-            for index, layer in enumerate(all_layers):
-                x = {name: torch.from_numpy(value[index].copy()).to(device) for name, value in features.items()}
-                if layer in layers:
-                    data = (x["training"], labels["training"], num_classes)
-                    probe = fit_mae(*data, epochs=epochs, seed=seed) if method == "mae" else fit_ridge(*data)
-                    hits[layers.index(layer), column] = find_hits(probe, x["held-out"], labels["held-out"])
-                if training_probe is not None and layer == probe_depth:
-                    probe = training_probe.to(device)
-                    means = x["held-out"][:, None]  # of the tokens, which is all that the probe looks at
-                    of_training_probe.append(accuracy(probe, means, labels["held-out"]))
+            fit = (latents["training"], labels["training"], layers, num_classes, method, epochs, seed)
+            probes = fit_layers(states, t, *fit)
+            for rows, features in states.batches_at(t, "held-out", latents["held-out"]):
+                for layer, x in zip(all_layers, features):
+                    if layer in probes:
+                        hits[layers.index(layer), column, rows] = find_hits(probes[layer], x, labels["held-out"][rows])
+                    if training_probe is not None and layer == probe_depth:
+                        probe = training_probe.to(device)
+                        means = x[:, None]  # of the tokens, which is all that the probe looks at
+                        of_training_probe[column, rows] = find_hits(probe, means, labels["held-out"][rows])
     # The largest of many accuracies is too high by chance, unless it is measured anew.
     order = keyed_generator(seed, 0, Purpose.HALVES).permutation(len(held_out.labels))
     choosing, measuring = np.split(order, [len(order) // 2])
@@ -340,7 +390,9 @@ def probe_layers(
             "num_images_chosen_on": len(choosing),
             "num_images_measured_on": len(measuring),
         },
-        "training_probe": {"layer": probe_depth, "accuracy": of_training_probe} if of_training_probe else None,
+        "training_probe": {"layer": probe_depth, "accuracy": of_training_probe.mean(axis=1).tolist()}
+        if training_probe is not None
+        else None,
         "chance": np.bincount(held_out.labels).max().item() / len(held_out.labels),
         "method": method,
         "epochs": epochs if method == "mae" else None,
@@ -348,6 +400,8 @@ def probe_layers(
         "num_held_out_images": len(held_out.labels),
         "num_classes": num_classes,
         "seed": seed,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "allow_tf32": allow_tf32,
     }
 
 

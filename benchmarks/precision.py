@@ -1,0 +1,78 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What measuring a model in half precision does to what is measured, on a model of the bundled digits or of MNIST.
+
+    python benchmarks/precision.py --pretrained_model_name_or_path lsep-digits
+
+The Fréchet distance on pixels between samples and the training images (the same classes and the same noise in every
+precision), and the accuracies of `diffusers-lsep probe --method ridge`. What a precision changes is compared with what
+another seed changes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from digits_runs import DIGITS, draw, pixel_distance
+
+from diffusers_lsep import LSEPPipeline
+from diffusers_lsep.data.images import load_image_dataset, open_images
+from diffusers_lsep.evaluation.linear_probing import probe_layers
+from diffusers_lsep.sampling import DTYPES, load_pipeline
+
+
+def measure(pipe: LSEPPipeline, data: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Samples, their distances by seed, and the table of accuracies by seed, of a pipeline as it is."""
+    config = pipe.transformer.config
+    rows = datasets.load_dataset(str(data))["train"]
+    real = np.stack([np.asarray(image, dtype=np.float64).ravel() / 255 for image in rows["image"]])
+    labels = [index % config.num_classes for index in range(args.num_images)]
+    samples = [draw(pipe, labels, seed, num_inference_steps=args.steps) for seed in range(args.seeds)]
+    size = (config.sample_size, config.in_channels)
+    source, held_out, names = open_images(load_image_dataset(train_data_dir=str(data)), *size, validation_split="test")
+    tables = []
+    for seed in range(args.seeds):
+        found = probe_layers(pipe, source, held_out, len(names), method="ridge", seed=seed)
+        tables.append(np.array(found["accuracy"]))
+    return {"samples": samples, "distances": [pixel_distance(each, real) for each in samples], "tables": tables}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument("--data", type=Path, default=DIGITS, help="What it was trained on, with a split `test`.")
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    exact: dict[str, Any] = {}
+    for name, dtype in DTYPES.items():
+        found = measure(load_pipeline(args.pretrained_model_name_or_path, "cpu", dtype), args.data, args)
+        exact = exact or found
+        changes = [100 * (a - b) for a, b in zip(found["tables"], exact["tables"])]
+        row = {
+            "dtype": name,
+            "distances": [round(value, 4) for value in found["distances"]],
+            "mean change of a pixel": np.mean([np.abs(a - b) for a, b in zip(found["samples"], exact["samples"])]),
+            "mean accuracies": [round(100 * table.mean(), 2) for table in found["tables"]],
+            "points of accuracy: mean change": np.mean(changes),
+            "root mean square": np.sqrt(np.mean(np.square(changes))),
+            "largest": np.abs(changes).max(),
+            "between seeds, root mean square": 100
+            * np.sqrt(np.mean(np.square(exact["tables"][0] - exact["tables"][1]))),
+        }
+        print(
+            json.dumps(
+                {key: round(float(v), 5) if np.isscalar(v) and not isinstance(v, str) else v for key, v in row.items()}
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
