@@ -32,6 +32,7 @@ from diffusers_lsep.autoencoders import Autoencoder, get_image_channels, get_lat
 from diffusers_lsep.command_line import ArgumentParser, number, run_script
 from diffusers_lsep.data.archives import ImageFiles
 from diffusers_lsep.data.encoding import (
+    FINGERPRINT_FILE,
     DatasetImages,
     EncodingProgress,
     ImageBatches,
@@ -40,6 +41,7 @@ from diffusers_lsep.data.encoding import (
     load_vae_to_encode,
     open_images_to_encode,
 )
+from diffusers_lsep.data.fingerprint import Fingerprint
 from diffusers_lsep.data.moments import METADATA_FILE, SETTINGS_FILE, describe_vae, shard_name
 from diffusers_lsep.data.moments_writer import (
     TEMPORARY_SUFFIX,
@@ -110,7 +112,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def resolve_settings(args: argparse.Namespace, images: ImageFiles | DatasetImages, vae: Autoencoder) -> dict[str, Any]:
+def resolve_settings(
+    args: argparse.Namespace, images: ImageFiles | DatasetImages, fingerprint: Fingerprint, vae: Autoencoder
+) -> dict[str, Any]:
     """Everything that decides the bytes of the result; kept in the output folder and compared when a run continues."""
     rows = hashlib.sha256()
     rows.update(json.dumps(images.names).encode())
@@ -122,6 +126,7 @@ def resolve_settings(args: argparse.Namespace, images: ImageFiles | DatasetImage
     return {
         "source": places["source"],
         "source_sha256": rows.hexdigest(),
+        "source_data": fingerprint.value,
         "num_images": len(images.names),
         "id2label": {str(index): name for index, name in images.id2label.items()},
         "vae": places["vae"],
@@ -159,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         vae_name = args.pretrained_vae_model_name_or_path
         vae = load_vae_to_encode(vae_name, args.resolution, args.vae_subfolder, args.vae_revision)
     folder = Path(args.output_dir)
-    settings = check_output_dir(folder, resolve_settings(args, images, vae))
+    fingerprint = images.fingerprint()
+    settings = check_output_dir(folder, resolve_settings(args, images, fingerprint, vae), images, fingerprint)
     num_images, num_shards = len(images.names), math.ceil(len(images.names) / args.shard_size)
     shards = {
         folder / shard_name(index, num_shards): range(start, min(start + args.shard_size, num_images))
@@ -191,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in [*folder.glob(f".*{TEMPORARY_SUFFIX}"), *again]:
             leftover.unlink()
+        fingerprint.save(folder / FINGERPRINT_FILE)
         write_json(folder / SETTINGS_FILE, settings)
     accelerator.wait_for_everyone()
 

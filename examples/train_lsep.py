@@ -32,6 +32,7 @@ from diffusers_lsep.labels import describe_classes
 from diffusers_lsep.training.arguments import parse_args
 from diffusers_lsep.training.fine_tuning import LORA_FOLDER
 from diffusers_lsep.training.output_folder import (
+    compare_data,
     compare_settings,
     find_run_to_continue,
     keep_settings,
@@ -39,17 +40,18 @@ from diffusers_lsep.training.output_folder import (
 )
 from diffusers_lsep.training.processes import start_accelerator
 from diffusers_lsep.training.setup import prepare
+from diffusers_lsep.training.stopping import EXIT_STOPPED, leave_on_signals
 from diffusers_lsep.training.summary import describe_initial_weights, report_summary
 from diffusers_lsep.training.trainer import Trainer
 
 
 EXAMPLES = Path(__file__).resolve().parent  # with the digits and the recipes
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, to be continued
 
 
 def main(argv: list[str] | None = None) -> int:
     # 1. Flags and processes, and what there is to continue
     args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, EXAMPLES)
+    leave_on_signals()
     accelerator, args = start_accelerator(args)
     checkpoint, settings_before = find_run_to_continue(args, accelerator)
     if settings_before is not None:
@@ -68,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.print(json.dumps(settings, indent=2))
     if settings_before is not None:
         compare_settings(settings, settings_before, accelerator.print)
+        run_before = Path(args.output_dir) if checkpoint is None else checkpoint.parent
+        compare_data(settings, settings_before, setup.fingerprint, run_before)
     if args.resume_from_checkpoint:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     if setup.start is not None and checkpoint is None:
@@ -86,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Training
     accelerator.wait_for_everyone()
-    with own_output_folder(args, settings, checkpoint, print) if accelerator.is_main_process else nullcontext():
+    folder = own_output_folder(args, settings, setup.fingerprint, checkpoint, print)
+    with folder if accelerator.is_main_process else nullcontext():
         trainer.prepare_training(checkpoint)
         accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})
         finished = trainer.train()

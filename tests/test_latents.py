@@ -384,6 +384,17 @@ class TestUnreadableImages:
         names = datasets.load_from_disk(str(tmp_path / "out"))["id"][:]
         torch.testing.assert_close(dataset.load(range(19)), torch.stack([expected[name][1] for name in names]))
 
+    def test_changed_images_are_refused(self, script, arguments, images_dir, tmp_path):
+        source = shutil.copytree(images_dir, tmp_path / "images")
+        script.main(arguments(source, tmp_path / "out"))
+        moved = source.rename(tmp_path / "moved")
+        script.main(arguments(moved, tmp_path / "out"))
+        shutil.copy(moved / "n02" / "n02_2.JPEG", moved / "n01" / "n01_3.JPEG")
+        with pytest.raises(
+            ValueError, match=r"was begun with other images: .*n01_3\.JPEG has changed\. Restore"
+        ):
+            script.main(arguments(moved, tmp_path / "out"))
+
     def test_too_many_stop_the_run_and_repaired_ones_are_read(
         self, script, arguments, damaged_dir, images_dir, expected, tmp_path
     ):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -69,16 +68,6 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
         if (run / name).exists()
         for key, tensor in load_file(run / name / "diffusion_pytorch_model.safetensors").items()
     }
-
-
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120):
-    """Until it holds. The process, which is to bring it about, may not end before."""
-    for _ in range(int(10 * seconds)):
-        if condition():
-            return
-        assert process is None or process.poll() is None, "the process has ended"
-        time.sleep(0.1)
-    raise AssertionError(f"nothing happened in {seconds} s")
 
 
 def assert_same_weights(one: Path, other: Path):
@@ -1119,22 +1108,6 @@ def test_a_lock_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch)
     monkeypatch.setattr(fcntl, "flock", end_first_run)
     with pytest.raises(ValueError, match="was in use by another process until now"), locked_folder(tmp_path):
         pass
-
-
-@pytest.mark.slow
-def test_the_end_of_the_launcher_saves_and_stops(tmp_path):
-    """`accelerate launch` dies of a signal: what it has launched makes a checkpoint and ends too."""
-    run, flags = tmp_path / "run", [*TINY_MODEL, *TINY_RUN, "--max_train_steps", "100000"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPT]
-    command += [*flags, "--output_dir", str(run), "--checkpointing_steps", "100000"]
-    with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
-        wait_for(lambda: (run / "metrics.jsonl").exists(), launcher)
-        launcher.send_signal(signal.SIGTERM)
-        launcher.wait()
-    wait_for(lambda: "Stopped by the end of its launcher" in (tmp_path / "log").read_text())
-    assert len(list_checkpoints(run)) == 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .launchers import end_with_launcher
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds the default to the help of every flag that has one to show, and fills a description of one line."""
@@ -125,8 +127,11 @@ def run_script(main: Callable[[], int | None], name: str | None = None) -> NoRet
         main (`Callable`): The script, which returns an exit code or None.
         name (`str`, *optional*): What the line begins with; the name of the script's file if not given.
     """
+    end_with_launcher()
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         raised_by = frame.f_globals["__name__"].partition(".")[0]

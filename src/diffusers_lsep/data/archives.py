@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..labels import UNLABELED, check_largest_id, number_names
+from .fingerprint import Fingerprint, fingerprint_files, read_piece
 
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -49,6 +50,17 @@ class ImageFiles:
             file.seek(offset)
             data = file.read(size)
         return zlib.decompress(data, -15) if deflated else data
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the files of the images, as they are stored."""
+        if self.places is None:
+            return fingerprint_files([self.root / name for name in self.names])
+        places, archives = self.places, self.archives
+
+        def read(row: int, offset: int, length: int) -> bytes:
+            return read_piece(archives[places[row, 0]], int(places[row, 1]) + offset, length)
+
+        return Fingerprint(places[:, 2], read, lambda row: f"{self.names[row]} in {archives[places[row, 0]]}")
 
 
 def open_image_files(train_data_dir: str | os.PathLike, labelled: bool = True) -> ImageFiles:

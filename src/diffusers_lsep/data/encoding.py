@@ -18,12 +18,15 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments, get_scale_factor, load_autoencoder
 from .archives import ImageFiles, open_image_files
+from .fingerprint import Fingerprint, fingerprint_images
 from .images import center_crop, convert_mode, damage, load_image_dataset, read_labels
 from .moments import METADATA_FILE, SETTINGS_FILE, shorten
+from .moments_writer import UNREADABLE_FILE, unreadable_in
 
 
 # Settings that say where something lay; the hashes beside them say what it was, so a moved folder may continue.
 PLACES = ("source", "vae", "vae_subfolder", "vae_revision")
+FINGERPRINT_FILE = "fingerprint.npy"
 
 
 class DatasetImages:
@@ -47,6 +50,9 @@ class DatasetImages:
     def read(self, row: int) -> bytes:
         image = self._images[row][self._column]
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint_images(self._images, self._column)
 
 
 def open_images_to_encode(
@@ -142,34 +148,57 @@ def load_vae_to_encode(
     return vae
 
 
-def check_output_dir(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def check_output_dir(
+    folder: Path, settings: dict[str, Any], images: ImageFiles | DatasetImages, fingerprint: Fingerprint
+) -> dict[str, Any]:
     """
     The settings to go on with: those of the run that began an output folder, else the given ones.
 
     Args:
         folder (`Path`): The folder, which need not exist.
         settings (`dict[str, Any]`): Everything that decides the bytes of the result.
+        images ([`ImageFiles`] or [`DatasetImages`]): What is to be encoded.
+        fingerprint ([`Fingerprint`]): Of them.
 
     Raises:
-        `ValueError`: if the folder holds something else, or was begun with other settings.
+        `ValueError`: if the folder holds something else, or was begun with other settings or images.
     """
     begun = [folder / name for name in (METADATA_FILE, SETTINGS_FILE) if (folder / name).is_file()]
     if not begun:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"`--output_dir` has to be new, empty, or begun by this script, but is {folder}.")
         return settings
-    # A folder that does not say it is of a version that always turned the images.
-    before = {"apply_exif": True, **json.loads(begun[0].read_text(encoding="utf-8"))}
+    # A folder that does not say it is of a version that always turned the images, and did not look at their bytes.
+    known_later = {"apply_exif": True, "source_data": settings["source_data"]}
+    before = {**known_later, **json.loads(begun[0].read_text(encoding="utf-8"))}
     if before.get("vae_sha256") == settings["vae_sha256"]:  # an older version knew no more
         for name in ("vae_encoder_sha256", "latents_mean", "latents_std"):
             before.setdefault(name, settings[name])
     different = [name for name, value in settings.items() if name not in PLACES and before.get(name) != value]
+    if different == ["source_data"]:
+        check_changes(folder, images, fingerprint)
+        before["source_data"] = settings["source_data"]
+        different = []
     if different:
         changes = "; ".join(f"{name}: {shorten(before.get(name))} -> {shorten(settings[name])}" for name in different)
         raise ValueError(
             f"`--output_dir` {folder} was begun with other settings ({changes}). Restore them or take a new folder."
         )
     return {name: before[name] for name in settings}
+
+
+def check_changes(folder: Path, images: ImageFiles | DatasetImages, fingerprint: Fingerprint):
+    """Refuses images that have changed since an output folder was begun, but for those that could not be read."""
+    changes = fingerprint.find_changes(folder / FINGERPRINT_FILE)
+    listed = {entry["id"] for path in folder.glob("data-*.arrow") for entry in unreadable_in(path)}
+    if (folder / UNREADABLE_FILE).is_file():
+        listed |= {json.loads(line)["id"] for line in (folder / UNREADABLE_FILE).read_text("utf-8").splitlines()}
+    if not changes or not listed.issuperset(images.names[row] for row in changes):
+        raise ValueError(
+            f"`--output_dir` {folder} was begun with other images: {fingerprint.describe(changes, 'one of them')} has"
+            " changed. Restore it or take a new folder. (Compared are the size of every image and a sample of the"
+            " bytes, not places or times.)"
+        )
 
 
 def encode_batch(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..labels import UNLABELED, number_names
+from .fingerprint import Fingerprint, fingerprint_images
 
 
 if TYPE_CHECKING:
@@ -343,6 +344,9 @@ class ImageSource:
         """
         values = self.dataset[rows.tolist()][self.image_column]
         return decode_images(rows, values, flips, self.resolution, self.num_channels)
+
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint_images(self.dataset, self.image_column)
 
     def look(self, num_images: int = 16) -> tuple[list[tuple[int, int]], bool]:
         """Sizes (width, height) of some images, evenly spread over the rows, and whether one of them has colours."""

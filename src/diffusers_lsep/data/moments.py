@@ -22,6 +22,7 @@ from ..autoencoders import Autoencoder, encoder_options, get_normalization, norm
 from ..files import hash_weights
 from ..labels import number_names
 from .archives import list_some, number_in, pair_labels, walk_files
+from .fingerprint import Fingerprint, fingerprint_files
 from .images import ImageSource
 
 
@@ -185,6 +186,10 @@ class MomentsDataset(torch.utils.data.Dataset):
             start += len(row)
         return torch.from_numpy(moments)
 
+    def fingerprint(self) -> Fingerprint:
+        """Of the shards."""
+        return fingerprint_files(self._paths)
+
     def check_vae(self, vae: Autoencoder, name: str) -> None:
         """
         Refuses a VAE whose encoder is not the one that encoded the rows: its latents mean something else. The decoder
@@ -338,6 +343,10 @@ class OriginalMomentsDataset:
             self._check_deviations(values, str(path))
             target[...] = values
         return torch.from_numpy(moments)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the files."""
+        return fingerprint_files([self.folder / os.fsdecode(name) for name in self._names])
 
     def open_images(self, resolution: int) -> ImageSource:
         """

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .draws import Purpose, keyed_generator
+from .fingerprint import Fingerprint
 
 
 def hash_labels(labels: np.ndarray) -> int:
@@ -26,6 +27,10 @@ class SampleSource(Protocol):
 
     def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
         """The samples of these rows as one tensor, each mirrored left to right where `flips` says so."""
+        ...
+
+    def fingerprint(self) -> Fingerprint:
+        """Of what it reads from, all of it."""
         ...
 
 
@@ -46,6 +51,9 @@ class SourceSubset:
 
     def load(self, rows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
         return self.source.load(self.source_rows[rows], flips)
+
+    def fingerprint(self) -> Fingerprint:
+        return self.source.fingerprint()
 
 
 def cut_off(source: SampleSource, fraction: float, seed: int) -> tuple[SourceSubset, SourceSubset]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..labels import UNLABELED
+from .fingerprint import Fingerprint, fingerprint_files
 from .images import check_image_column, decode_images
 from .stream import SampleStream
 
@@ -110,6 +111,10 @@ class StreamedImages:
                 )
             values.append(sample[self.image_column])
         return decode_images(rows, values, flips, self.resolution, self.num_channels)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of nothing: what comes is not known ahead."""
+        return fingerprint_files([])
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
         """The class indices of rows that the last call of `load` was for, whether or not it could read them all."""

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..command_line import with_values
+from ..data.fingerprint import Fingerprint
 from ..data.moments_writer import UNREADABLE_FILE
 from ..files import locked_folder, remove, write_text
 from .arguments import build_parser, flags_that_are
@@ -24,11 +25,12 @@ from .setup import follows_length
 
 
 SETTINGS_FILE = "training_args.json"
+FINGERPRINT_FILE = "fingerprint.npy"
 
 # What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
 OUTPUTS = (
-    *(SETTINGS_FILE, "metrics.jsonl", "curves.png", "samples", "logs", "checkpoint-*", ".checkpoint-*"),
-    SNAPSHOTS_FOLDER,
+    *(SETTINGS_FILE, FINGERPRINT_FILE, "metrics.jsonl", "curves.png", "samples", "logs"),
+    *("checkpoint-*", ".checkpoint-*", SNAPSHOTS_FOLDER),
     *(UNREADABLE_FILE, "model_index.json", "transformer", "scheduler", "vae", "probe", "lora", ".pipeline*"),
 )
 
@@ -88,7 +90,11 @@ def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tup
 
 @contextmanager
 def own_output_folder(
-    args: argparse.Namespace, settings: dict[str, Any], checkpoint: Path | None, report: Callable[[str], None]
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    fingerprint: Fingerprint,
+    checkpoint: Path | None,
+    report: Callable[[str], None],
 ) -> Iterator[None]:
     """
     Makes the output folder, or clears it of what a killed or an unwanted run has left, writes the settings, and keeps
@@ -97,6 +103,7 @@ def own_output_folder(
     Args:
         args (`argparse.Namespace`): The flags.
         settings (`dict`): What is to be written.
+        fingerprint ([`Fingerprint`]): Of the data, to be written too.
         checkpoint (`Path`, *optional*): What the run continues from.
         report (`Callable`): Is told which checkpoints are put aside.
 
@@ -113,6 +120,7 @@ def own_output_folder(
             put_aside(output_dir, read_state(checkpoint)["step"], report)
         # What a run takes once more, it writes once more.
         remove_snapshots_after(output_dir, 0 if checkpoint is None else read_state(checkpoint)["step"])
+        fingerprint.save(output_dir / FINGERPRINT_FILE)
         write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         yield
 
@@ -154,7 +162,9 @@ def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: C
     defaults = vars(build_parser("").parse_args([]))
     before = {**settings, **{k: v for k, v in defaults.items() if k not in flags_that_are("is_kept")}, **before}
     changed = [
-        name for name, value in settings.items() if before[name] != value and name not in ("threads", "processes")
+        name
+        for name, value in settings.items()
+        if before[name] != value and name not in ("threads", "processes", "training_data")
     ]
     lines = {name: f"{name}: {before[name]} -> {settings[name]}" for name in changed}
     refused = [line for name, line in lines.items() if name not in may_change]
@@ -170,3 +180,24 @@ def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: C
         if before[name] != settings[name]:
             report(f"The checkpoint was made with {before[name]} {name}, now there are {settings[name]}: the last")
             report("bits of the results may differ from those of an uninterrupted run.")
+
+
+def compare_data(settings: dict[str, Any], before: dict[str, Any], fingerprint: Fingerprint, folder: Path):
+    """
+    Refuses data that have changed since the run that is continued.
+
+    Args:
+        settings (`dict`): Those of this run.
+        before (`dict`): Those of the other. An older version has not looked at the data.
+        fingerprint ([`Fingerprint`]): Of the data.
+        folder (`Path`): The other run's, which knows more.
+    """
+    if before.get("training_data", settings["training_data"]) == settings["training_data"]:
+        return
+    changes = fingerprint.find_changes(folder / FINGERPRINT_FILE)
+    raise ValueError(
+        "`--resume_from_checkpoint` cannot continue a run with other data:"
+        f" {fingerprint.describe(changes, 'an image')} has changed since it began. Restore it, or start a new run in"
+        " another `--output_dir`. (Compared are the size of every image or file and a sample of the bytes, not places"
+        " or times.)"
+    )

@@ -1,14 +1,12 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a training run: how they start, the cores and the memory they get, how they stop together."""
+"""The processes of a training run: how they start, the cores and the memory they get."""
 
 import argparse
 import math
 import os
-import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -109,48 +107,3 @@ def choose_tracker(report_to: str | None) -> str:
             f" {report_to!r}. (tensorboard comes with `pip install 'diffusers_lsep[train]'`.)"
         )
     return report_to
-
-
-class StopSignal:
-    """
-    Notices SIGTERM, SIGUSR1, SIGINT (Ctrl-C; a second one stops at once) and the end of the process that has launched
-    this one, and lets all processes agree to stop after the same step.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.name: str | None = None
-        # On the host: a question to the device would stop it at every step.
-        self.group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self.handlers_before = {number: signal.signal(number, self._remember) for number in signals}
-        # `accelerate launch` dies of a signal and passes none on. A shell, though, may leave while the run goes on.
-        launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-        self.launcher = os.getppid() if launched else None
-
-    def _remember(self, number: int, frame):
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            # Not by `print`, which may be what was interrupted.
-            os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops without one.\n")
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __enter__(self) -> "StopSignal":
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
-
-    def arrived(self) -> bool:
-        if self.name is None and self.launcher not in (None, os.getppid()):
-            self.name = "the end of its launcher"
-        if self.group is None:
-            return self.name is not None
-        flag = torch.tensor([self.name is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
-
-
-def ignore_interrupts(worker: int):
-    """For workers that load data: Ctrl-C reaches them too, and their death would end the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

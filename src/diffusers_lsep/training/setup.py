@@ -21,6 +21,7 @@ from ..autoencoders import (
     load_autoencoder,
 )
 from ..command_line import with_values
+from ..data.fingerprint import Fingerprint, join
 from ..data.images import ImageSource, load_image_dataset, open_images
 from ..data.moments import MomentsDataset, OriginalMomentsDataset
 from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels
@@ -66,6 +67,7 @@ class Setup:
     encoder: REPAEncoder | None
     teacher: Teacher | None  # a frozen one
     samples_per_step: int
+    fingerprint: Fingerprint  # of the data
     facts: dict[str, Any]  # what a continued run has to have in common with its checkpoint, beside flags
 
     @property
@@ -123,18 +125,21 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         **method,
         **choose_length(args, len(data.source.labels), samples_per_step),
     )
+    sources = [source for source in (data.source, data.images) if source is not None]
+    fingerprint = join(*(source.fingerprint() for source in sources))
     facts = {
         "transformer": config,
         "samples_per_step": samples_per_step,
         "training_images": len(data.source.labels),
         "training_labels": None if args.streaming else hash_labels(data.source.labels),
+        "training_data": fingerprint.value,
         "class_names": zlib.crc32("\n".join(data.names).encode()),
         "vae": zlib.crc32(next(vae.encoder.parameters()).numpy().tobytes()) if vae is not None else None,
         "vae_normalization": zlib.crc32(json.dumps(get_normalization(vae)).encode()) if vae is not None else None,
         "repa_encoder_weights": hash_weights(encoder.model) if encoder is not None else None,
         "teacher_weights": hash_weights(teacher.transformer) if teacher is not None else None,
     }
-    return Setup(args, data, config, start, vae, encoder, teacher, samples_per_step, facts)
+    return Setup(args, data, config, start, vae, encoder, teacher, samples_per_step, fingerprint, facts)
 
 
 def open_latents(folder: str, labelled: bool) -> MomentsDataset | OriginalMomentsDataset:

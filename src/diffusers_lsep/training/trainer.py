@@ -48,9 +48,9 @@ from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .inputs import objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
 from .post_hoc_ema import PowerFunctionEMA
-from .processes import StopSignal, ignore_interrupts
 from .results import choose_validation_labels, draw_samples, write_cards
 from .setup import Setup, build_objective
+from .stopping import StopSignal, outlive_signals
 
 
 class Trainer:
@@ -151,7 +151,7 @@ class Trainer:
             batch_sampler=batches,
             collate_fn=keep_batch,
             num_workers=args.dataloader_num_workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=outlive_signals,
             pin_memory=accelerator.device.type == "cuda",
         )
         # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.

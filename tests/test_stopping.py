@@ -1,0 +1,130 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Signals to what has started a run (a launcher, Slurm, a shell): a checkpoint, and no process left over."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_run import TINY_MODEL, TINY_RUN
+
+from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"
+LAUNCHERS_MODULE = importlib.util.find_spec("diffusers_lsep").submodule_search_locations[0] + "/launchers.py"
+
+ONE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+STARTED_BY = {
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *ONE],
+    "accelerate on two": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+STARTED_BY["accelerate on two"] += ONE[2:]
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Whatever has the folder on its command line: launchers, and what they have launched."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if any(str(run) in word for word in process.info["cmdline"] or [])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "started_by, number, to_group, workers, code, stopped_by",
+    [
+        ("accelerate", signal.SIGUSR1, False, 0, -signal.SIGUSR1, "SIGTERM"),
+        ("accelerate", signal.SIGINT, True, 1, -signal.SIGINT, "SIGINT"),
+        ("accelerate on two", signal.SIGUSR1, False, 0, 1, "SIGUSR1"),
+        ("torchrun", signal.SIGTERM, False, 1, 1, "SIGTERM"),
+        ("torchrun", signal.SIGKILL, False, 0, -signal.SIGKILL, "SIGTERM"),
+        ("python", signal.SIGHUP, True, 1, 75, "SIGHUP"),
+    ],
+)
+def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, workers, code, stopped_by):
+    """A checkpoint of what was trained, the exit code that docs/reliability.md has, and no process left over."""
+    run = tmp_path / "run"
+    command = [*STARTED_BY[started_by], SCRIPT, *TINY_MODEL, *TINY_RUN, "--max_train_steps", 100_000]
+    command += ["--checkpointing_steps", 100_000, "--dataloader_num_workers", workers, "--output_dir", run]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    settings["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGUSR1" if code == 1 else "SIGTERM,SIGINT"
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(
+            list(map(str, command)), stdout=log, stderr=log, env={**os.environ, **settings}, start_new_session=True
+        )
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists() or launcher.poll() is not None)
+        (os.killpg if to_group else os.kill)(launcher.pid, number)
+        assert launcher.wait(timeout=120) == code
+        wait_until(lambda: not processes_of(run))
+    finally:
+        for process in processes_of(run):
+            process.kill()
+    said = (tmp_path / "log").read_text()
+    assert f"Stopped by {stopped_by} after step" in said, said[-3000:]
+    [(step, checkpoint)] = list_checkpoints(run)
+    assert step > 0 and find_damage(checkpoint) is None
+    assert sorted(path.name for path in run.glob(".*")) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_also_ends_the_tee_behind_a_run(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, SCRIPT, *TINY_MODEL, *TINY_RUN, "--max_train_steps", 100_000, "--output_dir", run]
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{' '.join(map(str, command))} 2>&1 | tee {tmp_path / 'log'}; exit ${{PIPESTATUS[0]}}"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        start_new_session=True,
+    )
+    wait_until(lambda: (run / "metrics.jsonl").exists() or shell.poll() is not None)
+    [trainer] = [process for process in processes_of(run) if "python" in process.name()]
+    os.killpg(shell.pid, signal.SIGINT)
+    assert trainer.wait(timeout=120) in (75, None)  # None: it is not our child
+    assert list_checkpoints(run)[-1][0] > 0 and not list(run.glob(".*"))
+
+
+STARTED = """
+import importlib.util, pathlib, sys, time
+spec = importlib.util.spec_from_file_location("launchers", sys.argv[1])
+launchers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(launchers)
+launchers.end_with_launcher(interval=0.02)
+pathlib.Path(sys.argv[2]).touch()
+time.sleep(60)
+"""
+STARTS = """
+import subprocess, sys
+subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()
+"""
+
+
+@pytest.mark.parametrize("name, ends", [("accelerate", True), ("torchrun", True), ("notebook.py", False)])
+def test_processes_end_with_their_launcher_alone(tmp_path, monkeypatch, name, ends):
+    """Also sample.py and encode_latents.py. Whoever starts a run otherwise may leave, whatever is exported there."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    (tmp_path / name).write_text(STARTS)
+    (tmp_path / "started.py").write_text(STARTED)
+    begun = tmp_path / "begun"
+    launcher = psutil.Popen([sys.executable, tmp_path / name, tmp_path / "started.py", LAUNCHERS_MODULE, begun])
+    wait_until(begun.exists)
+    [started] = launcher.children()
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs([started], timeout=60 if ends else 0.5)
+    assert bool(alive) != ends
+    for process in alive:
+        process.kill()
