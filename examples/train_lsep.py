@@ -10,7 +10,7 @@ and no model (`--preset`, `--num_layers`, ...) the one of `own-images-*` beside 
 have the paper's values. Argument lists are read as `@file`: flags as on the command line, `#` starts a comment.
 
 SIGTERM, SIGUSR1 and Ctrl-C make the script save a checkpoint and exit with code 75; run it again with the same flags
-and `--resume_from_checkpoint latest`. `accelerate launch` itself then exits with 1, as for every script that fails.
+and `--resume_from_checkpoint latest`. A launcher has an exit code of its own then (docs/reliability.md).
 """
 
 import json

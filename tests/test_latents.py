@@ -390,9 +390,7 @@ class TestUnreadableImages:
         moved = source.rename(tmp_path / "moved")
         script.main(arguments(moved, tmp_path / "out"))
         shutil.copy(moved / "n02" / "n02_2.JPEG", moved / "n01" / "n01_3.JPEG")
-        with pytest.raises(
-            ValueError, match=r"was begun with other images: .*n01_3\.JPEG has changed\. Restore"
-        ):
+        with pytest.raises(ValueError, match=r"was begun with other images: .*n01_3\.JPEG has changed\. Restore"):
             script.main(arguments(moved, tmp_path / "out"))
 
     def test_too_many_stop_the_run_and_repaired_ones_are_read(
