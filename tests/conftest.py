@@ -71,7 +71,7 @@ def train(load_example, tmp_path):
     from accelerate.state import AcceleratorState, GradientState
 
     script = load_example("train_lsep")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     threads = torch.get_num_threads()
 
     def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run") -> int:

@@ -23,7 +23,6 @@ LAUNCHERS_MODULE = importlib.util.find_spec("diffusers_lsep").submodule_search_l
 
 ONE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 STARTED_BY = {
-    "python": [sys.executable],
     "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *ONE],
     "accelerate on two": [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -34,7 +33,7 @@ PASSES_SIGUSR1_ON = hasattr(
 )  # newer versions of torch
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=600):  # a machine may be busy
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -59,7 +58,6 @@ def processes_of(run: Path) -> list[psutil.Process]:
         ),
         ("torchrun", signal.SIGTERM, False, 1, 1, "SIGTERM"),
         ("torchrun", signal.SIGKILL, False, 0, -signal.SIGKILL, "SIGTERM"),
-        ("python", signal.SIGHUP, True, 1, 75, "SIGHUP"),
     ],
 )
 def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, workers, code, stopped_by):
@@ -76,7 +74,7 @@ def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, worker
     try:
         wait_until(lambda: (run / "metrics.jsonl").exists() or launcher.poll() is not None)
         (os.killpg if to_group else os.kill)(launcher.pid, number)
-        assert launcher.wait(timeout=120) == code
+        assert launcher.wait(timeout=600) == code
         wait_until(lambda: not processes_of(run))
     finally:
         for process in processes_of(run):
@@ -100,7 +98,7 @@ def test_ctrl_c_also_ends_the_tee_behind_a_run(tmp_path):
     wait_until(lambda: (run / "metrics.jsonl").exists() or shell.poll() is not None)
     [trainer] = [process for process in processes_of(run) if "python" in process.name()]
     os.killpg(shell.pid, signal.SIGINT)
-    assert trainer.wait(timeout=120) in (75, None)  # None: it is not our child
+    assert trainer.wait(timeout=600) in (75, None)  # None: it is not our child
     assert list_checkpoints(run)[-1][0] > 0 and not list(run.glob(".*"))
 
 

@@ -1015,7 +1015,7 @@ def test_memory_and_cores_on_macos(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     log = trainer.Trainer.log
     before = signal.getsignal(signal.SIGINT)

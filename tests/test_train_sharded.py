@@ -71,7 +71,7 @@ FLAGS = [
     *("--probe_depth", "1", "--crop_size_min", "2", "--learning_rate", "1e-2", "--ema_decay", "0.9"),
     *("--max_train_steps", "4", "--checkpointing_steps", "2", "--logging_steps", "1", "--validation_steps", "4"),
     *("--validation_split", "0.2", "--validation_inference_steps", "2", "--num_validation_images", "1"),
-    *("--num_cpu_threads", "1", "--report_to", "none"),
+    *("--num_cpu_threads", "1", "--report_to", "none", "--max_skipped_steps", "1"),
 ]
 
 

@@ -321,6 +321,13 @@ def add_optimisation_flags(flags: Flags):
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon.")
     add("--max_grad_norm", type=positive, default=1.0, help="A longer gradient is scaled down to this norm.")
     add(
+        "--max_skipped_steps",
+        type=count,
+        default=0,
+        changeable=True,
+        help="How many steps whose gradient is not finite to skip before the run stops.",
+    )
+    add(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -65,7 +65,8 @@ class StepMetrics:
         if output.probe_losses is not None and output.probe_accuracy is not None:
             bins = (timesteps * NUM_TIME_BINS).long().clamp(max=NUM_TIME_BINS - 1)
             probe_losses = output.probe_losses.float()
-            self._bins.index_add_(1, bins, torch.stack([probe_losses, torch.ones_like(probe_losses)]))
+            finite = probe_losses.isfinite()
+            self._bins.index_add_(1, bins, torch.stack([torch.where(finite, probe_losses, 0.0), finite.float()]))
             self._correct += output.probe_accuracy * len(probe_losses)
         self._wait += data_wait
 
@@ -80,8 +81,8 @@ class StepMetrics:
         Ends an interval.
 
         Returns:
-            `tuple[dict, list[float], list[float]]`: the means over the interval and all processes, and the loss and
-            the gradient's norm of every step in it.
+            `tuple[dict, list[float], list[float]]`: the means over the interval and all processes, of its finite steps
+            if there are any, and the loss and the gradient's norm of every step in it.
         """
         num_steps = len(self._grad_norms)
         losses = torch.stack(self._losses).unflatten(0, (num_steps, self.gradient_accumulation_steps)).mean(dim=1)
@@ -95,17 +96,23 @@ class StepMetrics:
         losses = losses.view(num_steps, -1) / self.accelerator.num_processes
         grad_norms = grad_norms / self.accelerator.num_processes
         sums, counts = bins.view(2, NUM_TIME_BINS).tolist()
-        metrics: dict[str, Any] = dict(zip(self._names, losses.mean(dim=0).tolist()))
+        metrics: dict[str, Any] = dict(zip(self._names, mean_of_finite(losses).tolist()))
         metrics.pop("probe_accuracy", None)
         if any(counts):
             metrics["probe_accuracy"] = (correct / sum(counts)).item()
             metrics["probe_loss_by_time"] = [s / c if c else None for s, c in zip(sums, counts)]
-        metrics["grad_norm"] = grad_norms.mean().item()
+        metrics["grad_norm"] = mean_of_finite(grad_norms).item()
         metrics["seconds_per_step"] = seconds / num_steps
         metrics["data_wait"] = wait / seconds
         metrics["memory_gb"] = peak_memory(self.accelerator.device) / 1e9
         self._clear()
         return metrics, losses[:, 0].tolist(), grad_norms.tolist()
+
+
+def mean_of_finite(rows: torch.Tensor) -> torch.Tensor:
+    """The mean over the rows whose values are all finite, or over all if none is such."""
+    finite = rows.isfinite().flatten(1).all(dim=1) if rows.ndim > 1 else rows.isfinite()
+    return rows[finite if finite.any() else ...].mean(dim=0)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: what a step does, what is reported, measured, drawn and saved."""
 
-import math
 import os
 import shutil
 import sys
@@ -47,6 +46,7 @@ from .checkpoints import (
 from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .inputs import objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
+from .non_finite import NonFiniteSteps
 from .post_hoc_ema import PowerFunctionEMA
 from .results import choose_validation_labels, draw_samples, write_cards
 from .setup import Setup, build_objective
@@ -172,9 +172,11 @@ class Trainer:
             # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
             self.ema.optimization_step = 0 if args.ema_warmup else 1
         self.post_hoc_ema = PowerFunctionEMA(objective, args.post_hoc_ema_sigmas or ())
+        self.non_finite_steps = NonFiniteSteps(args.max_skipped_steps, scaled=accelerator.scaler is not None)
         if checkpoint is not None:
             averages = (self.ema, self.post_hoc_ema.averages)
             state = load_checkpoint(checkpoint, objective, self.optimizer, *averages)
+            self.non_finite_steps.num_skipped = state.get("skipped_steps", 0)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
                 group["lr"] = rate
@@ -301,6 +303,7 @@ class Trainer:
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
                     self.metrics.add_step(grad_norm)
+                    self.non_finite_steps.guard(self.optimizer, grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
@@ -314,17 +317,10 @@ class Trainer:
 
     def log(self):
         """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
-        accelerator = self.accelerator
         self.count_unreadable()
         metrics, losses, grad_norms = self.metrics.collect()
-        scaled = accelerator.scaler is not None  # The scaler skips steps whose gradient overflows.
-        for offset, (loss, grad_norm) in enumerate(zip(losses, grad_norms), start=1):
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled):
-                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", grad_norm)
-                good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
-                raise FloatingPointError(
-                    f"the {what} of step {self.collected_at + offset} is {value}; the last good checkpoint {good}."
-                )
+        numbers = (self.collected_at + 1, losses, grad_norms)
+        metrics |= self.non_finite_steps.count(*numbers, self.last_checkpoint, self.accelerator.print)
         self.collected_at = self.step
         metrics["images_per_second"] = self.setup.samples_per_step / metrics["seconds_per_step"]
         metrics["learning_rate"] = self.learning_rates[0]
@@ -359,7 +355,7 @@ class Trainer:
     def report(self, metrics: dict[str, Any]):
         if self.accelerator.is_main_process:
             self.metrics_file.append({"step": self.step, "epoch": self.step / self.setup.steps_per_epoch, **metrics})
-        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
         self.accelerator.log(scalars, step=self.step)
 
     @contextmanager
@@ -457,6 +453,7 @@ class Trainer:
             "ema_step": self.ema.optimization_step if self.ema is not None else None,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "skipped_steps": self.non_finite_steps.num_skipped,
             "settings": self.settings,
         }
         try:
