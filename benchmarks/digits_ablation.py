@@ -11,7 +11,10 @@ weights are judged: by linear probes of every layer at ten times (no label given
 digits, accuracy on the held-out ones), and by the Frechet distance on pixels of 1,000 samples without guidance (ten
 steps of Heun's method) to the training digits.
 
-Writes `results.json`, `tables.md`, `heatmaps.png` and `sweeps.png` into `--output_dir`.
+Writes `results.json`, `tables.md`, `figures.json`, `probe-heatmaps.png` and `digits-sweeps.png` into `--output_dir`.
+The figures are drawn from `figures.json` alone, so that they can be drawn again without the runs:
+
+    python benchmarks/digits_ablation.py --redraw docs/images/digits.json --output_dir docs/images
 """
 
 import argparse
@@ -26,12 +29,14 @@ import torch
 from diffusers import DiffusionPipeline
 from digits_runs import DIGITS, draw, pixel_distance, read_digits, train
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pairs import paired_ratio
 from training_step import make_draws, separate_rows
 
 from diffusers_lsep import FlowMatchHeunODEScheduler, LinearProbe, LSEPObjective
 from diffusers_lsep.data.images import load_image_dataset, open_images
 from diffusers_lsep.evaluation.linear_probing import probe_layers
+from diffusers_lsep.figures import COLOURS, add_accuracy_scale, draw_accuracies, figure_style, save_figure
 
 
 def constant_weight(value: float) -> list[object]:
@@ -76,6 +81,7 @@ GROUPS: dict[str, dict[str, list[object]]] = {
         "no crop": ["--crop_size_min", 4],
     },
 }
+PROBE_DEPTH = 3
 SWEEPS = {"weight", "depth", "dropout", "crop"}
 # What the settings of the digits mean in the groups that vary them.
 DEFAULTS = {
@@ -128,7 +134,7 @@ def compare_step_times(folder: Path, pairs: int = 15) -> dict[str, float]:
     torch.set_num_threads(1)
     transformer = DiffusionPipeline.from_pretrained(folder).transformer.train()
     probe = LinearProbe(transformer.inner_dim, transformer.config.num_classes)
-    lsep = LSEPObjective(transformer, probe, probe_depth=3)
+    lsep = LSEPObjective(transformer, probe, probe_depth=PROBE_DEPTH)
     plain = LSEPObjective(copy.deepcopy(transformer), None)
     draws = make_draws(128, num_shared=23, size=8, channels=1, grid=4, low=3)
     draws["separate_rows"] = separate_rows(draws)
@@ -145,14 +151,15 @@ def compare_step_times(folder: Path, pairs: int = 15) -> dict[str, float]:
     return paired_ratio(steps(lsep), steps(plain), pairs)
 
 
+MEASURES = ("accuracy, mean of layers and times", "best layer, t = 0.5", "Fréchet distance")
+
+
 def measures(result: dict) -> dict[str, float]:
     """The numbers of a run that the tables have."""
     accuracy, times = np.array(result["accuracy"]), result["timesteps"]
-    return {
-        "accuracy, mean of layers and times": accuracy.mean(),
-        "best layer, t = 0.5": accuracy[:, times.index(0.5)].max(),
-        "Fréchet distance": result["frechet_distance"],
-    }
+    return dict(
+        zip(MEASURES, (accuracy.mean(), accuracy[:, times.index(0.5)].max(), result["frechet_distance"]), strict=True)
+    )
 
 
 def make_table(group: str, results: dict[str, list[dict]]) -> str:
@@ -170,46 +177,76 @@ def make_table(group: str, results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def draw_heat_maps(results: dict[str, list[dict]], path: Path):
+def describe_figures(results: dict[str, dict[str, list[dict]]]) -> dict:
+    """What the figures show: means of the heat maps, means and standard deviations of the sweeps."""
+    shown: dict = {"heatmaps": {}, "sweeps": {}}
+    for name, runs in results.get("method", {}).items():
+        table = np.mean([run["accuracy"] for run in runs], axis=0)
+        shown["heatmaps"][name] = table.round(3).tolist()
+        shown |= {key: runs[0][key] for key in ("layers", "timesteps")}
+    for group in [group for group in results if group in SWEEPS]:
+        shown["sweeps"][group] = {
+            DEFAULTS[group] if variant == LSEP else variant: {
+                name: [round(statistics.mean(values), 3), round(statistics.stdev(values), 3) if len(values) > 1 else 0]
+                for name, values in {name: [measures(run)[name] for run in runs] for name in MEASURES}.items()
+            }
+            for variant, runs in results[group].items()
+        }
+    return shown
+
+
+@figure_style()
+def draw_heat_maps(shown: dict, path: Path):
     """The probes' accuracies of plain SiT and of LSEP side by side, means over the seeds."""
-    tables = {name: np.mean([run["accuracy"] for run in results[name]], axis=0) for name in (PLAIN, LSEP)}
-    first = results[LSEP][0]
-    low, high = min(table.min() for table in tables.values()), max(table.max() for table in tables.values())
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.9))
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (name, table) in zip(axes, tables.items()):
-        image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
-        axis.set_xticks(range(table.shape[1]), [f"{t:g}" for t in first["timesteps"]])
-        axis.set_yticks(range(table.shape[0]), first["layers"])
-        axis.set(xlabel="t (0: data, 1: noise)", title=name)
-        for (row, column), value in np.ndenumerate(table):
-            colour = "black" if value > (low + high) / 2 else "white"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    axes[0].set_ylabel("blocks")
-    figure.colorbar(image, ax=axes, label="held-out accuracy")
-    figure.savefig(path, dpi=100)
+    for axis, (name, table) in zip(axes, shown["heatmaps"].items()):
+        trained = PROBE_DEPTH if name == LSEP else None
+        image = draw_accuracies(axis, table, shown["layers"], shown["timesteps"], trained)
+        axis.set_title(name)
+    axes[0].set_ylabel("read after this many blocks")
+    add_accuracy_scale(figure, axes, image, chance=0.1, has_frame=True)
+    save_figure(path, figure)
 
 
-def draw_sweeps(results: dict[str, dict[str, list[dict]]], path: Path):
-    """Accuracy against Frechet distance: a point for each variant, a colour for each sweep, a star for LSEP itself."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axis = figure.subplots()
-    for group, marker in zip([group for group in results if group in SWEEPS], "osD^"):
-        for i, (variant, runs) in enumerate(results[group].items()):
-            values = [list(measures(run).values()) for run in runs]
-            y, _, x = np.mean(values, axis=0)
-            yerr, _, xerr = np.std(values, axis=0, ddof=1) if len(values) > 1 else (None,) * 3
-            style = {"marker": "*", "markersize": 14, "color": "black", "zorder": 3} if variant == LSEP else {}
-            style = {"marker": marker, "color": f"C{'osD^'.index(marker)}", **style}
-            label = group if i == 0 else None
-            axis.errorbar(x, y, yerr=yerr, xerr=xerr, linestyle="none", capsize=2, label=label, **style)
-            if variant != LSEP or group == "weight":
-                axis.annotate(variant, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axis.set(xlabel="Fréchet distance, pixels", ylabel="accuracy, mean of layers and times")
-    axis.margins(0.12)
-    axis.legend(title="sweep of")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+@figure_style()
+def draw_sweeps(shown: dict, path: Path):
+    """A row for each variant, grouped by what they vary, and a column for each measure; bars are deviations."""
+    names = {
+        "accuracy, mean of layers and times": "accuracy of linear probes,\nmean of layers and times (more is better)",
+        "Fréchet distance": "Fréchet distance of the samples\n(less is better)",
+    }
+    figure = Figure(figsize=(8, 6))
+    axes = figure.subplots(1, 2, sharey=True)
+    y, ticks, lines = 0.0, [], []
+    for group, colour in zip(shown["sweeps"], COLOURS):
+        for variant, values in shown["sweeps"][group].items():
+            is_default = variant == DEFAULTS[group]
+            for axis, name in zip(axes, names):
+                mean, deviation = values[name]
+                style = {"markersize": 12, "marker": "*"} if is_default else {"marker": "o"}
+                axis.errorbar(mean, y, xerr=deviation, color=colour, capsize=3, **style)
+            ticks.append((y, variant))
+            y -= 1
+        lines.append(y + 0.25)
+        y -= 0.5
+    for axis, (name, title) in zip(axes, names.items()):
+        axis.axvline(shown["sweeps"]["weight"][DEFAULTS["weight"]][name][0], color="0.3", linestyle="--", linewidth=1)
+        axis.set(xlabel=title, ylim=(y + 0.5, 0.75))
+        axis.grid(axis="y")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        for line in lines[:-1]:
+            axis.axhline(line, color="0.8", linewidth=0.8)
+    axes[0].set_yticks(*zip(*ticks))
+    figure.suptitle("The digits after 400 steps; star and dashed line: the default; bars: deviation of 3 seeds")
+    save_figure(path, figure)
+
+
+def draw_figures(shown: dict, folder: Path):
+    if shown["heatmaps"].keys() >= {PLAIN, LSEP}:
+        draw_heat_maps(shown, folder / "probe-heatmaps.png")
+    if shown["sweeps"].keys() >= SWEEPS:
+        draw_sweeps(shown, folder / "digits-sweeps.png")
 
 
 def main():
@@ -219,7 +256,11 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="runs of every variant of `method` and `speed`")
     parser.add_argument("--sweep_seeds", type=int, default=3, help="runs of every variant of the other groups")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results/digits_ablation"))
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="train nothing: draw what this figures.json says")
     args = parser.parse_args()
+    if args.redraw:
+        draw_figures(json.loads(args.redraw.read_text(encoding="utf-8")), args.output_dir)
+        return
     # Seed after seed, so that what is there at any time compares like with like.
     results: dict[str, dict[str, list[dict]]] = {
         group: {variant: [] for variant in GROUPS[group]} for group in args.groups
@@ -245,9 +286,9 @@ def main():
             f"A step: {times['ours_seconds'] / 5:.3f} s with LSEP, {times['baseline_seconds'] / 5:.3f} s without,"
             f" median ratio {times['ratio']:.2f} of {times['pairs']} pairs, one thread."
         )
-        draw_heat_maps(results["method"], args.output_dir / "heatmaps.png")
-    if SWEEPS & set(results):
-        draw_sweeps(results, args.output_dir / "sweeps.png")
+    shown = describe_figures(results)
+    (args.output_dir / "figures.json").write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draw_figures(shown, args.output_dir)
     text = "\n\n".join(tables)
     print(f"\n{text}")
     (args.output_dir / "tables.md").write_text(text + "\n", encoding="utf-8")

@@ -41,6 +41,7 @@ from diffusers_lsep import (
     LSEPPipeline,
 )
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance
+from diffusers_lsep.figures import COLOURS, MARKERS, figure_style, save_figure
 from diffusers_lsep.interpolants import get_interpolant
 
 
@@ -62,6 +63,15 @@ SCHEDULERS = {
     "diffusers DEIS": lambda: DEISMultistepScheduler(**FLOW),
 }
 EVALUATIONS = [8, 16, 32, 64, 128, 250]
+# What the figure shows, best seen apart: two schedulers of a kind are no more than two labels on one curve.
+SHOWN = {
+    "SDE order 1": "SDE, order 1 (Euler-Maruyama)",
+    "SDE order 2": "SDE, order 2",
+    "SDE order 2, last step 0.005": "SDE, order 2, last step from t = 0.005",
+    "ODE Heun": "ODE, Heun",
+    "diffusers UniPC": "ODE, UniPC of diffusers",
+    "diffusers DPM++ 2M SDE": "SDE, DPM++ 2M of diffusers",
+}
 
 # Weight, mean and standard deviation of each part. The last step of the SDE begins at 0.04.
 MIXTURES = {
@@ -71,7 +81,7 @@ MIXTURES = {
 }
 ALL_MIXTURES = "mean over the mixtures"
 
-EXACT = "exact samples, as many"
+EXACT = "as many exact samples"
 PLACES = ("before the last step", "final samples")
 
 
@@ -237,30 +247,31 @@ def run_digits(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def plot(path: Path, rows: list[dict], panels: list[tuple[str, str]]):
-    """A panel for each place and measure, a curve for each scheduler."""
-    from matplotlib import colormaps
+@figure_style()
+def plot(path: Path, rows: list[dict], panels: dict[tuple[str, str], str]):
+    """A panel for each place and measure, with the name of its axis; a curve for each scheduler of `SHOWN`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(panels) + 2.6, 4), layout="constrained")
-    for axis, (place, measure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for i, name in enumerate(SCHEDULERS):
+    figure = Figure(figsize=(max(5, 4 * len(panels)), 4.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((place, measure), name) in zip(axes, panels.items()):
+        for (scheduler, label), marker, colour in zip(SHOWN.items(), MARKERS, COLOURS):
             points = [
-                (row["evaluations"], row[place][measure]) for row in rows if row["scheduler"] == name and place in row
+                (row["evaluations"], row[place][measure])
+                for row in rows
+                if row["scheduler"] == scheduler and place in row
             ]
             if points:
-                style = "-" if name.startswith("SDE") else "--" if name.startswith("ODE") else ":"
-                color = colormaps["tab20"](i)
-                axis.plot(*zip(*sorted(points)), style, color=color, marker="o", markersize=3, label=name)
+                style = "-" if label.startswith("SDE") else "--"
+                axis.plot(*zip(*sorted(points)), style, marker=marker, color=colour, label=label)
         for row in rows:
             if row["scheduler"] == EXACT:
-                axis.axhline(row[place][measure], color="black", linewidth=0.8, label=EXACT)
-        axis.set(xscale="log", yscale="log", xlabel="evaluations of the model", ylabel=measure, title=place)
+                axis.axhline(row[place][measure], color="black", linewidth=1, linestyle=":", label=EXACT)
+        axis.set(xscale="log", yscale="log", xlabel="evaluations of the model", ylabel=name)
         axis.set_xticks(EVALUATIONS, EVALUATIONS)
         axis.minorticks_off()
-    handles = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save_figure(path, figure)
 
 
 def main():
@@ -291,10 +302,13 @@ def main():
     rows += [row for row in kept if (row["data"], row["scheduler"], row.get("evaluations")) not in done]
     path.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
     if model is None:
-        panels = [(place, "sliced Wasserstein") for place in PLACES] + [(PLACES[1], "moments")]
+        panels = {
+            (PLACES[1], "sliced Wasserstein"): "error of the samples (1-Wasserstein)",
+            (PLACES[1], "moments"): "error of mean and covariance",
+        }
         plot(path.with_suffix(".png"), average(rows), panels)
     else:
-        plot(path.with_suffix(".png"), rows, [(PLACES[1], "Frechet distance")])
+        plot(path.with_suffix(".png"), rows, {(PLACES[1], "Frechet distance"): "Fréchet distance on pixels"})
 
 
 if __name__ == "__main__":

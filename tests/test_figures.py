@@ -1,12 +1,21 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_lsep.figures import make_labeled_grid, plot_denoising_strip, plot_guidance_sweep, require_matplotlib
+from diffusers_lsep.figures import (
+    COLOURS,
+    make_labeled_grid,
+    plot_denoising_strip,
+    plot_guidance_sweep,
+    require_matplotlib,
+)
 
 
 def test_small_images_are_enlarged_without_smoothing():
@@ -78,8 +87,7 @@ def test_a_sweep_has_a_line_for_each_interval(tmp_path):
     for part in (results[:3], results):
         plot_guidance_sweep(tmp_path / "sweep.png", part, "title")
         pixels = np.asarray(Image.open(tmp_path / "sweep.png").convert("RGB"))
-        # blue, orange and green of matplotlib
-        colours = ((31, 119, 180), (255, 127, 14), (44, 160, 44))
+        colours = [tuple(bytes.fromhex(colour[1:])) for colour in COLOURS[:3]]
         counts.append([int((pixels == colour).all(axis=2).sum() > 20) for colour in colours])
     # Legends show all of them, where the lines themselves lie upon each other.
     assert counts == [[1, 0, 0], [1, 1, 1]]
@@ -91,3 +99,33 @@ def test_missing_matplotlib_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"a figure needs matplotlib: pip install 'diffusers_lsep\[eval\]'"):
         require_matplotlib("a figure")
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def shown():
+    """What the figures of `benchmarks/digits_ablation.py` are drawn from."""
+    return json.loads((ROOT / "docs" / "images" / "digits.json").read_text(encoding="utf-8"))
+
+
+def test_the_figure_of_the_digits_shows_what_the_table_says(shown):
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \**([^|]+?)\** \|" + r" ([\d.]+) ± ([\d.]+) \|" * 3 + "$", text, re.MULTILINE)
+    table = {name: [float(number) for number in numbers] for name, *numbers in rows}
+    variants = {name: values for group in shown["sweeps"].values() for name, values in group.items()}
+    compared = [name for name in variants if name in table]
+    assert len(compared) >= 14
+    for name in compared:
+        assert [number for pair in variants[name].values() for number in pair] == table[name], name
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_digits_are_drawn_again_without_the_runs(shown, load_example, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = load_example("digits_ablation", "benchmarks")
+    assert set(shown["heatmaps"]) == {script.PLAIN, script.LSEP} and set(shown["sweeps"]) == script.SWEEPS
+    script.draw_figures(shown, tmp_path)
+    for name in ("probe-heatmaps.png", "digits-sweeps.png"):
+        assert Image.open(tmp_path / name).size == Image.open(ROOT / "docs" / "images" / name).size

@@ -322,9 +322,11 @@ class TestProbeLayers:
 
 def test_heat_map(tmp_path):
     results = {"accuracy": [[0.0, 1.0], [0.5, 0.25], [0.1, 0.2]], "layers": [1, 2, 3], "timesteps": [0.0, 0.5]}
+    results |= {"chance": 0.25, "training_probe": {"layer": 2}}
     draw_heat_map(tmp_path / "map.png", results, title="title")
     with PIL.Image.open(tmp_path / "map.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert ((pixels == (213, 94, 0)).all(axis=1)).sum() > 500, "the frame around the layer of the training's probe"
     # viridis: the largest value is yellow, the smallest dark violet
     for colour in ((253, 231, 36), (68, 1, 84)):
         assert (np.abs(pixels.astype(int) - colour).max(axis=1) <= 2).sum() > 500

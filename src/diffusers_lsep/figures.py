@@ -3,7 +3,8 @@
 """Figures that people look at."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,40 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .files import whole_file
 from .pipeline_lsep import LSEPPipeline
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart; a marker of its own goes with each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv<>P*X" * 5
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """
+    The look of all figures: for a `with` block, or as a decorator of what draws. Figures that are 8 inches wide have
+    letters of ordinary size where a web page shows them 800 pixels wide. Needs matplotlib.
+    """
+    from cycler import cycler  # comes with matplotlib
+    from matplotlib import rc_context
+
+    style: dict[Any, Any] = {
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 10,
+        "figure.constrained_layout.use": True,
+        "figure.titlesize": 11,
+        "font.size": 10,
+        "grid.color": "0.9",
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5,
+    }
+    with rc_context(style):
+        yield
 
 
 def make_labeled_grid(
@@ -74,12 +109,13 @@ def require_matplotlib(what: str):
         raise ImportError(f"{what} needs matplotlib: pip install 'diffusers_lsep[eval]' ({error}).") from error
 
 
-def save_figure(path: str | os.PathLike, figure: Any, dpi: int = 120):
+def save_figure(path: str | os.PathLike, figure: Any, dpi: int = 160):
     """Writes a matplotlib `Figure` as a PNG, whole or not at all."""
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi)
 
 
+@figure_style()
 def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]], title: str = ""):
     """
     Draws the Frechet distance against the scale of the guidance, and precision against recall: a line for each
@@ -95,42 +131,40 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = Figure(figsize=(8, 3.7))
+    figure.suptitle(title)
     distance_axis, recall_axis = figure.subplots(1, 2)
     intervals = list(dict.fromkeys(tuple(result["guidance_interval"]) for result in results))
-    for (low, high), marker in zip(intervals, "os^Dv<>P*X" * len(intervals)):
+    for (low, high), marker in zip(intervals, MARKERS):
         line = [result for result in results if tuple(result["guidance_interval"]) == (low, high)]
         line.sort(key=lambda result: result["guidance_scale"])
         scales, distances, precisions, recalls = (
             [result[name] for result in line] for name in ("guidance_scale", "frechet_distance", "precision", "recall")
         )
-        style = {"marker": marker, "markersize": 5, "linewidth": 1.2}
-        distance_axis.plot(scales, distances, label=f"t in [{low:g}, {high:g}]", **style)
-        (drawn,) = recall_axis.plot(recalls, precisions, **style)
-        for scale, recall, precision in zip(scales, recalls, precisions):
-            recall_axis.annotate(
-                f"{scale:g}",
-                (recall, precision),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=drawn.get_color(),
-            )
-    distance_axis.set(xlabel="guidance scale", ylabel="Fréchet distance", ylim=(0, None))
-    recall_axis.set(xlabel="recall", ylabel="precision")
+        distance_axis.plot(scales, distances, label=f"t from {low:g} to {high:g}", marker=marker)
+        (drawn,) = recall_axis.plot(recalls, precisions, marker=marker)
+        annotate_points(recall_axis, recalls, precisions, scales, drawn.get_color())
+    distance_axis.set(xlabel="scale of the guidance (1: none)", ylabel="Fréchet distance (0: like the data)")
+    distance_axis.set_ylim(0, None)
+    recall_axis.set(xlabel="recall: how much of the data is drawn", ylabel="precision: how much looks like data")
     recall_axis.margins(0.12)
-    distance_axis.legend(title="guidance at", fontsize=9, title_fontsize=9)
-    for axis in (distance_axis, recall_axis):
-        axis.grid(alpha=0.3)
+    recall_axis.set_title("beside the points: the scale")
+    distance_axis.legend(title="guided at times")
     save_figure(path, figure)
 
 
+def annotate_points(axis: Any, xs: Sequence[float], ys: Sequence[float], values: Sequence[float], colour: str):
+    """Writes the value of a setting beside each point of a line."""
+    for x, y, value in zip(xs, ys, values):
+        axis.annotate(f"{value:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+
+
+@figure_style()
 def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]], title: str = ""):
     """
     Draws what caches do to images against the share of the blocks that they compute: the distance to the images
     without a cache, and the Frechet distance. A row for each interval of the guidance, a line for each cache, with its
-    settings beside the points; dashed what there is without a cache.
+    settings beside the points on the left; dashed what there is without a cache.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -143,36 +177,65 @@ def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]],
     from matplotlib.figure import Figure
 
     intervals = list(dict.fromkeys(tuple(result["guidance_interval"]) for result in results))
-    figure = Figure(figsize=(11, 0.6 + 3.6 * len(intervals)), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    rows = figure.subplots(len(intervals), 2, squeeze=False)
+    figure = Figure(figsize=(8, 0.9 + 3.1 * len(intervals)))
+    figure.suptitle(title)
+    rows = figure.subplots(len(intervals), 2, squeeze=False, sharex=True)
     names = list(dict.fromkeys(result["cache"] for result in results if result["cache"]))
     for (low, high), axes in zip(intervals, rows):
         row = [result for result in results if tuple(result["guidance_interval"]) == (low, high)]
         for axis, value in zip(axes, ("image_distance", "frechet_distance")):
             axis.axhline(next(result[value] for result in row if not result["cache"]), color="0.4", ls="--", lw=1)
-            for name, marker in zip(names, "os^Dv<>P*X" * len(names)):
+            for name, marker in zip(names, MARKERS):
                 line = [result for result in row if result["cache"] == name]
                 line.sort(key=lambda result: result["share_computed"])
                 shares = [100 * result["share_computed"] for result in line]
                 heights = [result[value] for result in line]
-                (drawn,) = axis.plot(shares, heights, label=name, marker=marker, markersize=5, linewidth=1.2)
-                for share, height, result in zip(shares, heights, line):
-                    axis.annotate(
-                        f"{result['setting']:g}",
-                        (share, height),
-                        xytext=(4, 4),
-                        textcoords="offset points",
-                        fontsize=7,
-                        color=drawn.get_color(),
-                    )
-            axis.set(xlabel="share of the blocks computed, %", title=f"guidance on [{low:g}, {high:g}]")
-            axis.title.set_fontsize(10)
-            axis.grid(alpha=0.3)
+                (drawn,) = axis.plot(shares, heights, label=name, marker=marker)
+                if value == "image_distance":
+                    annotate_points(axis, shares, heights, [result["setting"] for result in line], drawn.get_color())
+            axis.set_title(f"guided at t from {low:g} to {high:g}")
         axes[0].set(ylabel="distance to the uncached images", ylim=(0, None))
-        axes[1].set(ylabel="Fréchet distance")
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        axes[1].set(ylabel="Fréchet distance (dashed: no cache)")
+    for axis in rows[-1]:
+        axis.set_xlabel("blocks that are computed, %")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(path, figure)
+
+
+def draw_accuracies(
+    axis: Any,
+    table: Sequence[Sequence[float]],
+    layers: Sequence[int],
+    timesteps: Sequence[float],
+    trained: int | None = None,
+) -> Any:
+    """
+    Draws accuracies in 0..1, a row for each layer and a column for each time, on a matplotlib axis. The layer
+    `trained`, if it is among them, gets a frame. Returns the image, for [`add_accuracy_scale`].
+    """
+    values = np.array(table)
+    image = axis.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axis.grid(False)
+    axis.set_xticks(range(values.shape[1]), [f"{t:g}" for t in timesteps])
+    axis.set_yticks(range(values.shape[0]), layers)
+    axis.set_xlabel("time t (0: image, 1: noise)")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > 0.5 else "white"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    if trained in list(layers):
+        row, last = list(layers).index(trained), values.shape[1] - 1
+        corners = [(-0.5, row - 0.5), (last + 0.5, row - 0.5), (last + 0.5, row + 0.5), (-0.5, row + 0.5)]
+        axis.plot(*zip(*corners, corners[0]), color="#D55E00", linewidth=3, clip_on=False)
+    return image
+
+
+def add_accuracy_scale(figure: Any, axes: Any, image: Any, chance: float, has_frame: bool):
+    """The colour scale of [`draw_accuracies`], with chance on it, and if there is a frame, what it means."""
+    scale = figure.colorbar(image, ax=axes, label="accuracy on held-out images")
+    scale.ax.axhline(chance, color="white", linewidth=2)
+    scale.set_ticks([chance, 0.5, 1], labels=[f"chance {chance:.2g}", "0.5", "1"])
+    if has_frame:
+        figure.supxlabel("orange frame: the depth that the probe of the training read", fontsize=9)
 
 
 class DenoisingRecorder:
@@ -222,6 +285,7 @@ class DenoisingRecorder:
             kept.append(pipe.image_processor.postprocess(pipe.decode_latents(tensor), output_type="np"))
 
 
+@figure_style()
 def plot_denoising_strip(
     path: str | os.PathLike,
     states: np.ndarray,
@@ -231,8 +295,8 @@ def plot_denoising_strip(
     title: str = "",
 ):
     """
-    Draws how images come out of noise: for each of them a row of the states `x_t` and a row of the data that the model
-    sees in them.
+    Draws how images come out of noise: for each of them a row of the states `x_t` and a row of the images that the
+    model expects at the end.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -251,25 +315,31 @@ def plot_denoising_strip(
     from matplotlib.figure import Figure
 
     # In inches: every image takes one, and the two rows of an image stand together
-    gap, left, top = 0.06, 0.75, 0.6
+    gap, left, top = 0.06, 1.75, 0.95
     pitch = 2 * (1 + gap) + 0.1
     width, height = left + len(times) * (1 + gap), top + len(labels) * pitch
     figure = Figure(figsize=(width, height))
-    figure.text(0.5, 1 - 0.18 / height, title, ha="center", va="center", fontsize=12)
+    figure.set_layout_engine("none")
+
+    def write(text: str, x: float, y: float, **options):
+        figure.text(x / width, y / height, text, **{"ha": "center", "va": "center", "fontsize": 12, **options})
+
+    write(title, width / 2, height - 0.2, fontsize=13)
+    for x, text in ((left + 0.5, "noise"), (width - 0.5 - gap, "image")):
+        write(text, x, height - 0.54)
     for i, label in enumerate(labels):
         middle = height - top - i * pitch - 1 - gap / 2
-        rotation = 90 if len(label) > 2 else 0
-        figure.text(0.18 / width, middle / height, label, rotation=rotation, ha="center", va="center", fontsize=12)
+        write(label, 0.2, middle, rotation=90 if len(label) > 2 else 0, fontsize=13)
         for name, images, bottom in (
-            ("$x_t$", states, middle + gap / 2),
-            (r"$\hat{x}_0$", predictions, middle - gap / 2 - 1),
+            ("noisy image\n$x_t$", states, middle + gap / 2),
+            ("the model's\nguess $\\hat{x}_0$", predictions, middle - gap / 2 - 1),
         ):
-            figure.text(0.53 / width, (bottom + 0.5) / height, name, ha="center", va="center", fontsize=12)
+            write(name, left / 2 + 0.15, bottom + 0.5)
             for column, image in enumerate(images[:, i]):
                 x = left + column * (1 + gap)
                 axis = figure.add_axes((x / width, bottom / height, 1 / width, 1 / height))
                 axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
                 axis.set_axis_off()
                 if i == 0 and images is states:
-                    axis.set_title(f"t = {times[column]:.2f}", fontsize=10)
-    save_figure(path, figure)
+                    axis.set_title(f"t = {times[column]:.2f}", fontsize=11)
+    save_figure(path, figure, dpi=120)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..figures import save_figure
+from ..figures import figure_style, save_figure
 from ..sampling import DrawnSamples, load_pipeline
 from ..training.checkpoints import PIPELINE_FOLDER, list_checkpoints
 from .features import process_state
@@ -61,6 +61,7 @@ def milestone_samples(
             yield step, DrawnSamples(pipe, name, num_images, num_inference_steps, allow_tf32=allow_tf32)
 
 
+@figure_style()
 def plot_metrics(path: Path, steps: Sequence[int], values: Sequence[dict[str, float]], titles: dict[str, str]) -> None:
     """
     Draws every metric against the step.
@@ -77,10 +78,9 @@ def plot_metrics(path: Path, steps: Sequence[int], values: Sequence[dict[str, fl
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(titles), 3), layout="constrained")
+    figure = Figure(figsize=(max(4, 2.6 * len(titles)), 3))
     axes: Any = figure.subplots(1, len(titles), squeeze=False)[0]
     for axis, (name, title) in zip(axes, titles.items()):
         axis.plot(steps, [value[name] for value in values], marker="o")
         axis.set(title=title, xlabel="training step")
-        axis.grid(alpha=0.3)
     save_figure(path, figure)

@@ -19,7 +19,7 @@ from ..autoencoders import encode_moments, get_normalization
 from ..data.draws import Purpose, keyed_generator
 from ..data.moments import sample_posterior
 from ..data.sources import SampleSource
-from ..figures import save_figure
+from ..figures import add_accuracy_scale, draw_accuracies, figure_style, save_figure
 from ..interpolants import get_interpolant
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
@@ -405,9 +405,11 @@ def probe_layers(
     }
 
 
+@figure_style()
 def draw_heat_map(path: str | os.PathLike, results: dict[str, Any], title: str = "") -> None:
     """
-    Draws the accuracies of [`probe_layers`], layer against time, as a PNG that appears whole or not at all.
+    Draws the accuracies of [`probe_layers`], layer against time, as a PNG that appears whole or not at all. Chance is
+    marked on the scale, and the layer that the training's own probe read with a frame.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -419,18 +421,11 @@ def draw_heat_map(path: str | os.PathLike, results: dict[str, Any], title: str =
     """
     from matplotlib.figure import Figure
 
-    table = np.array(results["accuracy"])
-    rows, columns = table.shape
-    figure = Figure(figsize=(2.5 + 0.6 * columns, 1.8 + 0.35 * rows), layout="constrained")
+    trained = results["training_probe"]["layer"] if results["training_probe"] is not None else None
+    rows, columns = np.shape(results["accuracy"])
+    figure = Figure(figsize=(max(6.0, 2.2 + 0.6 * columns), 1.9 + 0.35 * rows))
     axis: Any = figure.subplots()
-    image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis")
-    axis.set_xticks(range(columns), [f"{t:g}" for t in results["timesteps"]])
-    axis.set_yticks(range(rows), results["layers"])
-    axis.set(xlabel="t (0: data, 1: noise)", ylabel="blocks", title=title)
-    bright = (table.min() + table.max()) / 2
-    for row in range(rows):
-        for column in range(columns):
-            colour = "black" if table[row, column] > bright else "white"
-            axis.text(column, row, f"{table[row, column]:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="held-out accuracy")
+    image = draw_accuracies(axis, results["accuracy"], results["layers"], results["timesteps"], trained)
+    axis.set(ylabel="read after this many blocks", title=title)
+    add_accuracy_scale(figure, axis, image, results["chance"], trained is not None)
     save_figure(path, figure)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from ..figures import save_figure
+from ..figures import figure_style, save_figure
 from ..files import write_text
 from ..objective import LSEPObjectiveOutput
 from ..regularizers import REGULARIZERS, regularizer_key
@@ -161,6 +161,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@figure_style()
 def plot_curves(metrics: list[dict[str, Any]], path: Path):
     """
     Draws the curves of a `metrics.jsonl` into a PNG file. Needs matplotlib.
@@ -178,22 +179,28 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path):
             f"{name} loss, weighted": ((f"{key}_loss", "training"), (f"validation_{key}_loss", "held out"))
             for name, key in {"REPA": "repa", **{name: regularizer_key(name) for name in REGULARIZERS}}.items()
         },
-        "probe accuracy": (("probe_accuracy", "training"), ("validation_probe_accuracy", "held out")),
+        "probe accuracy, mean over times t from 0 to 1": (
+            ("probe_accuracy", "training, some with their label"),
+            ("validation_probe_accuracy", "held out, none with its label"),
+        ),
         "gradient norm": (("grad_norm", "training"),),
     }
     known = {key for line in metrics for key, value in line.items() if value is not None}
     panels = {title: keys for title, keys in panels.items() if known.intersection(key for key, _ in keys)}
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    figure = Figure(figsize=(8, 2.8 * -(-len(panels) // 2)))
+    shape = (-(-len(panels) // 2), min(2, len(panels)))
+    every_axis = figure.subplots(*shape, squeeze=False).ravel()
+    for axes, (title, keys) in zip(every_axis, panels.items()):
         for key, name in keys:
             points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
             if points:
-                axes.plot(*zip(*points), label=name, marker="o" if name == "held out" else None, markersize=3)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
+                axes.plot(*zip(*points), label=name, marker="o" if name.startswith("held out") else None, markersize=3)
+        axes.set(title=title, xlabel="training step")
         if len(keys) > 1:
             axes.legend()
-    save_figure(path, figure, dpi=110)
+    for axes in every_axis[len(panels) :]:
+        axes.set_axis_off()
+    save_figure(path, figure)
 
 
 def draw_curves(output_dir: Path):
