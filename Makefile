@@ -1,9 +1,10 @@
-.PHONY: quality style test test-fast test-oldest upstream
+.PHONY: quality style test test-fast test-oldest fuzz upstream
 
 check_dirs := .
 DIFFUSERS ?= ../diffusers
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 OLDEST ?= build/oldest
+EXAMPLES ?= 10000
 
 # Fails on anything that `make style` would change or report, and on wrong types.
 quality:
@@ -20,6 +21,10 @@ test:
 
 test-fast:
 	pytest -n 2 -m "not slow"
+
+# Generated input of every kind, and how it ends: docs/reliability.md.
+fuzz:
+	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" python -m fuzz.run --examples $(EXAMPLES)
 
 # With the oldest version of every requirement that setup.py allows, in an environment of its own, which is kept.
 test-oldest:

@@ -19,6 +19,7 @@ extras["test"] = [
     *extras["demo"],
     *extras["quality"],
     "gguf>=0.19",  # single files of quantized weights; older ones need sentencepiece
+    "hypothesis>=6.120",  # makes the input of tests/fuzz
     "kornia",  # of one of diffusers' guiders
     "parameterized",  # this and requests-mock: for diffusers' own tests, which tests/upstream runs
     "peft>=0.18",

@@ -666,8 +666,8 @@ def test_interchangeable_with_other_schedulers(scheduler_class):
     [
         ({"path_type": "vp"}, r"`path_type` has to be one of \['linear', 'cosine'\], but is 'vp'"),
         ({"diffusion_form": "vp"}, r"`diffusion_form` has to be one of \['constant', .*\], but is 'vp'"),
-        ({"diffusion_norm": -1.0}, "`diffusion_norm` has to be a number not below 0, but is -1.0"),
-        ({"diffusion_norm": math.nan}, "`diffusion_norm` has to be a number not below 0, but is nan"),
+        ({"diffusion_norm": -1.0}, "`diffusion_norm` has to be a number from 0 to 1,000,000, but is -1.0"),
+        ({"diffusion_norm": math.nan}, "`diffusion_norm` has to be a number from 0 to 1,000,000, but is nan"),
         ({"last_step": "heun"}, r"`last_step` has to be one of .*, but is 'heun'"),
         ({"last_step_size": 0}, "`last_step_size` has to lie between 0 and 1, but is 0"),
         ({"num_train_timesteps": 0}, "`num_train_timesteps` has to be at least 1, but is 0"),
@@ -715,9 +715,7 @@ def test_impossible_steps_are_refused():
         scheduler.step(sample, 0, sample)
     with pytest.raises(ValueError, match="`timestep` has to be one of the scheduler's `timesteps`, but is 123.0"):
         scheduler.step(sample, 123.0, sample)
-    with pytest.raises(
-        ValueError, match=r"`variance_noise` has to be of the shape of `sample`, \[2, 2\], .* \[2, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"`variance_noise` has to be of shape \[2, 2\], but is of shape \[2, 3\]"):
         scheduler.step(sample, scheduler.timesteps[0], sample, variance_noise=torch.zeros(2, 3))
     for timestep in scheduler.timesteps:
         scheduler.step(sample, timestep, sample)

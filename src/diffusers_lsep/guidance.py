@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .argument_checks import check_finite
+from .argument_checks import check_interval, check_number, describe
 from .interpolants import get_interpolant
 
 
@@ -24,7 +24,7 @@ GUIDER_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip")
 
 def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
     """Raises a `ValueError` if the transformer cannot give the prediction that is asked for."""
-    check_finite("internal_guidance_scale", internal_guidance_scale)
+    check_number("internal_guidance_scale", internal_guidance_scale)
     if internal_guidance_scale <= 1:
         return
     if transformer.config.get("internal_guidance_depth") is None:
@@ -41,22 +41,14 @@ def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
 
 def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: "BaseGuidance | None"):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
-    check_finite("guidance_scale", guidance_scale)
-    try:
-        low, high = guidance_interval
-        is_interval = 0 <= low <= high <= 1
-    except (TypeError, ValueError):
-        is_interval = False
-    if not is_interval:
-        raise ValueError(
-            f"`guidance_interval` has to be (low, high) with 0 <= low <= high <= 1, but is {guidance_interval!r}."
-        )
+    check_number("guidance_scale", guidance_scale)
+    check_interval("guidance_interval", guidance_interval)
     if guider is None:
         return
     from diffusers.guiders import BaseGuidance  # loads kornia where that is installed
 
     if not isinstance(guider, BaseGuidance):
-        raise ValueError(f"`guider` has to be a guider of diffusers, but is {guider!r}.")
+        raise ValueError(f"`guider` has to be a guider of diffusers, but is {describe(guider)}.")
     if guidance_scale != 1:
         raise ValueError(
             f"`guidance_scale` has to be left at 1.0 with a `guider`, which has its own, but is {guidance_scale}."

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from .argument_checks import check_choice
+
 
 Time = TypeVar("Time", float, torch.Tensor)
 
@@ -124,6 +126,5 @@ def get_interpolant(path_type: str) -> Interpolant:
     Raises:
         `ValueError`: if there is no path of that name.
     """
-    if path_type not in _INTERPOLANTS:
-        raise ValueError(f"`path_type` has to be one of {list(_INTERPOLANTS)}, but is {path_type!r}.")
+    check_choice("path_type", path_type, _INTERPOLANTS)
     return _INTERPOLANTS[path_type]

@@ -5,10 +5,12 @@
 import difflib
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .argument_checks import check_count
+import numpy as np
+
+from .argument_checks import MAX_COUNT, check_count, check_type, describe
 
 
 NUM_LISTED = 20  # classes and names, until there are too many to read
@@ -18,6 +20,35 @@ UNLABELED = ("unconditional",)
 
 # Of classes that only have numbers. A larger number is one of something else.
 MAX_CLASSES = 100_000
+
+MAX_NAME_LENGTH = 1_000  # of a class, in characters; ImageNet's longest has 132
+
+
+def check_names(id2label: Any, argument: str = "id2label") -> dict[int, str] | None:
+    """
+    The names of classes by their ids, which are strings in JSON.
+
+    Raises:
+        `ValueError`: if they are no names by ids, or one has more than 1,000 characters.
+    """
+    check_type(argument, id2label, Mapping, "a dict of names by class ids")
+    if id2label is None:
+        return None
+    names = {}
+    for class_id, name in id2label.items():
+        is_id = _is_number(class_id) if isinstance(class_id, str) else isinstance(class_id, (int, np.integer))
+        if not is_id or not 0 <= int(class_id) < MAX_COUNT or not isinstance(name, str):
+            raise ValueError(
+                f"`{argument}` has to be a dict of names by class ids, but holds {describe(class_id)}:"
+                f" {describe(name)}."
+            )
+        if len(name) > MAX_NAME_LENGTH:
+            raise ValueError(
+                f"`{argument}` has to hold names of at most {MAX_NAME_LENGTH:,} characters, but that of the class"
+                f" {class_id} has {len(name):,}: {name[:40]!r}..."
+            )
+        names[int(class_id)] = name
+    return names
 
 
 def check_largest_id(largest_id: int):
@@ -85,8 +116,10 @@ def find_class_ids(
             if len(candidates) > 1:
                 described = ", ".join(f"{i} ({id2label[i]})" for i in candidates)
                 raise ValueError(f"`{argument}`: {label!r} is the name of several classes: {described}. Pass the id.")
-            if not candidates and not label.removeprefix("-").isdecimal():
-                raise ValueError(f"`{argument}`: there is no class {label!r}. {_describe_names(label, ids_of_name)}")
+            if not candidates and not _is_number(label.removeprefix("-")):
+                raise ValueError(
+                    f"`{argument}`: there is no class {describe(label)}. {_describe_names(label, ids_of_name)}"
+                )
             class_id = candidates[0] if candidates else int(label)
         else:
             try:
@@ -96,7 +129,7 @@ def find_class_ids(
             except TypeError:
                 raise ValueError(
                     f"`{argument}` has to be a class id, the name of a class, or a list of these, but holds"
-                    f" {label!r} of type {type(label).__name__}."
+                    f" {describe(label)} of type {type(label).__name__}."
                 ) from None
         is_null = with_null and class_id == num_classes and not isinstance(label, str)
         if not 0 <= class_id < num_classes and not is_null:
@@ -127,7 +160,7 @@ def find_call_ids(
     Raises:
         `ValueError`: if there are no labels, or if their numbers do not go together.
     """
-    check_count("num_images_per_label", num_images_per_label)
+    num_images_per_label = check_count("num_images_per_label", num_images_per_label, high=10_000)
     ids = [null_id] if class_labels is None else find(class_labels)
     if not ids:
         raise ValueError("`class_labels` has to hold at least one class, but is empty.")
@@ -143,6 +176,11 @@ def find_call_ids(
         negative_ids = negative_ids * len(ids)
     ids, negative_ids = ([i for i in each for _ in range(num_images_per_label)] for each in (ids, negative_ids))
     return ids, negative_ids
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is an integer, and of no more digits than one that counts something."""
+    return text.isdecimal() and len(text) <= 20
 
 
 def _describe_names(name: str, ids_of_name: dict[str, list[int]]) -> str:

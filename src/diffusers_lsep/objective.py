@@ -11,12 +11,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from .argument_checks import check_count, check_tensor, check_type, make_plain
 from .interpolants import Interpolant, get_interpolant
+from .objective_checks import (
+    check_batch,
+    check_factor,
+    check_objective,
+    check_regularizer_weights,
+    check_window,
+    make_regularizers,
+)
 from .regularizers.regularizer import Regularizer, RegularizerContext
 from .transformer_sit import SiTTransformer2DModel
-
-
-TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 
 
 class LinearProbe(ModelMixin, ConfigMixin):
@@ -38,9 +44,10 @@ class LinearProbe(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, hidden_size: int, num_classes: int, depth: int | None = None):
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("num_classes", num_classes), ("depth", depth)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` has to be at least 1, but is {value}.")
+        hidden_size, num_classes = check_count("hidden_size", hidden_size), check_count("num_classes", num_classes)
+        if depth is not None:
+            check_count("depth", depth)
+        make_plain(self)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
         self.linear = nn.Linear(hidden_size, num_classes)
         nn.init.xavier_uniform_(self.linear.weight)
@@ -58,7 +65,17 @@ class LinearProbe(ModelMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `[B, K]`: logits.
+
+        Raises:
+            `ValueError`: if an argument is none of these. Numbers are looked at on the CPU only.
         """
+        check_tensor("tokens", tokens, ("batch", "tokens", self.config.hidden_size))
+        if window is not None:
+            check_tensor("window", window, (tokens.shape[0], 3), "integers")
+            grid_size = math.isqrt(tokens.shape[1])
+            if grid_size**2 != tokens.shape[1]:
+                raise ValueError(f"`tokens` has to be a square of tokens with a `window`, but are {tokens.shape[1]}.")
+            check_window("window", window, grid_size)
         # The mean in float32: 256 and more summands in bfloat16 would lose the small ones.
         if window is None:
             pooled = tokens.mean(dim=1, dtype=torch.float32)
@@ -186,7 +203,7 @@ class LSEPObjective(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.probe = probe
-        self.regularizers = nn.ModuleDict(regularizers or {})
+        self.regularizers = make_regularizers(regularizers)
         self.path = get_interpolant(path_type)
         self.probe_depth = probe_depth
         self.probe_dropout_prob = probe_dropout_prob
@@ -194,67 +211,10 @@ class LSEPObjective(nn.Module):
         self.crop_size = crop_size
         self.timestep_sampling = timestep_sampling
         self.probe_fraction = probe_fraction
-        self._check(probe_weight_start, probe_weight_end, num_probe_weights)
+        check_objective(self, probe_weight_start, probe_weight_end, num_probe_weights)
 
-        weights = torch.linspace(probe_weight_start, probe_weight_end, num_probe_weights)
+        weights = torch.linspace(float(probe_weight_start), float(probe_weight_end), num_probe_weights)
         self.register_buffer("probe_weights", weights, persistent=False)
-
-    def _check(self, probe_weight_start: float, probe_weight_end: float, num_probe_weights: int):
-        config = self.transformer.config
-        if (config.out_channels or config.in_channels) != config.in_channels:
-            raise ValueError(
-                "`transformer` has to predict a velocity of its input's channels, but has"
-                f" `in_channels={config.in_channels}` and `out_channels={config.out_channels}`."
-            )
-        for name in ("probe_dropout_prob", "class_dropout_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` has to lie in [0, 1], but is {getattr(self, name)}.")
-        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(
-                f"`timestep_sampling` has to be one of {list(TIMESTEP_SAMPLINGS)}, but is {self.timestep_sampling!r}."
-            )
-        for name, value in (("probe_weight_start", probe_weight_start), ("probe_weight_end", probe_weight_end)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` has to be a number not below 0, but is {value}.")
-        if not 0 < self.probe_fraction <= 1:
-            raise ValueError(f"`probe_fraction` has to lie in (0, 1], but is {self.probe_fraction}.")
-        if num_probe_weights < 1:
-            raise ValueError(f"`num_probe_weights` has to be at least 1, but is {num_probe_weights}.")
-        if num_probe_weights == 1 and probe_weight_start != probe_weight_end:
-            raise ValueError(
-                "`num_probe_weights=1` is a constant weight and needs `probe_weight_start` and `probe_weight_end` to"
-                f" be equal, but they are {probe_weight_start} and {probe_weight_end}."
-            )
-        depths = [("`probe_depth`", self.probe_depth)] if self.probe is not None else []
-        for name, regularizer in self.regularizers.items():
-            depths += [(f"`depth` of the regularizer `{name}`", depth) for depth in regularizer.depths]
-            if "probe_tokens" in regularizer.reads and self.probe is None:
-                raise ValueError(f"`probe` is needed by the regularizer `{name}`, but is None.")
-            if "internal_prediction" in regularizer.reads and config.get("internal_guidance_depth") is None:
-                raise ValueError(f"`internal_guidance_depth` of `transformer` is needed by `{name}`, but is None.")
-        for name, depth in depths:
-            if not 1 <= depth <= config.num_layers:
-                raise ValueError(
-                    f"{name} has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is"
-                    f" {depth}."
-                )
-        if self.probe is None:
-            return
-
-        width = config.num_attention_heads * config.attention_head_dim
-        if (self.probe.config.hidden_size, self.probe.config.num_classes) != (width, config.num_classes):
-            raise ValueError(
-                f"`probe` has to have `hidden_size={width}` and `num_classes={config.num_classes}` like `transformer`,"
-                f" but has {self.probe.config.hidden_size} and {self.probe.config.num_classes}."
-            )
-        grid_size = config.sample_size // config.patch_size
-        if self.crop_size is not None:
-            low, high = self.crop_size
-            if not 1 <= low <= high <= grid_size:
-                raise ValueError(
-                    f"`crop_size` has to be (low, high) with 1 <= low <= high <= {grid_size}, the side of the grid of"
-                    f" tokens, but is {tuple(self.crop_size)}."
-                )
 
     def draw_crop_window(
         self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
@@ -322,8 +282,17 @@ class LSEPObjective(nn.Module):
             [`LSEPObjectiveOutput`]
 
         Raises:
-            `ValueError`: if `targets` and the regularizers that read one have other names.
+            `ValueError`: if an argument is none of these. Numbers are looked at on the CPU only, and nothing where
+            this is compiled.
         """
+        if not torch.compiler.is_compiling():
+            draws = {"noise": noise, "timesteps": timesteps, "crop_window": crop_window}
+            draws |= {"class_dropout_mask": class_dropout_mask, "probe_dropout_mask": probe_dropout_mask}
+            check_batch(self, latents, class_labels, draws, {"separate_rows": separate_rows, "probe_rows": probe_rows})
+            check_factor("probe_weight_scale", probe_weight_scale)
+            check_type("generator", generator, torch.Generator, "a `torch.Generator`")
+            check_type("targets", targets, dict, "a dict of tensors by the regularizers' names")
+            check_regularizer_weights(self.regularizers, regularizer_weights)
         batch_size, device = latents.shape[0], latents.device
         targets = {} if targets is None else targets
         needed = [name for name, regularizer in self.regularizers.items() if "target" in regularizer.reads]

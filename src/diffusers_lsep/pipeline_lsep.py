@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -15,7 +16,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 
-from .argument_checks import check_count, check_type
+from .argument_checks import check_choice, check_count, check_generator, check_tensor, check_type, describe
 from .auto_map import AutoMapMixin
 from .autoencoders import (
     Autoencoder,
@@ -27,7 +28,7 @@ from .autoencoders import (
 from .flow_schedulers import check_scheduler, get_r_times, set_timesteps, takes
 from .guidance import GuidanceMixin, check_guidance, check_internal_guidance, is_in_interval
 from .interpolants import get_interpolant
-from .labels import find_call_ids, find_class_ids, find_names, unique_names
+from .labels import check_names, find_call_ids, find_class_ids, find_names, unique_names
 from .lora_pipeline import LSEPLoraLoaderMixin
 from .single_file import LSEPSingleFileMixin
 from .transformer_sit import SiTTransformer2DModel
@@ -92,17 +93,17 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         path_type: str | None = None,
     ):
         super().__init__()
+        # Any of them may be None, as everywhere in diffusers, and be put there later.
+        check_type("transformer", transformer, nn.Module, "a SiTTransformer2DModel")
+        check_type("scheduler", scheduler, SchedulerMixin, "a flow-matching scheduler")
         if path_type is None:
-            path_type = scheduler.config.get("path_type", "linear")
+            path_type = scheduler.config.get("path_type", "linear") if scheduler is not None else "linear"
         get_interpolant(path_type)
         if vae is not None:
             check_autoencoder(vae, "vae", transformer.config.in_channels if transformer is not None else None)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
-        check_type("id2label", id2label, Mapping, "a dict of names by class ids")
-        # JSON has only strings as keys.
-        id2label = {int(class_id): label for class_id, label in id2label.items()} if id2label is not None else None
-        self.register_to_config(id2label=id2label, path_type=path_type)
+        self.register_to_config(id2label=check_names(id2label), path_type=path_type)
 
         self.vae_scale_factor = get_scale_factor(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -217,9 +218,12 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         Raises:
             `ValueError`: if there is no such class, or if several classes have the name.
         """
-        if isinstance(label, torch.Tensor):
-            label = label.tolist()
-        labels = label if isinstance(label, (list, tuple, range, np.ndarray)) else [label]
+        if isinstance(label, (torch.Tensor, np.ndarray)):
+            try:
+                label = label.tolist()
+            except (NotImplementedError, RuntimeError):  # of a tensor without numbers
+                raise ValueError(f"`{argument}` has to hold class ids, but is {describe(label)}.") from None
+        labels = label if isinstance(label, (list, tuple, range)) else [label]
         return find_class_ids(
             labels, self.config.id2label, self.transformer.config.num_classes, argument, with_null=True
         )
@@ -244,19 +248,10 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             check_count("num_inference_steps", num_inference_steps)
         check_type("attention_kwargs", attention_kwargs, dict, "a dictionary")
         check_type("callback_on_step_end", callback_on_step_end, Callable, "a function")
-        check_type("latents", latents, torch.Tensor, "a tensor")
-        for each in generator if isinstance(generator, list) else [generator]:
-            check_type("generator", each, torch.Generator, "a `torch.Generator`, or a list of them")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has to be one generator or a list of one for each of the {batch_size} images, but is a"
-                f" list of {len(generator)}."
-            )
-        shape = self._latents_shape(batch_size)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has to be of shape {list(shape)}, but is of shape {list(latents.shape)}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` has to be one of {list(OUTPUT_TYPES)}, but is {output_type!r}.")
+        check_generator("generator", generator, batch_size)
+        if latents is not None:
+            check_tensor("latents", latents, self._latents_shape(batch_size))
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         check_type("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs, (list, tuple), "a list")
         names = callback_on_step_end_tensor_inputs or []
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
@@ -432,8 +427,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             callback_on_step_end,
             attention_kwargs,
         )
-        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
-        self._internal_guidance_scale = internal_guidance_scale
+        self._guidance_scale, self._guidance_interval = float(guidance_scale), guidance_interval
+        self._internal_guidance_scale = float(internal_guidance_scale)
         self._guider, self._attention_kwargs = guider, attention_kwargs
         self._interrupt = False
         device = self._execution_device

@@ -5,6 +5,7 @@
 import math
 from dataclasses import dataclass
 
+from .argument_checks import check_choice, check_number
 from .interpolants import Interpolant
 
 
@@ -13,6 +14,10 @@ LAST_STEPS = ("mean", "tweedie", "euler")
 
 # Where the grid starts when the diffusion is singular at t = 1, as in SiT.
 SBDM_START = 1 - 1e-3
+
+# A diffusion above this, and a time below that, have nothing but rounding errors left.
+MAX_DIFFUSION_NORM = 1e6
+MIN_TIME = 1e-9
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,9 @@ class ReverseSDE:
         path ([`Interpolant`]): The path of the model.
         diffusion_form (`str`):
             `w(t)`, one of `DIFFUSION_FORMS`. Checked by the schedulers, as one of them also takes `"none"`, the ODE.
-        diffusion_norm (`float`): Factor of `w(t)`, not negative (`"decreasing"`: of the cosine).
+        diffusion_norm (`float`): Factor of `w(t)`, from 0 to 1,000,000 (`"decreasing"`: of the cosine).
         last_step (`str`): One of `LAST_STEPS`.
-        last_step_size (`float`): In (0, 1).
+        last_step_size (`float`): Between 0 and `start`.
 
     Raises:
         `ValueError`: if an argument is none of the above.
@@ -41,12 +46,21 @@ class ReverseSDE:
     last_step_size: float
 
     def __post_init__(self):
-        if not (math.isfinite(self.diffusion_norm) and self.diffusion_norm >= 0):
-            raise ValueError(f"`diffusion_norm` has to be a number not below 0, but is {self.diffusion_norm}.")
-        if self.last_step not in LAST_STEPS:
-            raise ValueError(f"`last_step` has to be one of {list(LAST_STEPS)}, but is {self.last_step!r}.")
-        if not 0 < self.last_step_size < 1:
-            raise ValueError(f"`last_step_size` has to lie between 0 and 1, but is {self.last_step_size}.")
+        check_choice("last_step", self.last_step, LAST_STEPS)
+        norm = check_number(
+            "diffusion_norm",
+            self.diffusion_norm,
+            f"be a number from 0 to {MAX_DIFFUSION_NORM:,.0f}",
+            lambda x: 0 <= x <= MAX_DIFFUSION_NORM,
+        )
+        last_step_size = check_number(
+            "last_step_size",
+            self.last_step_size,
+            f"lie between 0 and {self.start:g}",
+            lambda x: MIN_TIME <= x < self.start,
+        )
+        object.__setattr__(self, "diffusion_norm", norm)
+        object.__setattr__(self, "last_step_size", last_step_size)
 
     @property
     def start(self) -> float:

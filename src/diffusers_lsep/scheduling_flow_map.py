@@ -5,6 +5,7 @@ import math
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from .argument_checks import check_probability
 from .scheduling_flow_match import FlowMatchScheduler
 
 
@@ -35,8 +36,7 @@ class FlowMapScheduler(FlowMatchScheduler):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, path_type: str = "linear", renoising: float = 0.0):
-        if not 0 <= renoising <= 1:
-            raise ValueError(f"`renoising` has to lie in [0, 1], but is {renoising}.")
+        check_probability("renoising", renoising)
         super().__init__(num_train_timesteps, path_type)
 
     @property

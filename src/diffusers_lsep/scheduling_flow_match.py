@@ -10,7 +10,17 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .argument_checks import (
+    check_count,
+    check_generator,
+    check_number,
+    check_tensor,
+    check_values,
+    describe,
+    make_plain,
+)
 from .interpolants import get_interpolant
+from .reverse_sde import MIN_TIME
 
 
 # diffusers hands keys that a scheduler does not know on to the next one. `solver_order` is a key of DPM++ and UniPC;
@@ -58,8 +68,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def __init__(self, num_train_timesteps: int, path_type: str):
         self.path = get_interpolant(path_type)
-        if num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps` has to be at least 1, but is {num_train_timesteps}.")
+        num_train_timesteps = check_count("num_train_timesteps", num_train_timesteps)
+        make_plain(self)
 
         # As in the schedulers of diffusers: a full grid until `set_timesteps` is called.
         self.num_inference_steps: int | None = None
@@ -112,8 +122,11 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
 
         Args:
             begin_index (`int`, defaults to `0`): Index in `timesteps`.
+
+        Raises:
+            `ValueError`: if it is no index.
         """
-        self._begin_index = begin_index
+        self._begin_index = check_count("begin_index", begin_index, low=0)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -146,6 +159,12 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             `ValueError`: if neither or both of `num_inference_steps` and `sigmas` are given, if there is no step, or
             if `sigmas` do not decrease or leave the interval.
         """
+        if num_inference_steps is not None:
+            num_inference_steps = check_count("num_inference_steps", num_inference_steps)
+        try:
+            device = torch.device(device) if device is not None else None
+        except (TypeError, RuntimeError):
+            raise ValueError(f"`device` has to be a device of torch, but is {describe(device)}.") from None
         if sigmas is not None:
             times = self._check_sigmas(sigmas)
             if num_inference_steps is not None and num_inference_steps != len(times) - 1:
@@ -155,22 +174,29 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
                 )
         elif num_inference_steps is None:
             raise ValueError("One of `num_inference_steps` and `sigmas` has to be given, but both are None.")
-        elif num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
         else:
             times = self._get_times(num_inference_steps)
+            if not bool((times.diff() < 0).all()):
+                raise ValueError(
+                    f"`num_inference_steps` has to be smaller, as the steps from {self._start:g} to `last_step_size`"
+                    f" cannot be told apart, but is {num_inference_steps}."
+                )
 
         self.num_inference_steps = len(times) - 1
         self._set_grid(times, device)
 
     def _check_sigmas(self, sigmas: list[float] | torch.Tensor) -> torch.Tensor:
-        times = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").clone()
-        if times.ndim != 1 or len(times) == 0:
-            raise ValueError(f"`sigmas` has to be a list of at least one number, but is {sigmas}.")
+        try:
+            times = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").clone()
+        except (TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError):
+            times = torch.empty(0)
+        if times.ndim != 1 or len(times) == 0 or times.layout != torch.strided:
+            raise ValueError(f"`sigmas` has to be a list of at least one number, but is {describe(sigmas)}.")
         if times[-1] != 0:
             times = torch.cat([times, times.new_zeros(1)])
-        if len(times) < 2 or not bool((times.diff() < 0).all()) or times[0] > 1:
-            raise ValueError(f"`sigmas` have to decrease and to lie in (0, 1], but are {sigmas}.")
+        # The comparisons are false for NaN.
+        if len(times) < 2 or not bool((times.diff() < 0).all()) or not times[0] <= 1 or not times[-2] >= MIN_TIME:
+            raise ValueError(f"`sigmas` have to decrease and to lie in (0, 1], but are {describe(sigmas)}.")
         if times[0] > self._start:
             raise ValueError(
                 f"`sigmas` have to start at {self._start} or below, for the SDE is singular at 1, but start at"
@@ -198,11 +224,13 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             `ValueError`: if it is not in the schedule.
         """
+        if not (isinstance(timestep, torch.Tensor) and timestep.numel() == 1):
+            check_number("timestep", timestep)
         if schedule_timesteps is None:
             schedule_timesteps = self.timesteps
         indices = (schedule_timesteps == timestep).nonzero()
         if len(indices) == 0:
-            raise ValueError(f"`timestep` has to be one of the scheduler's `timesteps`, but is {timestep}.")
+            raise ValueError(f"`timestep` has to be one of the scheduler's `timesteps`, but is {describe(timestep)}.")
         return int(indices[min(1, len(indices) - 1)])
 
     def _first_step_index(self, timestep: float | torch.Tensor) -> int:
@@ -238,9 +266,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
 
         Raises:
             `ValueError`: if `set_timesteps` was not called, if `timestep` is an integer index, if all steps are done,
-            or if `variance_noise` is not of the shape of `sample`.
+            if `model_output` or `variance_noise` is not of the shape of `sample`, or if there is not one generator, or
+            one for each sample.
         """
-        self._check_step(timestep, sample, variance_noise)
+        self._check_step(model_output, timestep, sample, generator, variance_noise)
         step_index = self._first_step_index(timestep) if self._step_index is None else self._step_index
         if step_index >= len(self.timesteps):
             raise ValueError(
@@ -263,19 +292,22 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def _check_step(self, timestep, sample, variance_noise):
+    def _check_step(self, model_output, timestep, sample, generator, variance_noise):
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`.")
         if isinstance(timestep, int) or (torch.is_tensor(timestep) and not timestep.is_floating_point()):
             raise ValueError(
-                f"`timestep` has to be one of the scheduler's `timesteps`, but is the integer {timestep}. Indices, as"
-                " from `enumerate(timesteps)`, are not supported."
+                f"`timestep` has to be one of the scheduler's `timesteps`, but is the integer {describe(timestep)}."
+                " Indices, as from `enumerate(timesteps)`, are not supported."
             )
-        if variance_noise is not None and variance_noise.shape != sample.shape:
-            raise ValueError(
-                f"`variance_noise` has to be of the shape of `sample`, {list(sample.shape)}, but is of shape"
-                f" {list(variance_noise.shape)}."
-            )
+        if not (isinstance(timestep, torch.Tensor) and timestep.numel() == 1):
+            check_number("timestep", timestep)
+        check_tensor("sample", sample)
+        check_tensor("model_output", model_output, sample.shape)
+        if variance_noise is not None:
+            check_tensor("variance_noise", variance_noise, sample.shape)
+        is_one = isinstance(generator, list) and len(generator) == 1  # which diffusers takes for all
+        check_generator("generator", generator, 1 if is_one or sample.ndim == 0 else len(sample))
 
     @staticmethod
     def _draw_noise(
@@ -297,8 +329,27 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             timestep (`float` or `torch.Tensor` with one value, or with one for each sample):
                 Timesteps in `[0, num_train_timesteps]`.
             noise (`torch.Tensor`): Noise of the shape of `sample`.
+
+        Raises:
+            `ValueError`: if an argument is none of these.
         """
-        time = torch.as_tensor(timestep, device=sample.device).to(torch.float32) / self.config.num_train_timesteps
+        return self._add_noise(sample, timestep, noise, ("sample", "timestep"))
+
+    def _add_noise(self, sample, timestep, noise, names: tuple[str, str]) -> torch.Tensor:
+        check_tensor(names[0], sample)
+        check_tensor("noise", noise, sample.shape)
+        num_samples = len(sample) if sample.ndim else 1
+        try:
+            time = torch.as_tensor(timestep, device=sample.device)
+        except (TypeError, ValueError, OverflowError, RuntimeError, NotImplementedError):
+            time = torch.empty(0)
+        if time.ndim > 1 or len(time.reshape(-1)) not in (1, num_samples) or time.is_complex():
+            raise ValueError(
+                f"`{names[1]}` has to be one number, or one for each of the {num_samples} samples, but is"
+                f" {describe(timestep)}."
+            )
+        check_values(names[1], time, 0, self.config.num_train_timesteps)
+        time = time.to(torch.float32) / self.config.num_train_timesteps
         time = time.reshape(-1, *[1] * (sample.ndim - 1))
         return self.path.interpolate(sample, noise, time).to(sample.dtype)
 
@@ -306,7 +357,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
     ) -> torch.Tensor:
         """`scale_noise` under the name and with the order of arguments of the discrete schedulers."""
-        return self.scale_noise(original_samples, timesteps, noise)
+        return self._add_noise(original_samples, timesteps, noise, ("original_samples", "timesteps"))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

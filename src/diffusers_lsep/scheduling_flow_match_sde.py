@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from .argument_checks import check_choice
 from .interpolants import get_interpolant
 from .reverse_sde import DIFFUSION_FORMS, ReverseSDE
 from .scheduling_flow_match import FlowMatchScheduler, has_own_solver_order
@@ -35,12 +36,13 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
             (`(cos(pi (1 - t)) + 1)^2 / 4`), `"increasing-decreasing"` (`sin(pi (1 - t))^2`), `"sbdm"`
             (`sigma sigma' - sigma^2 alpha' / alpha`, singular at `t = 1`, so its grid starts at 0.999), or `"none"`
             for the ODE.
-        diffusion_norm (`float`, defaults to `1.0`): Factor of `w(t)`, not negative (`"decreasing"`: of the cosine).
+        diffusion_norm (`float`, defaults to `1.0`): Factor of `w(t)`, 0 to 1,000,000 (`"decreasing"`: of the cosine).
         last_step (`str`, defaults to `"mean"`):
             The last step of the SDE, from `last_step_size` to 0: `"mean"` (a step without noise), `"tweedie"` (the
             expected data) or `"euler"` (Euler's step of the ODE).
         last_step_size (`float`, defaults to `0.04`):
-            Length of that step, in (0, 1). The error of this step depends on it, not on the number of steps.
+            Length of that step, between 0 and 1 (`"sbdm"`: 0.999). The error of this step depends on it, not on the
+            number of steps.
 
     Raises:
         `ValueError`: if an argument is none of the above.
@@ -56,10 +58,7 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
         last_step: str = "mean",
         last_step_size: float = 0.04,
     ):
-        if diffusion_form not in (*DIFFUSION_FORMS, "none"):
-            raise ValueError(
-                f"`diffusion_form` has to be one of {[*DIFFUSION_FORMS, 'none']}, but is {diffusion_form!r}."
-            )
+        check_choice("diffusion_form", diffusion_form, [*DIFFUSION_FORMS, "none"])
         self.sde = ReverseSDE(get_interpolant(path_type), diffusion_form, diffusion_norm, last_step, last_step_size)
         super().__init__(num_train_timesteps, path_type)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from .argument_checks import check_choice
 from .interpolants import get_interpolant
 from .reverse_sde import DIFFUSION_FORMS, ReverseSDE
 from .scheduling_flow_match import FlowMatchScheduler
@@ -56,14 +57,15 @@ class FlowMatchSDEMultistepScheduler(FlowMatchScheduler):
             `w(t)`: `"constant"` (1), `"sigma"` (`sigma(t)`), `"linear"` (`t`), `"decreasing"`
             (`(cos(pi (1 - t)) + 1)^2 / 4`), `"increasing-decreasing"` (`sin(pi (1 - t))^2`), or `"sbdm"`
             (`sigma sigma' - sigma^2 alpha' / alpha`, singular at `t = 1`, so its grid starts at 0.999).
-        diffusion_norm (`float`, defaults to `1.0`): Factor of `w(t)`, not negative (`"decreasing"`: of the cosine).
+        diffusion_norm (`float`, defaults to `1.0`): Factor of `w(t)`, 0 to 1,000,000 (`"decreasing"`: of the cosine).
         last_step (`str`, defaults to `"mean"`):
             The last step, from `last_step_size` to 0: `"mean"` (the ODE's step for data of variance 1), `"tweedie"`
             (the expected data) or `"euler"` (Euler's step of the ODE). `"mean"` takes away about half of the noise
             that is left, which is right up to the fourth order in `last_step_size` for any smooth distribution, where
             the others are wrong in the second.
         last_step_size (`float`, defaults to `0.04`):
-            Length of that step, in (0, 1). The error of this step depends on it, not on the number of steps.
+            Length of that step, between 0 and 1 (`"sbdm"`: 0.999). The error of this step depends on it, not on the
+            number of steps.
 
     Raises:
         `ValueError`: if an argument is none of the above.
@@ -79,11 +81,12 @@ class FlowMatchSDEMultistepScheduler(FlowMatchScheduler):
         last_step: str = "mean",
         last_step_size: float = 0.04,
     ):
-        if diffusion_form not in DIFFUSION_FORMS:
-            hint = " For the ODE use FlowMatchHeunODEScheduler." if diffusion_form == "none" else ""
+        if isinstance(diffusion_form, str) and diffusion_form == "none":
             raise ValueError(
-                f"`diffusion_form` has to be one of {list(DIFFUSION_FORMS)}, but is {diffusion_form!r}.{hint}"
+                f"`diffusion_form` has to be one of {list(DIFFUSION_FORMS)}, but is 'none'. For the ODE use"
+                " FlowMatchHeunODEScheduler."
             )
+        check_choice("diffusion_form", diffusion_form, DIFFUSION_FORMS)
         self.sde = ReverseSDE(get_interpolant(path_type), diffusion_form, diffusion_norm, last_step, last_step_size)
         super().__init__(num_train_timesteps, path_type)
 

@@ -18,11 +18,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.utils import apply_lora_scale
 
-from .argument_checks import check_count
+from .argument_checks import MAX_COUNT, check_count, check_tensor
 from .auto_map import AutoMapMixin
 from .caches import SiTCacheMixin
 from .registration import register_with_hooks
 from .single_file import SiTSingleFileMixin
+from .transformer_checks import check_condition, check_config
 
 
 @dataclass
@@ -187,8 +188,9 @@ class SiTTransformer2DModel(
             weights: `from_pretrained(..., flow_map_depth=18)` makes a flow map, to be trained, of any model.
 
     Raises:
-        `ValueError`: if a size is below 1 or a depth outside of these ranges, if there are both depths, if
-        `sample_size` is not divisible by `patch_size`, or if the width is not divisible by 4.
+        `ValueError`: if a size is below 1 or beyond what any machine holds, or a depth outside of these ranges, if
+        there are both depths, if `sample_size` is not divisible by `patch_size`, or if the width is not divisible by
+        4.
     """
 
     _supports_gradient_checkpointing = True
@@ -225,21 +227,24 @@ class SiTTransformer2DModel(
         flow_map_depth: int | None = None,
     ):
         super().__init__()
-        self._check_config()
-        self.out_channels = out_channels or in_channels
-        self.inner_dim = num_attention_heads * attention_head_dim
+        check_config(self)
+        config = self.config  # in Python's numbers, whatever was given
+        self.out_channels = config.out_channels or config.in_channels
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        self.inner_dim = heads * head_dim
 
         # 1. Input: patches, time, class
-        self.pos_embed = PatchEmbed(sample_size, sample_size, patch_size, in_channels, embed_dim=self.inner_dim)
+        side, patch_size = config.sample_size, config.patch_size
+        self.pos_embed = PatchEmbed(side, side, patch_size, config.in_channels, embed_dim=self.inner_dim)
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=self.inner_dim)
-        self.class_embedding = nn.Embedding(num_classes + 1, self.inner_dim)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, self.inner_dim)
 
         # 2. Transformer blocks
         self.transformer_blocks = nn.ModuleList(
             [
-                SiTTransformerBlock(self.inner_dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm)
-                for _ in range(num_layers)
+                SiTTransformerBlock(self.inner_dim, heads, head_dim, config.mlp_ratio, config.qk_norm)
+                for _ in range(config.num_layers)
             ]
         )
 
@@ -254,33 +259,6 @@ class SiTTransformer2DModel(
         if internal_guidance_depth is not None:
             self.internal_norm_out, self.internal_proj_out = deepcopy(self.norm_out), deepcopy(self.proj_out)
             self._cp_plan = {**self._cp_plan, "internal_proj_out": self._cp_plan["proj_out"]}
-
-    def _check_config(self):
-        config = self.config
-        sizes = ("sample_size", "patch_size", "in_channels", "num_layers", "num_classes")
-        for name in (*sizes, "num_attention_heads", "attention_head_dim"):
-            check_count(name, config[name])
-        if config.out_channels is not None and config.out_channels < 1:
-            raise ValueError(f"`out_channels` has to be None or at least 1, but is {config.out_channels}.")
-        if config.sample_size % config.patch_size:
-            raise ValueError(
-                f"`sample_size` has to be divisible by `patch_size`, but {config.sample_size} is not divisible by"
-                f" {config.patch_size}."
-            )
-        for name, last in (("internal_guidance_depth", config.num_layers), ("flow_map_depth", config.num_layers - 1)):
-            depth = config[name]
-            if depth is not None and not (isinstance(depth, int) and 1 <= depth <= last):
-                raise ValueError(f"`{name}` has to be None or lie in 1..{last}, but is {depth!r}.")
-        if config.internal_guidance_depth is not None and config.flow_map_depth is not None:
-            raise ValueError(
-                f"`flow_map_depth` has to be None with an `internal_guidance_depth`, but is {config.flow_map_depth}."
-            )
-        width = config.num_attention_heads * config.attention_head_dim
-        if width % 4:
-            raise ValueError(
-                "`num_attention_heads * attention_head_dim` has to be divisible by 4 (the position embedding has sine"
-                f" and cosine of two axes), but {config.num_attention_heads} * {config.attention_head_dim} = {width}."
-            )
 
     def initialize_weights(self):
         """
@@ -314,6 +292,7 @@ class SiTTransformer2DModel(
         Raises:
             `ValueError`: if the shape is not the one that the model was built for.
         """
+        check_tensor("hidden_states", hidden_states)
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(
@@ -324,7 +303,11 @@ class SiTTransformer2DModel(
         return self.pos_embed(hidden_states)
 
     def embed_condition(
-        self, timestep: torch.Tensor | float, class_labels: torch.Tensor, dtype: torch.dtype
+        self,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor,
+        dtype: torch.dtype,
+        argument: str = "timestep",
     ) -> torch.Tensor:
         """
         Embeds time and class.
@@ -333,15 +316,33 @@ class SiTTransformer2DModel(
             timestep (`torch.Tensor` of shape `[B]` or `float`): `t` in [0, 1]; its sinusoids are computed in float32.
             class_labels (`torch.Tensor` of shape `[B]`): Class indices in `0..num_classes`.
             dtype (`torch.dtype`): The dtype to compute in.
+            argument (`str`, defaults to `"timestep"`): What messages call `timestep`.
 
         Returns:
             `torch.Tensor` of shape `[B, D]`.
+
+        Raises:
+            `ValueError`: if `timestep` or `class_labels` is none of these. Numbers are looked at on the CPU only.
         """
+        check_condition(timestep, class_labels, self.config.num_classes, argument)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=torch.float32, device=class_labels.device)
         timestep = timestep.expand(class_labels.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(dtype))
         return temb + self.class_embedding(class_labels).to(temb.dtype)
+
+    def _embed(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[B, N, D]` and their condition `[B, D]`."""
+        check_tensor("hidden_states", hidden_states)
+        temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
+        if len(temb) != len(hidden_states):
+            raise ValueError(
+                f"`class_labels` has to be one class for each of the {len(hidden_states)} `hidden_states`, but is of"
+                f" shape {list(class_labels.shape)}."
+            )
+        return self.embed_patches(hidden_states), temb
 
     def apply_blocks(
         self,
@@ -431,12 +432,12 @@ class SiTTransformer2DModel(
             `r_timestep` without `flow_map_depth`.
         """
         # 1. Input
-        temb, r_temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype), None
+        hidden_states, temb = self._embed(hidden_states, timestep, class_labels)
+        r_temb = None
         if r_timestep is not None:
             if self.config.flow_map_depth is None:
                 raise ValueError("`r_timestep` has to be None for a model without `flow_map_depth`, but is given.")
-            r_temb = self.embed_condition(r_timestep, class_labels, dtype=hidden_states.dtype)
-        hidden_states = self.embed_patches(hidden_states)
+            r_temb = self.embed_condition(r_timestep, class_labels, dtype=hidden_states.dtype, argument="r_timestep")
 
         depth = self.config.internal_guidance_depth
         with self.default_cache_context():
@@ -479,7 +480,9 @@ class SiTTransformer2DModel(
         Raises:
             `ValueError`: if a depth is outside the model.
         """
-        depths = [num_layers] if isinstance(num_layers, int) else list(num_layers)
+        is_list = isinstance(num_layers, (list, tuple, range))
+        given: Any = num_layers if is_list else [num_layers]
+        depths = [check_count("num_layers", depth, low=-MAX_COUNT) for depth in given]
         for depth in depths:
             if not 0 <= depth <= self.config.num_layers:
                 raise ValueError(
@@ -487,10 +490,9 @@ class SiTTransformer2DModel(
                     f" {num_layers}."
                 )
 
-        temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
-        hidden_states = self.embed_patches(hidden_states)
+        hidden_states, temb = self._embed(hidden_states, timestep, class_labels)
         tokens, start = {}, 0
         for depth in sorted(set(depths)):
             hidden_states = self.apply_blocks(hidden_states, temb, start, depth)
             tokens[depth], start = hidden_states, depth
-        return tokens[num_layers] if isinstance(num_layers, int) else [tokens[depth] for depth in depths]
+        return [tokens[depth] for depth in depths] if is_list else tokens[depths[0]]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..argument_checks import check_count, check_positive
 from .regularizer import Flag, Regularizer, RegularizerContext
 
 
@@ -26,7 +27,7 @@ class DispersiveRegularizer(Regularizer):
         temperature (`float`, defaults to `1.0`): `tau`.
 
     Raises:
-        `ValueError`: if `temperature` is not above 0.
+        `ValueError`: if `depth` is no number of blocks, or `temperature` is not above 0.
     """
 
     title, paper = "Dispersive Loss", "2506.09027"
@@ -44,11 +45,9 @@ class DispersiveRegularizer(Regularizer):
 
     def __init__(self, depth: int, weight: float = 0.25, temperature: float = 1.0):
         super().__init__(weight)
-        if not temperature > 0:
-            raise ValueError(f"`temperature` has to be above 0, but is {temperature}.")
-        self.depth = depth
-        self.depths = (depth,)
-        self.temperature = temperature
+        self.depth = check_count("depth", depth)
+        self.depths = (self.depth,)
+        self.temperature = check_positive("temperature", temperature)
 
     @classmethod
     def defaults_for(cls, num_layers: int, depth: int, given: dict[str, Any]) -> dict[str, Any]:

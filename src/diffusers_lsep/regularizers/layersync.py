@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..argument_checks import check_count
 from .regularizer import Flag, Regularizer, RegularizerContext
 
 
@@ -36,6 +37,7 @@ class LayerSyncRegularizer(Regularizer):
 
     def __init__(self, depth: int = 8, target_depth: int = 16, weight: float = 0.2):
         super().__init__(weight)
+        depth, target_depth = check_count("depth", depth), check_count("target_depth", target_depth)
         if not depth < target_depth:
             raise ValueError(f"`target_depth` has to be above `depth`, {depth}, but is {target_depth}.")
         self.depth = depth

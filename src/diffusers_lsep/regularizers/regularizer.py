@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
+from ..argument_checks import check_not_negative
 from ..interpolants import Interpolant
 from ..transformer_sit import SiTTransformer2DModel
 
@@ -115,9 +116,7 @@ class Regularizer(nn.Module):
 
     def __init__(self, weight: float):
         super().__init__()
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"`weight` has to be a number not below 0, but is {weight}.")
-        self.weight = weight
+        self.weight = check_not_negative("weight", weight)
 
     @classmethod
     def for_transformer(cls, transformer: SiTTransformer2DModel, **values) -> "Regularizer":

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..argument_checks import check_choice, check_count, check_number, check_tensor
 from .regularizer import Regularizer, RegularizerContext, make_mlp
 
 
@@ -62,11 +63,13 @@ class REPARegularizer(Regularizer):
         target_alpha: float | None = None,
     ):
         super().__init__(weight)
-        if projector not in PROJECTORS:
-            raise ValueError(f"`projector` has to be one of {list(PROJECTORS)}, but is {projector!r}.")
-        self.depth = depth
-        self.depths = (depth,)
-        self.target_alpha = target_alpha
+        check_choice("projector", projector, PROJECTORS)
+        hidden_size, target_size = check_count("hidden_size", hidden_size), check_count("target_size", target_size)
+        projector_size = check_count("projector_size", projector_size)
+        self.depth = check_count("depth", depth)
+        self.depths = (self.depth,)
+        self.target_alpha = None if target_alpha is None else check_number("target_alpha", target_alpha)
+        self.target_size = target_size
         self.projector: nn.Module
         if projector == "conv":
             self.projector = nn.Conv2d(hidden_size, target_size, kernel_size=3, padding=1)
@@ -83,7 +86,9 @@ class REPARegularizer(Regularizer):
         Returns:
             `torch.Tensor` of shape `[B]`, float32.
         """
-        tokens, target = context.tokens[self.depth], context.target.float()
+        tokens = context.tokens[self.depth]
+        check_tensor("target", context.target, (*tokens.shape[:2], self.target_size))
+        target = context.target.float()
         if self.target_alpha is not None:
             mean, std = target.mean(dim=1, keepdim=True), target.std(dim=1, keepdim=True)
             target = (target - self.target_alpha * mean) / (std + 1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..argument_checks import check_choice, check_count, check_interval, check_number, check_tensor
 from ..transformer_sit import SiTTransformer2DModel
 from .regularizer import Flag, Regularizer, RegularizerContext, make_mlp
 
@@ -91,18 +92,17 @@ class SelfTranscendenceRegularizer(Regularizer):
         stop_step: int | None = None,
     ):
         super().__init__(weight)
-        low, high = time_range
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"`time_range` has to be (low, high) with 0 <= low <= high <= 1, but is {(low, high)}.")
-        if mask not in MASKS:
-            raise ValueError(f"`mask` has to be one of {list(MASKS)}, but is {mask!r}.")
-        self.depth = depth
-        self.depths = (depth,)
-        self.teacher_depth = teacher_depth
-        self.guidance_scale = guidance_scale
-        self.time_range = (low, high)
+        check_choice("mask", mask, MASKS)
+        hidden_size = check_count("hidden_size", hidden_size)
+        if velocity_size is not None:
+            velocity_size = check_count("velocity_size", velocity_size)
+        self.depth = check_count("depth", depth)
+        self.depths = (self.depth,)
+        self.teacher_depth = check_count("teacher_depth", teacher_depth)
+        self.guidance_scale = check_number("guidance_scale", guidance_scale)
+        self.time_range = check_interval("time_range", time_range)
         self.mask = mask
-        self.stop_step = stop_step
+        self.stop_step = None if stop_step is None else check_count("stop_step", stop_step, low=0, high=2**63)
         self.projector = make_mlp(hidden_size, 2048, 2048, hidden_size)
         self.output: nn.Module = nn.Identity()
         if velocity_size is not None:
@@ -145,6 +145,7 @@ class SelfTranscendenceRegularizer(Regularizer):
         """
         tokens = self.output(self.projector(context.tokens[self.depth])).float()
         target = context.target if self.teacher is not None else as_patches(context.velocity, tokens.shape[1])
+        check_tensor("target", target, tokens.shape)
         losses = (tokens - target.float()).square().mean(dim=(1, 2))
         low, high = self.time_range
         inside = ((context.timesteps >= low) & (context.timesteps <= high)).float()

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..argument_checks import (
+    check_choice,
+    check_count,
+    check_number,
+    check_positive,
+    check_probability,
+    check_tensor,
+)
 from ..transformer_sit import SiTTransformer2DModel
 from .regularizer import Flag, Regularizer, RegularizerContext, make_mlp
 
@@ -68,19 +76,17 @@ class SRARegularizer(Regularizer):
         decay_epochs: float = 1000.0,
     ):
         super().__init__(weight)
-        if loss not in LOSSES:
-            raise ValueError(f"`loss` has to be one of {list(LOSSES)}, but is {loss!r}.")
-        if not 0 <= max_time_shift <= 1:
-            raise ValueError(f"`max_time_shift` has to lie in [0, 1], but is {max_time_shift}.")
-        if not decay_epochs > 0:
-            raise ValueError(f"`decay_epochs` has to be above 0, but is {decay_epochs}.")
-        self.depth = depth
-        self.depths = (depth,)
-        self.teacher_depth = teacher_depth
+        check_choice("loss", loss, LOSSES)
+        hidden_size = check_count("hidden_size", hidden_size)
+        self.depth = check_count("depth", depth)
+        self.depths = (self.depth,)
+        self.teacher_depth = check_count("teacher_depth", teacher_depth)
         self.loss = loss
-        self.max_time_shift = max_time_shift
+        self.max_time_shift = check_probability("max_time_shift", max_time_shift)
+        if decay_start_epoch is not None:
+            decay_start_epoch = check_number("decay_start_epoch", decay_start_epoch)
         self.decay_start_epoch = decay_start_epoch
-        self.decay_epochs = decay_epochs
+        self.decay_epochs = check_positive("decay_epochs", decay_epochs)
         self.head = make_mlp(hidden_size, 2 * hidden_size, hidden_size)
 
     @classmethod
@@ -111,7 +117,9 @@ class SRARegularizer(Regularizer):
         Returns:
             `torch.Tensor` of shape `[B]`, float32.
         """
-        tokens, target = self.head(context.tokens[self.depth]).float(), context.target.float()
+        tokens = self.head(context.tokens[self.depth]).float()
+        check_tensor("target", context.target, tokens.shape)
+        target = context.target.float()
         if self.loss == "smooth_l1":
             return F.smooth_l1_loss(tokens, target, beta=0.05, reduction="none").mean(dim=(1, 2))
         dim = 2 if self.loss == "cosine" else 1

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.optimization import SchedulerType
 
 from ..command_line import ArgumentParser, number
-from ..objective import TIMESTEP_SAMPLINGS
+from ..objective_checks import TIMESTEP_SAMPLINGS
 from ..presets import SIT_PRESETS
 from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS

@@ -1,0 +1,103 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a [`SiTTransformer2DModel`] is made of, and what it is called with, before anything is computed."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+
+from .argument_checks import (
+    can_be_seen,
+    check_count,
+    check_flag,
+    check_number,
+    check_tensor,
+    check_values,
+    describe,
+    make_plain,
+)
+
+
+# No network is larger. What is, would end in a want of memory.
+LARGEST = {
+    "sample_size": 65_536,
+    "patch_size": 65_536,
+    "in_channels": 65_536,
+    "num_layers": 1_024,
+    "num_attention_heads": 1_024,
+    "attention_head_dim": 1_024,
+    "num_classes": 1_000_000,
+}
+LARGEST_GRID = 1_024  # tokens along a side
+
+TIME_TOLERANCE = 1e-4  # by which rounding may leave [0, 1]
+
+
+def check_config(model: ConfigMixin):
+    """Raises a `ValueError` if a model cannot be made of its config, whose numbers are Python's own afterwards."""
+    config: Any = model.config
+    for name, largest in LARGEST.items():
+        check_count(name, config[name], high=largest)
+    if config.out_channels is not None:
+        if config.out_channels == 0:
+            raise ValueError("`out_channels` has to be None or at least 1, but is 0.")
+        check_count("out_channels", config.out_channels, high=LARGEST["in_channels"])
+    check_flag("qk_norm", config.qk_norm)
+    check_number("mlp_ratio", config.mlp_ratio)
+    for name, last in (("internal_guidance_depth", config.num_layers), ("flow_map_depth", config.num_layers - 1)):
+        depth = config[name]
+        if depth is not None and not (isinstance(depth, (int, np.integer)) and 1 <= depth <= last):
+            raise ValueError(f"`{name}` has to be None or lie in 1..{last}, but is {describe(depth)}.")
+    if config.internal_guidance_depth is not None and config.flow_map_depth is not None:
+        raise ValueError(
+            f"`flow_map_depth` has to be None with an `internal_guidance_depth`, but is {config.flow_map_depth}."
+        )
+    make_plain(model)
+    config = model.config
+
+    if config.sample_size % config.patch_size:
+        raise ValueError(
+            f"`sample_size` has to be divisible by `patch_size`, but {config.sample_size} is not divisible by"
+            f" {config.patch_size}."
+        )
+    if config.sample_size // config.patch_size > LARGEST_GRID:
+        raise ValueError(
+            f"`sample_size` has to be at most {LARGEST_GRID:,} times `patch_size`, but they are {config.sample_size}"
+            f" and {config.patch_size}."
+        )
+    width = config.num_attention_heads * config.attention_head_dim
+    if width % 4:
+        raise ValueError(
+            "`num_attention_heads * attention_head_dim` has to be divisible by 4 (the position embedding has sine"
+            f" and cosine of two axes), but {config.num_attention_heads} * {config.attention_head_dim} = {width}."
+        )
+    check_number(
+        "mlp_ratio",
+        config.mlp_ratio,
+        f"lie between 1 / {width}, one unit, and 1,024",
+        lambda ratio: ratio <= 1_024 and int(width * ratio) >= 1,
+    )
+
+
+def check_condition(timestep: Any, class_labels: Any, num_classes: int, argument: str):
+    """Raises a `ValueError` if these are no times and classes of a batch. Looks at numbers only where that is free."""
+    check_tensor("class_labels", class_labels, ("batch",), "integers")
+    check_values("class_labels", class_labels, 0, num_classes)
+    if not torch.is_tensor(timestep):
+        if not torch.compiler.is_compiling():
+            check_number(argument, timestep, "lie in [0, 1]", _is_time)
+        return
+    batch_size = class_labels.shape[0]
+    if timestep.ndim > 1 or timestep.numel() not in (1, batch_size) or not timestep.is_floating_point():
+        raise ValueError(
+            f"`{argument}` has to be one floating-point number, or one for each of the {batch_size} `class_labels`,"
+            f" but is {describe(timestep)}."
+        )
+    if can_be_seen(timestep) and not all(map(_is_time, timestep.detach().reshape(-1).tolist())):
+        raise ValueError(f"`{argument}` has to lie in [0, 1], but is {describe(timestep.tolist())}.")
+
+
+def _is_time(t: float) -> bool:
+    return -TIME_TOLERANCE <= t <= 1 + TIME_TOLERANCE
