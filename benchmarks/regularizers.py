@@ -16,9 +16,9 @@ classifier takes for the class that was asked for; at the end linear probes of e
 wrong labels and two coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA), of one
 run of plain SiT and one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
 Depths are those of the papers in proportion to 6 blocks. Self-Transcendence has a run before it, its teacher, whose
-1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file in `--results_dir`,
-beside `STUDY.md`, `curves.png`, `accuracy.png` and `lengths.png`, and a run that has its file is not trained again:
-with `--results_dir benchmarks/regularizers` the command goes on with the results that the repository has.
+1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file in `--results_dir`, and
+a run that has its file is not trained again: with `--results_dir benchmarks/regularizers` the command goes on with the
+results that the repository has. Beside them: `STUDY.md`, `curves.png`, `accuracy.png`, `samples.png`, `lengths.png`.
 """
 
 import argparse
@@ -330,6 +330,30 @@ def draw_accuracy(results: list[dict], path: Path):
     figure.savefig(path, dpi=110)
 
 
+def draw_samples(runs: list[Run], output_dir: Path, path: Path):
+    """Two digits of every class by each method, of the same noise, from the runs that are still there."""
+    from matplotlib.figure import Figure
+
+    folders = {run.method: output_dir / run.name / f"checkpoint-{run.steps}" / "pipeline" for run in runs}
+    folders = {method: folder for method, folder in folders.items() if folder.is_dir()}
+    figure = Figure(figsize=(8, 0.85 * len(folders) + 0.1), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(folders), 1))
+    for axis, (method, folder) in zip(axes, folders.items()):
+        pipe = load_for_sampling(folder)
+        samples = draw(pipe, [i // 2 for i in range(20)], 0, num_inference_steps=SAMPLING_STEPS)
+        row = np.concatenate(list(1 - samples.reshape(20, 28, 28)), axis=1)
+        axis.imshow(row, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_ylabel(method, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    figure.savefig(path, dpi=110)
+
+
+def load_for_sampling(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = FlowMatchSDEMultistepScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
 def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
     """Trains and judges, or reads what an earlier call found."""
     result = results_dir / f"{run.name}.json"
@@ -344,8 +368,7 @@ def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
         num_classes = 2 if run.data == COARSE else 10
         asked_for, curve = np.arange(NUM_SAMPLES) % num_classes, []
         for step in [step for step in JUDGED_STEPS if step <= run.steps]:
-            pipe = DiffusionPipeline.from_pretrained(folder / f"checkpoint-{step}" / "pipeline")
-            pipe.scheduler = FlowMatchSDEMultistepScheduler.from_config(pipe.scheduler.config)
+            pipe = load_for_sampling(folder / f"checkpoint-{step}" / "pipeline")
             samples = draw(pipe, asked_for.tolist(), run.seed, num_inference_steps=SAMPLING_STEPS)
             curve.append({"step": step, **judge(samples, asked_for, num_classes)})
         guided = None
@@ -401,6 +424,8 @@ def main():
     if compared:
         draw_curves(compared, costs, results_dir / "curves.png")
         draw_accuracy(compared, results_dir / "accuracy.png")
+        first = [run for run in runs if (run.steps, run.data, run.seed) == (STEPS, "labels", compared[0]["seed"])]
+        draw_samples(first, args.output_dir, results_dir / "samples.png")
 
 
 if __name__ == "__main__":
