@@ -38,13 +38,13 @@ from diffusers_lsep.data.encoding import (
     ImageBatches,
     check_output_dir,
     encode_batch,
+    leftovers_in,
     load_vae_to_encode,
     open_images_to_encode,
 )
 from diffusers_lsep.data.fingerprint import Fingerprint
 from diffusers_lsep.data.moments import METADATA_FILE, SETTINGS_FILE, describe_vae, shard_name
 from diffusers_lsep.data.moments_writer import (
-    TEMPORARY_SUFFIX,
     MomentsShardWriter,
     finish_moments,
     moments_features,
@@ -190,15 +190,17 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()  # everybody has seen the same folder before somebody writes to it
     if complete:
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        if accelerator.is_main_process and not settings.items() <= metadata.items():  # of an older version
-            write_json(folder / METADATA_FILE, {**metadata, **settings})
+        if accelerator.is_main_process:
+            (folder / SETTINGS_FILE).unlink(missing_ok=True)  # of a run that was killed as it ended
+            if not settings.items() <= metadata.items():  # of an older version
+                write_json(folder / METADATA_FILE, {**metadata, **settings})
         return
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.glob(f".*{TEMPORARY_SUFFIX}"), *again]:
+        for leftover in [*leftovers_in(folder), *again]:
             leftover.unlink()
+        write_json(folder / SETTINGS_FILE, settings)  # first, as it says whose folder this is
         fingerprint.save(folder / FINGERPRINT_FILE)
-        write_json(folder / SETTINGS_FILE, settings)
     accelerator.wait_for_everyone()
 
     # 2. Encode whole shards, dealt out to the processes.

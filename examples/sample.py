@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 import diffusers_lsep
 from diffusers_lsep import LSEPPipeline
 from diffusers_lsep.autoencoders import get_image_channels
-from diffusers_lsep.command_line import ArgumentParser, number, run_script
+from diffusers_lsep.command_line import ArgumentParser, check_writable, number, run_script
 from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.files import write_text
 from diffusers_lsep.guidance import check_internal_guidance
-from diffusers_lsep.image_store import ImageStore, write_npz, write_png, write_pngs
+from diffusers_lsep.image_store import ImageStore, list_differences, write_npz, write_png, write_pngs
 from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
     DTYPES,
@@ -125,12 +125,9 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     accelerator = Accelerator()
     output_dir = Path(args.output_dir)
+    check_writable("--output_dir", output_dir)
     result = output_dir / ("samples.npz" if args.num_images is not None else "grid.png")
-    if result.exists() and not args.overwrite_output_dir:
-        raise ValueError(
-            f"`--output_dir` {args.output_dir} already has {result.name}. Choose another folder, or give"
-            " `--overwrite_output_dir`."
-        )
+    settings_file = output_dir / "samples.json"
 
     # 1. Pipeline and classes
     place = {name: getattr(args, name) for name in PLACES}
@@ -159,14 +156,26 @@ def main(argv: list[str] | None = None):
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     channels = get_image_channels(pipe.vae) if pipe.vae is not None else pipe.transformer.config.in_channels
     store = ImageStore(output_dir / ".unfinished", len(class_ids), (side, side, channels), args.batch_size)
+    models = describe_models(pipe)
+    settings["weights"] = models["weights"]
+    if result.exists() and not store.is_begun and not args.overwrite_output_dir:
+        differing = list_differences(settings_file, settings, may_differ=PLACES)
+        if differing:
+            raise ValueError(
+                f"`--output_dir` {args.output_dir} already has {result.name}, with other settings:"
+                f" {', '.join(differing)}. Choose another folder, or give `--overwrite_output_dir`."
+            )
+        if accelerator.is_main_process:
+            store.delete()  # of a run that was killed as it ended
+            print(f"{len(class_ids)} images with these settings are in {result} already.")
+        return
+    accelerator.wait_for_everyone()  # everybody has seen the same folder before somebody writes to it
     if accelerator.is_main_process:
-        models = describe_models(pipe)
-        settings["weights"] = models["weights"]
         if args.overwrite_output_dir:
             store.delete()
-            result.unlink(missing_ok=True)
-            for path in (output_dir / "images").glob("*-class-*.png"):  # there may have been more of them
-                path.unlink()
+            # There may have been more images.
+            for path in (result, settings_file, *(output_dir / "images").glob("*-class-*.png")):
+                path.unlink(missing_ok=True)
         store.create({**settings, **models}, may_differ=PLACES)
         print(describe_classes(class_ids, {**id2label, num_classes: "no class"}))
     accelerator.wait_for_everyone()
@@ -179,7 +188,7 @@ def main(argv: list[str] | None = None):
             write_npz(result, images, class_ids)
         if args.num_images is None or args.save_images:
             paths = write_pngs(output_dir / "images", images, class_ids)
-        write_text(output_dir / "samples.json", json.dumps(settings, indent=2) + "\n")
+        write_text(settings_file, json.dumps(settings, indent=2) + "\n")
         if args.num_images is None:
             captions = [id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids.tolist()]
             grid = make_labeled_grid([Image.open(path) for path in paths], args.num_images_per_class, captions)

@@ -259,6 +259,21 @@ def test_convert_refuses_before_any_work(tmp_path, vae):
     assert list(tmp_path.iterdir()) == [names]
 
 
+def test_convert_refuses_folders_that_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    message = error_of(convert, tmp_path / "file" / "a" / "b", checkpoint="nowhere.pt")
+    assert "`--output_dir`" in message and f"{str(tmp_path / 'file')!r} is no such folder" in message
+    assert "/proc is a mount point" in error_of(convert, "/proc", checkpoint="nowhere.pt")
+
+
+def test_convert_through_a_link_replaces_what_it_leads_to(tmp_path):
+    convert_tiny(tmp_path / "pipeline")
+    (tmp_path / "link").symlink_to(tmp_path / "pipeline")
+    convert_tiny(tmp_path / "link", "--overwrite_output_dir", checkpoint=SIT)
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "pipeline" / "probe").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipeline"]
+
+
 def test_convert_refuses_a_vae_of_other_latents(tmp_path, vae):
     with torch.serialization.safe_globals([argparse.Namespace]):
         weights = torch.load(SIT, weights_only=True)

@@ -243,6 +243,13 @@ def test_usage_errors(arguments, changes, options, message):
         main(arguments(*options, **changes))
 
 
+def test_folders_that_cannot_be_written_are_refused_before_any_work(arguments, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for flag in ("--output_dir", "--cache_dir"):
+        with pytest.raises(ValueError, match=f"`{flag}` .*file/a' cannot be written: .*file' is no such folder"):
+            main(arguments(flag, str(tmp_path / "file" / "a"), samples="nowhere", reference="nowhere"))
+
+
 def test_other_errors_before_any_work(arguments, folder, tmp_path, capsys):
     for options, message in (
         (["--metrics", "fidd"], "invalid choice: 'fidd'"),

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,7 @@ from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 from diffusers_lsep.evaluation.features import PixelFeatures, extract_features
 from diffusers_lsep.evaluation.images import open_images
 from diffusers_lsep.evaluation.inception import InceptionFeatures
+from diffusers_lsep.files import held_folder
 from diffusers_lsep.sampling import float32_products
 
 
@@ -532,3 +534,13 @@ class TestExtractFeatures:
             extract_features(images, extractor, tmp_path / "cache")
         assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
         assert len(extract_features(images, Recorder(), tmp_path / "cache")["sum"]) == 10
+
+    def test_what_a_killed_run_left_is_removed_and_what_another_run_writes_is_not(self, tmp_path):
+        images = open_images(save_npz(tmp_path / "x.npz", arr_0=make_images(10)))
+        folder = tmp_path / "cache" / Recorder().name / images.content_hash[:32]
+        left, written = (Path(f"{folder}.{name}.partial") for name in ("0123", "4567"))
+        for path in (left, written):
+            path.mkdir(parents=True)
+        with held_folder(written):
+            extract_features(images, Recorder(), tmp_path / "cache")
+        assert sorted(folder.parent.iterdir()) == [folder, written]

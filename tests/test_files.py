@@ -4,16 +4,20 @@
 
 import errno
 import os
+import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from diffusers_lsep import files
 from diffusers_lsep.data.moments_writer import MomentsShardWriter, moments_features, write_json
 from diffusers_lsep.figures import save_figure
-from diffusers_lsep.files import whole_file, whole_folder, write_text
+from diffusers_lsep.files import held_folder, make_array, make_temporary_array, whole_file, whole_folder, write_text
 from diffusers_lsep.training.log import plot_curves
 
 
@@ -115,11 +119,79 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeyp
 
     with whole_folder(tmp_path / "folder") as partial:
         fill(partial, "old")
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # a system that cannot
+    with whole_folder(tmp_path / "folder") as partial:
+        fill(partial, "old")
+    assert names(tmp_path) == ["folder"]
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="Input/output error"):
         with whole_folder(tmp_path / "folder") as partial:
             fill(partial, "new")
     assert names(tmp_path) == ["folder"] and (tmp_path / "folder" / "inner" / "a").read_text() == "old"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
+def test_a_folder_that_is_replaced_is_there_at_any_moment(tmp_path, monkeypatch):
+    def fail(path, target):
+        raise AssertionError(f"{path} is renamed, and something else is for a moment not there")
+
+    with whole_folder(tmp_path / "folder") as partial:
+        fill(partial, "old")
+    monkeypatch.setattr(Path, "rename", fail)
+    with whole_folder(tmp_path / "folder") as partial:
+        (partial / "b").write_text("new")
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["b"]
+
+
+def test_weights_that_cannot_be_written_are_an_error_of_the_disk(tmp_path):
+    with pytest.raises(OSError, match="folder could not be written: .*No such file"):
+        with whole_folder(tmp_path / "folder") as partial:
+            save_file({"x": torch.zeros(1)}, partial / "none" / "x.safetensors")
+    assert names(tmp_path) == []
+
+
+# --- Arrays
+
+
+def allocates_nothing(descriptor, start, size):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.mark.parametrize("allocate", [None, allocates_nothing, "none"])
+def test_arrays_have_their_space_at_once(tmp_path, monkeypatch, allocate):
+    if allocate == "none":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    elif allocate is not None:
+        monkeypatch.setattr(os, "posix_fallocate", allocate, raising=False)
+    shape = (3, 1 << 18)
+    make_array(tmp_path / "a.npy", np.float32, shape)
+    status = (tmp_path / "a.npy").stat()
+    assert status.st_blocks * 512 >= status.st_size > 3 << 20
+    array = np.load(tmp_path / "a.npy", mmap_mode="r+")
+    assert array.shape == shape and array.dtype == np.float32 and not array.any()
+
+    temporary = make_temporary_array(tmp_path, np.float32, shape)
+    assert temporary.shape == shape and not temporary.any() and names(tmp_path) == ["a.npy"]
+    temporary[2] = 1.0
+    assert temporary.sum() == 1 << 18
+
+
+def test_space_that_is_not_there_is_said(tmp_path, monkeypatch):
+    def is_full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", is_full, raising=False)
+    with pytest.raises(OSError, match="No space left on device: 0.013 GB are needed: '.*a.npy'"):
+        make_array(tmp_path / "a.npy", np.float32, (3, 1 << 20))
+    with pytest.raises(OSError, match=f"No space left on device: 0.013 GB are needed: '{tempfile.gettempdir()}.*'"):
+        make_temporary_array(tmp_path, np.float32, (3, 1 << 20))
+
+
+def test_a_held_folder_is_known_as_such(tmp_path):
+    with held_folder(tmp_path) as is_held, held_folder(tmp_path) as is_held_again:
+        assert is_held and not is_held_again
+    with held_folder(tmp_path) as is_held:
+        assert is_held
 
 
 # --- What is written so
@@ -196,16 +268,18 @@ def test_what_a_kill_between_the_renames_left_is_not_lost(tmp_path):
     assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
 
 
-def test_files_of_a_folder_can_be_read_by_those_who_may_read_the_folder(tmp_path):
+def test_files_can_be_read_by_those_who_may_read_the_folder(tmp_path):
     before = os.umask(0o027)
     try:
         with whole_folder(tmp_path / "a") as partial:
             save_file({"x": torch.zeros(1)}, partial / "x.safetensors")
             (partial / "y.json").write_text("")
+        with whole_file(tmp_path / "a" / "z.safetensors") as partial:
+            save_file({"x": torch.zeros(1)}, partial)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()}
-    assert modes == {"x.safetensors": 0o640, "y.json": 0o640}
+    assert modes == {"x.safetensors": 0o640, "y.json": 0o640, "z.safetensors": 0o640}
 
 
 def test_mount_points_are_refused():

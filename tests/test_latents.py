@@ -340,6 +340,17 @@ class TestEncoding:
         script.main(arguments(source, tmp_path / "whole", "--flip", "--keep_images", dtype="fp16"))
         assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
 
+    def test_what_a_kill_at_the_beginning_or_the_end_left_is_removed(
+        self, script, arguments, images_dir, encoded, tmp_path
+    ):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".encoding.json.0123.tmp").write_text("{")
+        script.main(arguments(images_dir, tmp_path / "out", "--flip", "--keep_images", dtype="fp16"))
+        assert file_bytes(tmp_path / "out") == file_bytes(encoded)
+        (tmp_path / "out" / "encoding.json").write_bytes((encoded / "metadata.json").read_bytes())
+        script.main(arguments(images_dir, tmp_path / "out", "--flip", "--keep_images", dtype="fp16"))
+        assert file_bytes(tmp_path / "out") == file_bytes(encoded)
+
     def test_a_finished_folder_is_left_alone(self, script, arguments, images_dir, encoded, capsys):
         before = {path: path.stat().st_mtime_ns for path in encoded.iterdir()}
         script.main(arguments(images_dir, encoded, "--flip", "--keep_images", dtype="fp16"))

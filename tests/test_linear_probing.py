@@ -615,6 +615,14 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         assert (tmp_path / "out" / "probe_results.json").read_text() == "mine"
         main(arguments("--overwrite_output_dir"))
         assert read_results(tmp_path)["method"] == "ridge"
+        (tmp_path / "out" / "probe_results.json").unlink()  # as if it was killed after the heat map
+        main(arguments())
+        assert read_results(tmp_path)["method"] == "ridge"
+
+    def test_a_folder_that_cannot_be_written_is_refused_before_any_work(self, arguments, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ValueError, match="`--output_dir` .*file/a' cannot be written: .*file' is no such folder"):
+            main(arguments("--output_dir", str(tmp_path / "file" / "a"), data="nowhere"))
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -360,10 +360,23 @@ def test_latents_without_a_vae_are_refused(run, save_pipeline, tmp_path, kind):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_not_overwritten_unasked(run):
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="`--output_dir` .*file/out' cannot be written: .*file' is no such folder"):
+        run("file/out", "--num_images", 2, "--pretrained_model_name_or_path", "no/model")
+
+
+def test_what_is_there_is_not_overwritten_unasked(run, tmp_path, capsys):
     before = (run("out", "--num_images", 2) / "samples.npz").read_bytes()
-    with pytest.raises(ValueError, match="already has samples.npz"):
+    with pytest.raises(ValueError, match="already has samples.npz, with other settings: seed .0 before, 1 now"):
         run("out", "--num_images", 2, "--seed", 1)
+    (tmp_path / "out" / ".unfinished").mkdir()  # of a run that was killed as it ended
+    run("out", "--num_images", 2)
+    assert "2 images with these settings are in" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["samples.json", "samples.npz"]
+    (tmp_path / "out" / "samples.json").unlink()
+    with pytest.raises(ValueError, match="already has samples.npz, with other settings: samples.json cannot be read"):
+        run("out", "--num_images", 2)
     output_dir = run("out", "--num_images", 2, "--seed", 1, "--overwrite_output_dir")
     assert (output_dir / "samples.npz").read_bytes() != before
 

@@ -5,6 +5,7 @@
 import argparse
 import difflib
 import math
+import os
 import shlex
 import sys
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .files import check_replaceable
 from .launchers import end_with_launcher
 
 
@@ -74,6 +76,18 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
+def check_writable(flag: str, folder: str | os.PathLike):
+    """
+    Refuses a folder that cannot be written, or made.
+
+    Raises:
+        `ValueError`: if it, or what would hold it, is no folder or may not be written.
+    """
+    parent = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"`{flag}` {str(folder)!r} cannot be written: {str(parent)!r} is no such folder.")
+
+
 def check_output_dir(output_dir: str, overwrite: bool, is_own: Callable[[set[str]], bool], what: str) -> Path:
     """
     The folder of `--output_dir`, if it is free, or if `--overwrite_output_dir` may replace what it holds.
@@ -85,9 +99,11 @@ def check_output_dir(output_dir: str, overwrite: bool, is_own: Callable[[set[str
         what (`str`): What that is, for the message.
 
     Raises:
-        `ValueError`: if it is a file, or holds something else.
+        `ValueError`: if it is a file or a mount point, cannot be written, or holds something else.
     """
     folder = Path(output_dir).resolve()
+    check_replaceable(folder)
+    check_writable("--output_dir", folder.parent)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--output_dir` {folder} is a file.")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -1,19 +1,25 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files that appear whole or not at all, and hashes of weights."""
+"""Files that appear whole or not at all, arrays on disk, and hashes of weights."""
 
+import ctypes
+import errno
 import hashlib
 import os
 import shutil
 import socket
 import stat
+import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
@@ -33,8 +39,10 @@ def whole_file(path: str | os.PathLike, suffix: str = ".partial", durable: bool 
     partial = path.with_name(f".{path.name}{suffix}")
     partial.unlink(missing_ok=True)  # what is written there would follow a link
     try:
+        mode = _mode_of_a_new_file(partial) if durable else None
         yield partial
-        if durable:
+        if mode is not None:
+            partial.chmod(mode)
             _sync(partial)
         os.replace(partial, path)
         if durable:
@@ -53,38 +61,65 @@ def write_text(path: str | os.PathLike, text: str, suffix: str = ".partial"):
 def whole_folder(target: Path) -> Iterator[Path]:
     """
     Gives a new folder to write into, which takes the name `target` once the block ends and everything is on disk. If
-    the block fails nothing of it stays, and a folder that was there before is as it was.
+    the block fails nothing of it stays, and a folder that was there before is as it was. On Linux there is at no time
+    none of this name; elsewhere there may be for a moment, and the next call finds the old one.
 
     Raises:
         `ValueError`: if `target` is a mount point, which cannot be given another folder's place.
+        `OSError`: if it cannot be written.
     """
-    if os.path.ismount(target):
-        raise ValueError(f"{target} is a mount point, which cannot be replaced as a whole: name a folder in it.")
+    check_replaceable(target)
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():  # killed between the two renames below
         old.rename(target)
     for leftover in (partial, old):
         remove(leftover)
     partial.mkdir(parents=True)
-    # safetensors makes files that only their owner can read.
-    mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
     try:
+        mode = _mode_of_a_new_file(partial / "file")
         yield partial
         for folder, _, files in os.walk(partial):
             for name in files:
                 Path(folder, name).chmod(mode)
                 _sync(Path(folder, name))
+            Path(folder).chmod(stat.S_IMODE(partial.stat().st_mode))  # one that was copied has that of another place
             _sync(Path(folder))
-        if target.exists():
+        if not target.exists():
+            partial.rename(target)
+        elif not _exchange(partial, target):
             target.rename(old)
-        partial.rename(target)
-    except BaseException:
+            partial.rename(target)
+    except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # of a full disk, for one
+            raise OSError(f"{target} could not be written: {error}") from error
         raise
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for before in (partial, old):
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _mode_of_a_new_file(path: Path) -> int:
+    """What the umask makes of it: safetensors makes files that only their owner can read."""
+    with open(path, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    path.unlink()
+    return mode
+
+
+def check_replaceable(folder: Path):
+    """Refuses a folder that [`whole_folder`] could not replace."""
+    if os.path.ismount(folder):
+        raise ValueError(f"{folder} is a mount point, which cannot be replaced as a whole: name a folder in it.")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Gives two folders each other's names, both at once; False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 @contextmanager
@@ -120,6 +155,26 @@ def locked_folder(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def held_folder(folder: Path) -> Iterator[bool]:
+    """
+    Holds a folder that others may remove where nobody holds it: until the block ends, or the process, however that
+    does. Gives whether it is held, which it is not if another process has it or the file system has no locks.
+    """
+    import fcntl  # which Windows does not have
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(descriptor)
+
+
 def remove(path: Path):
     """Deletes a file, a link (and not what it leads to) or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
@@ -134,6 +189,51 @@ def _sync(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_array(path: Path, dtype: type, shape: tuple[int, ...]):
+    """
+    Writes an `.npy` of zeros, to be opened as a memory map. It has its space on disk at once: what is written to a map
+    whose file has holes ends the process ("Bus error") where the disk is full.
+
+    Raises:
+        `OSError`: if the space is not there.
+    """
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        _allocate(file, str(path))
+
+
+def make_temporary_array(folder: str | os.PathLike, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """
+    A memory-mapped array in a file without a name, in a folder. It is gone with the process, however that ends.
+
+    Raises:
+        `OSError`: if there is no space for it.
+    """
+    with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
+        file.truncate(np.dtype(dtype).itemsize * int(np.prod(shape)))
+        _allocate(file, str(folder))
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _allocate(file: IO[bytes], where: str):
+    """Takes the space of a file that has its length but holes, all of zeros."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except (AttributeError, OSError) as error:  # macOS and some file systems have none
+            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            head, zeros = file.read(4096), bytes(1 << 20)
+            file.seek(0)
+            file.write(head)  # what there is already
+            while size > file.tell():
+                file.write(zeros[: size - file.tell()])
+            file.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: {size / 1e9:.3f} GB are needed", where) from error
 
 
 def hash_file(path: Path) -> str:

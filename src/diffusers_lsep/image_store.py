@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .files import whole_file, write_text
+from .files import make_array, whole_file, write_text
 
 
 class ImageStore:
@@ -37,6 +37,15 @@ class ImageStore:
         self.batch_size = batch_size
         self.num_batches = math.ceil(num_images / batch_size)
 
+    @property
+    def settings_path(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a run to go on with; else what is there is of one that was killed as it began or ended."""
+        return self.settings_path.is_file()
+
     def create(self, settings: dict[str, Any], may_differ: Sequence[str] = ()):
         """
         Makes the folder, or checks that the one from an earlier run has the same settings.
@@ -47,16 +56,10 @@ class ImageStore:
 
         Raises:
             `ValueError`: if the folder is that of a run with other settings.
+            `OSError`: if there is no space for the images.
         """
-        settings_path = self.folder / "settings.json"
-        if settings_path.is_file():
-            before = dict(_flatten(json.loads(settings_path.read_text(encoding="utf-8"))))
-            now = dict(_flatten(json.loads(json.dumps(settings))))
-            differing = [
-                f"{name} ({before.get(name)!s:.40} before, {now.get(name)!s:.40} now)"
-                for name in before | now
-                if name not in may_differ and before.get(name) != now.get(name)
-            ]
+        if self.is_begun:
+            differing = list_differences(self.settings_path, settings, may_differ)
             if differing:
                 raise ValueError(
                     f"{self.folder} holds an unfinished run with other settings: {', '.join(differing)}. Finish that"
@@ -65,10 +68,14 @@ class ImageStore:
             return
         self.delete()
         self.folder.mkdir(parents=True)
-        np.lib.format.open_memmap(self.array_path, mode="w+", dtype=np.uint8, shape=self.shape).flush()
-        self.done_path.write_bytes(bytes(self.num_batches))
-        # Last, as it says that the rest is there.
-        write_text(settings_path, json.dumps(settings, indent=2) + "\n")
+        try:
+            make_array(self.array_path, np.uint8, self.shape)
+            self.done_path.write_bytes(bytes(self.num_batches))
+            # Last, as it says that the rest is there.
+            write_text(self.settings_path, json.dumps(settings, indent=2) + "\n")
+        except BaseException:
+            self.delete()
+            raise
 
     def pending(self) -> list[int]:
         """The batches that are still to be drawn."""
@@ -91,7 +98,22 @@ class ImageStore:
 
     def delete(self):
         """Deletes the folder, if there is one."""
+        self.settings_path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def list_differences(path: Path, settings: dict[str, Any], may_differ: Sequence[str] = ()) -> list[str]:
+    """Where settings are others than those in a file, for people to read."""
+    try:
+        before = dict(_flatten(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{path.name} cannot be read: {error}"]
+    now = dict(_flatten(json.loads(json.dumps(settings))))
+    return [
+        f"{name} ({before.get(name)!s:.40} before, {now.get(name)!s:.40} now)"
+        for name in before | now
+        if name not in may_differ and before.get(name) != now.get(name)
+    ]
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..command_line import number
+from ..command_line import check_writable, number
 from ..evaluation.checkpoints import milestone_samples, plot_metrics
 from ..evaluation.features import default_cache_dir, process_state
 from ..evaluation.images import open_images
@@ -105,9 +105,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`--update_card` has to be the folder of a saved pipeline, but is {args.update_card!r}.")
     output_dir = Path(args.output_dir)
     output_files = [output_dir / name for name in (RESULTS_FILE, CURVES_FILE)[: 2 if args.checkpoints else 1]]
-    existing = [str(path) for path in output_files if path.exists()]
-    if existing and not args.overwrite_output_dir:
-        raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
+    for name in ("output_dir", "cache_dir", "update_card"):
+        if getattr(args, name) is not None:
+            check_writable(f"--{name}", getattr(args, name))
+    on_card = args.update_card is not None and output_dir.resolve() == Path(args.update_card).resolve()
+    # They are written last: without them the curves are of a run that was killed.
+    if output_files[0].exists() and not args.overwrite_output_dir and not on_card:
+        raise ValueError(f"`--output_dir` already holds {output_files[0]}; `--overwrite_output_dir` replaces it.")
     if args.checkpoints is not None:
         require_matplotlib(CURVES_FILE)
 
@@ -138,8 +142,6 @@ def run(args: argparse.Namespace) -> None:
 
     # 3. Results
     output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2) + "\n"
-    write_text(output_dir / RESULTS_FILE, text)
     if args.checkpoints is not None:
         steps = [entry["step"] for entry in results["checkpoints"]]
         values = list(rows.values())
@@ -150,6 +152,8 @@ def run(args: argparse.Namespace) -> None:
         # This one goes to the Hub.
         write_text(Path(args.update_card) / RESULTS_FILE, json.dumps(without_folders(results), indent=2) + "\n")
         update_evaluation(args.update_card)
+    if not on_card:
+        write_text(output_files[0], json.dumps(results, indent=2) + "\n")
     print(format_table(rows))
     print(f"\nwritten: {', '.join(str(path) for path in output_files)}")
 

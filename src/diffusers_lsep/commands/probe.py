@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..autoencoders import get_image_channels
-from ..command_line import number
+from ..command_line import check_writable, number
 from ..data.archives import list_some
 from ..data.images import ImageSource, load_image_dataset, open_images, read_labels
 from ..data.moments import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
@@ -124,9 +124,10 @@ def run(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # 1. What can be refused at once
     output_dir = Path(args.output_dir)
-    existing = [str(output_dir / name) for name in (RESULTS_FILE, HEAT_MAP_FILE) if (output_dir / name).exists()]
-    if existing and not args.overwrite_output_dir:
-        raise ValueError(f"`--output_dir` already holds {', '.join(existing)}; `--overwrite_output_dir` replaces it.")
+    check_writable("--output_dir", output_dir)
+    results_file = output_dir / RESULTS_FILE  # written last: without it the heat map is of a run that was killed
+    if results_file.exists() and not args.overwrite_output_dir:
+        raise ValueError(f"`--output_dir` already holds {results_file}; `--overwrite_output_dir` replaces it.")
     require_matplotlib("the heat map")
     state = process_state()
     if state.num_processes > 1:
@@ -165,8 +166,8 @@ def run(args: argparse.Namespace) -> None:
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     results = {"pipeline": args.pipeline, "data": args.data, "held_out": origin, **results}
-    write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     draw_heat_map(output_dir / HEAT_MAP_FILE, results, title=f"{Path(args.pipeline).name}: linear probing")
+    write_text(results_file, json.dumps(results, indent=2) + "\n")
     best, of_training = results["best"], results["training_probe"]
     print(
         f"best: {best['accuracy']:.4f} after {best['layer']} blocks at t = {best['timestep']:g} (chance "
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
     if of_training is not None:
         values = ", ".join(f"{value:.4f} at {t:g}" for t, value in zip(results["timesteps"], of_training["accuracy"]))
         print(f"the training's own probe, after {of_training['layer']} blocks: {values}")
-    print(f"written: {output_dir / RESULTS_FILE}, {output_dir / HEAT_MAP_FILE}")
+    print(f"written: {results_file}, {output_dir / HEAT_MAP_FILE}")
 
 
 def _open_data(

@@ -21,12 +21,17 @@ from .archives import ImageFiles, open_image_files
 from .fingerprint import Fingerprint, fingerprint_images
 from .images import center_crop, convert_mode, damage, load_image_dataset, read_labels
 from .moments import METADATA_FILE, SETTINGS_FILE, shorten
-from .moments_writer import UNREADABLE_FILE, unreadable_in
+from .moments_writer import TEMPORARY_SUFFIX, UNREADABLE_FILE, unreadable_in
 
 
 # Settings that say where something lay; the hashes beside them say what it was, so a moved folder may continue.
 PLACES = ("source", "vae", "vae_subfolder", "vae_revision")
 FINGERPRINT_FILE = "fingerprint.npy"
+
+
+def leftovers_in(folder: Path) -> list[Path]:
+    """What a killed run has left half-written in its output folder."""
+    return list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
 
 
 class DatasetImages:
@@ -165,7 +170,8 @@ def check_output_dir(
     """
     begun = [folder / name for name in (METADATA_FILE, SETTINGS_FILE) if (folder / name).is_file()]
     if not begun:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # What a run that was killed as it began has left is no reason.
+        if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(leftovers_in(folder))):
             raise ValueError(f"`--output_dir` has to be new, empty, or begun by this script, but is {folder}.")
         return settings
     # A folder that does not say it is of a version that always turned the images, and did not look at their bytes.

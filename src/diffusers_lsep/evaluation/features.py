@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
+from ..files import held_folder, make_array
 from ..sampling import DrawnSamples
 from .dinov2 import DINOv2Features
 from .images import EncodedImages, NpzImages
@@ -101,6 +103,9 @@ def extract_features(
 
     Returns:
         `dict[str, np.ndarray]`: for each of `extractor.widths` a memory-mapped float32 array `[count, width]`.
+
+    Raises:
+        `OSError`: if there is no space for them.
     """
     from tqdm.auto import tqdm
 
@@ -108,14 +113,19 @@ def extract_features(
     folder = Path(default_cache_dir() if cache_dir is None else cache_dir) / extractor.name / images.content_hash[:32]
     # The main process decides for all: a file system may show the others an older view.
     is_cached, partial = broadcast_object_list([folder.is_dir(), f"{folder}.{uuid.uuid4().hex[:8]}.partial"])
+    if state.is_main_process:
+        for left in folder.parent.glob(f"{folder.name}.*.partial"):
+            with held_folder(left) as is_abandoned:  # by a run that was killed
+                if is_abandoned:
+                    shutil.rmtree(left, ignore_errors=True)
     if not is_cached:
-        partial = Path(partial)
+        partial, stack = Path(partial), ExitStack()
         try:
             if state.is_main_process:
                 partial.mkdir(parents=True)
+                stack.enter_context(held_folder(partial))
                 for name, width in extractor.widths.items():
-                    shape = (images.count, width)
-                    np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
+                    make_array(partial / f"{name}.npy", np.float32, (images.count, width))
             state.wait_for_everyone()
             arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in extractor.widths}
 
@@ -138,5 +148,6 @@ def extract_features(
         finally:
             if state.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
+            stack.close()
         state.wait_for_everyone()
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in extractor.widths}

@@ -20,6 +20,7 @@ from ..data.draws import Purpose, keyed_generator
 from ..data.moments import sample_posterior
 from ..data.sources import SampleSource
 from ..figures import add_accuracy_scale, draw_accuracies, figure_style, save_figure
+from ..files import make_temporary_array
 from ..interpolants import get_interpolant
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
@@ -166,7 +167,7 @@ class HiddenStates:
         layers (`Sequence[int]`):
             Depths, in blocks.
         folder (`str` or `os.PathLike`):
-            Where latents, and features that are kept, are put, out of memory's way.
+            Where there is room for latents, and features that are kept, out of memory's way. No file is seen there.
         batch_size (`int`, defaults to `64`):
             Images at a time.
         seed (`int`, defaults to `0`):
@@ -195,7 +196,7 @@ class HiddenStates:
         """
         pipe, config = self.pipe, self.pipe.transformer.config
         shape = (len(source.labels), config.in_channels, config.sample_size, config.sample_size)
-        latents = np.lib.format.open_memmap(self.folder / f"{name}-latents.npy", "w+", np.float32, shape)
+        latents = make_temporary_array(self.folder, np.float32, shape)
         for start, rows in self._batches(len(latents), f"{name} images"):
             batch = source.load(rows, np.zeros(len(rows), dtype=bool)).to(pipe.device)
             if source.kind == "images" and pipe.vae is not None:
@@ -235,9 +236,9 @@ class HiddenStates:
             yield slice(start, start + len(rows)), features
 
     def at(self, t: float, name: str, latents: np.ndarray) -> np.ndarray:
-        """All of the features `[layers, N, D]` at a time, in a file of the folder."""
+        """All of the features `[layers, N, D]` at a time, on disk."""
         shape = (len(self.layers), len(latents), self.pipe.transformer.inner_dim)
-        features = np.lib.format.open_memmap(self.folder / f"{name}-features.npy", "w+", np.float32, shape)
+        features = make_temporary_array(self.folder, np.float32, shape)
         for rows, values in self.batches_at(t, name, latents):
             features[:, rows] = values.cpu().numpy()
         return features
@@ -360,20 +361,19 @@ def probe_layers(
     labels = {name: torch.from_numpy(source.labels).to(device) for name, source in sources.items()}
     hits = np.zeros((len(layers), len(timesteps), len(held_out.labels)), dtype=bool)
     of_training_probe = np.zeros((len(timesteps), len(held_out.labels)), dtype=bool)
-    with tempfile.TemporaryDirectory() as folder:
-        states = HiddenStates(pipe, all_layers, folder, batch_size, seed, allow_tf32)
-        latents = {name: states.encode(name, source) for name, source in sources.items()}
-        for column, t in enumerate(timesteps):
-            fit = (latents["training"], labels["training"], layers, num_classes, method, epochs, seed)
-            probes = fit_layers(states, t, *fit)
-            for rows, features in states.batches_at(t, "held-out", latents["held-out"]):
-                for layer, x in zip(all_layers, features):
-                    if layer in probes:
-                        hits[layers.index(layer), column, rows] = find_hits(probes[layer], x, labels["held-out"][rows])
-                    if training_probe is not None and layer == probe_depth:
-                        probe = training_probe.to(device)
-                        means = x[:, None]  # of the tokens, which is all that the probe looks at
-                        of_training_probe[column, rows] = find_hits(probe, means, labels["held-out"][rows])
+    states = HiddenStates(pipe, all_layers, tempfile.gettempdir(), batch_size, seed, allow_tf32)
+    latents = {name: states.encode(name, source) for name, source in sources.items()}
+    for column, t in enumerate(timesteps):
+        fit = (latents["training"], labels["training"], layers, num_classes, method, epochs, seed)
+        probes = fit_layers(states, t, *fit)
+        for rows, features in states.batches_at(t, "held-out", latents["held-out"]):
+            for layer, x in zip(all_layers, features):
+                if layer in probes:
+                    hits[layers.index(layer), column, rows] = find_hits(probes[layer], x, labels["held-out"][rows])
+                if training_probe is not None and layer == probe_depth:
+                    probe = training_probe.to(device)
+                    means = x[:, None]  # of the tokens, which is all that the probe looks at
+                    of_training_probe[column, rows] = find_hits(probe, means, labels["held-out"][rows])
     # The largest of many accuracies is too high by chance, unless it is measured anew.
     order = keyed_generator(seed, 0, Purpose.HALVES).permutation(len(held_out.labels))
     choosing, measuring = np.split(order, [len(order) // 2])

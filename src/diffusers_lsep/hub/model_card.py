@@ -19,7 +19,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..files import hash_file, whole_file
+from ..files import hash_saved_weights, whole_file
 from ..regularizers import REGULARIZERS, regularizer_key
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
@@ -252,7 +252,9 @@ def write_lora_card(
         scale=flags.get("validation_guidance_scale", 1.0),
         flags=_flags_to_show(flags),
     )
-    return _save(folder / CARD_NAME, _set_facts(card, {"lora": hash_file(folder / LORA_WEIGHTS_NAME)}, data.to_dict()))
+    # Not of the file, whose metadata have no fixed order.
+    facts = {"lora": hash_saved_weights([folder / LORA_WEIGHTS_NAME])}
+    return _save(folder / CARD_NAME, _set_facts(card, facts, data.to_dict()))
 
 
 def update_evaluation(folder: str | os.PathLike) -> Path:

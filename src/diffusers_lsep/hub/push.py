@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from ..files import hash_file
+from ..files import hash_saved_weights
 from .model_card import (
     CARD_NAME,
     LORA_WEIGHTS_NAME,
@@ -117,7 +117,7 @@ def push_lora(folder: str | os.PathLike, repo_id: str, license: str | None, toke
     for name in (LORA_WEIGHTS_NAME, CARD_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"`folder` has to hold LoRA layers and their card, but there is no {name} in {folder}.")
-    card, hashes = ModelCard.load(folder / CARD_NAME), {"lora": hash_file(folder / LORA_WEIGHTS_NAME)}
+    card, hashes = ModelCard.load(folder / CARD_NAME), {"lora": hash_saved_weights([folder / LORA_WEIGHTS_NAME])}
     arguments = (token, None, None, "Upload LoRA layers", False)
     return _commit(folder, [LORA_WEIGHTS_NAME], card, hashes, repo_id, license, *arguments)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from ..lora_pipeline import replace_classes
 from ..objective import LinearProbe
@@ -124,7 +125,17 @@ class Start:
         if self.new_classes:
             replace_classes(transformer, self.config["num_classes"])
         self.label_table = transformer.class_embedding.weight.detach().clone()
-        return transformer, probe
+        if probe is not None:
+            probe = _without_origin(probe, hidden_size=transformer.inner_dim, num_classes=self.config["num_classes"])
+        return _without_origin(transformer, **self.config), probe
+
+
+def _without_origin(model: Any, **config: Any) -> Any:
+    """The same model as if it were new: a loaded one writes into its config where it was."""
+    with init_empty_weights():
+        new = type(model)(**config)
+    new.load_state_dict(model.state_dict(), assign=True)
+    return new
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..command_line import with_values
+from ..command_line import check_writable, with_values
 from ..data.fingerprint import Fingerprint
 from ..data.moments_writer import UNREADABLE_FILE
 from ..files import locked_folder, remove, write_text
 from .arguments import build_parser, flags_that_are
-from .checkpoints import choose_checkpoint, list_checkpoints, read_state, remove_leftovers
+from .checkpoints import choose_checkpoint, list_checkpoints, read_state, remove_leftovers, remove_old_checkpoints
 from .post_hoc_ema import SNAPSHOTS_FOLDER, remove_snapshots_after
 from .setup import follows_length
 
@@ -59,9 +58,7 @@ def find_run_to_continue(
 def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:
     """[`find_run_to_continue`] for one process."""
     output_dir = Path(args.output_dir)
-    parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"`--output_dir` {args.output_dir!r} cannot be written: {str(parent)!r} is no such folder.")
+    check_writable("--output_dir", args.output_dir)
     found = sorted(path.name for pattern in OUTPUTS for path in output_dir.glob(pattern))
     settings_file = output_dir / SETTINGS_FILE
     problem = None
@@ -118,6 +115,7 @@ def own_output_folder(
         remove_leftovers(output_dir)
         if checkpoint is not None:
             put_aside(output_dir, read_state(checkpoint)["step"], report)
+            remove_old_checkpoints(output_dir, args.checkpoints_total_limit, args.milestone_steps)
         # What a run takes once more, it writes once more.
         remove_snapshots_after(output_dir, 0 if checkpoint is None else read_state(checkpoint)["step"])
         fingerprint.save(output_dir / FINGERPRINT_FILE)

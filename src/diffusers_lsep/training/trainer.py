@@ -394,6 +394,8 @@ class Trainer:
                 self.report(self.measure(objective, self.held_out))
                 self.count_unreadable()
             if accelerator.is_main_process:
+                draw_curves(self.output_dir)
+                # Last: where they are, a run that goes on from here owes nothing.
                 pipeline, path = self.make_pipeline(objective.transformer), self.output_dir / self.samples_file
                 path.parent.mkdir(exist_ok=True)
                 try:
@@ -402,8 +404,6 @@ class Trainer:
                     report = path.with_name(f"{path.stem}-error.txt")
                     write_text(report, traceback.format_exc())
                     print(f"No samples of step {self.step}: {error} ({report} has more.)", file=sys.stderr)
-        if accelerator.is_main_process:
-            draw_curves(self.output_dir)
         accelerator.wait_for_everyone()
 
     def measure(self, objective: LSEPObjective, held_out: SampleStream) -> dict[str, float]:
