@@ -1,4 +1,4 @@
-.PHONY: quality style test test-fast test-oldest fuzz upstream
+.PHONY: quality style test test-fast test-oldest faults fuzz upstream
 
 check_dirs := .
 DIFFUSERS ?= ../diffusers
@@ -33,6 +33,11 @@ test-oldest:
 	$(OLDEST)/bin/python .ci/oldest_pins.py > $(OLDEST)/pins.txt
 	$(OLDEST)/bin/pip install -c $(OLDEST)/pins.txt -e ".[test]"
 	PATH="$(abspath $(OLDEST))/bin:$$PATH" pytest $(PYTEST_FLAGS)
+
+# Kills every command at each of its changes on disk, and runs it where the disk is too small.
+faults:
+	python tests/faults/run.py --all
+	python tests/faults/run.py --disks 10
 
 # diffusers' own tests on our classes. Only the tests are taken from the checkout.
 upstream:

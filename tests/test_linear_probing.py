@@ -16,6 +16,7 @@ from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
 from diffusers_lsep.data.draws import keyed_generator
 from diffusers_lsep.data.sources import hash_labels
+from diffusers_lsep.evaluation import linear_probing
 from diffusers_lsep.evaluation.linear_probing import (
     NOISE_PURPOSES,
     HiddenStates,
@@ -25,6 +26,7 @@ from diffusers_lsep.evaluation.linear_probing import (
     fit_mae,
     probe_layers,
 )
+from diffusers_lsep.files import make_temporary_array
 
 
 IMAGENET = 1_281_167  # training images
@@ -220,17 +222,17 @@ class TestProbeLayers:
         assert results["epochs"] == (20 if method == "mae" else None)
         json.dumps(results)
 
-    @pytest.mark.parametrize(("method", "kept"), [("ridge", []), ("mae", ["training-features.npy"])])
+    @pytest.mark.parametrize(("method", "kept"), [("ridge", []), ("mae", [(3, 20, 32)])])
     def test_features_are_not_kept(self, pipe, monkeypatch, method, kept):
-        names, open_memmap = [], np.lib.format.open_memmap
+        shapes = []
 
-        def record(path, *arguments):
-            names.append(path.name)
-            return open_memmap(path, *arguments)
+        def record(folder, dtype, shape):
+            shapes.append(shape)
+            return make_temporary_array(folder, dtype, shape)
 
-        monkeypatch.setattr(np.lib.format, "open_memmap", record)
+        monkeypatch.setattr(linear_probing, "make_temporary_array", record)
         probe_layers(pipe, BrightSource(20), BrightSource(10), 3, timesteps=[0.5], method=method, epochs=1)
-        assert names == ["training-latents.npy", "held-out-latents.npy", *kept]
+        assert shapes == [(20, 1, 8, 8), (10, 1, 8, 8), *kept]
 
     @pytest.mark.parametrize("method", ["mae", "ridge"])
     def test_bfloat16(self, pipe, method):
