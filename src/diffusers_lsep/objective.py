@@ -250,7 +250,8 @@ class LSEPObjective(nn.Module):
 
         Args:
             latents (`torch.Tensor` of shape `[B, C, S, S]`): Scaled latents, or images in [-1, 1].
-            class_labels (`torch.Tensor` of shape `[B]`): Class indices in `0..num_classes - 1`.
+            class_labels (`torch.Tensor` of shape `[B]`):
+                Class indices in `0..num_classes - 1`; without a probe also the null class, `num_classes`.
             noise (`torch.Tensor` of shape `[B, C, S, S]`, *optional*): Standard normal noise.
             timesteps (`torch.Tensor` of shape `[B]`, *optional*): Times `t` in [0, 1], in float32.
             class_dropout_mask (`torch.Tensor` of shape `[B]`, bool, *optional*):

@@ -120,7 +120,8 @@ def check_batch(objective: Any, latents: Any, class_labels: Any, draws: Mapping[
     check_tensor("latents", latents, ("batch", config.in_channels, config.sample_size, config.sample_size))
     batch_size = latents.shape[0]
     check_tensor("class_labels", class_labels, (batch_size,), "integers")
-    check_values("class_labels", class_labels, 0, config.num_classes - 1)
+    # Training without classes gives the null class; a probe has none for it.
+    check_values("class_labels", class_labels, 0, config.num_classes - (objective.probe is not None))
     expected: dict[str, tuple[tuple[int, ...], str]] = {
         "noise": (tuple(latents.shape), "floating-point numbers"),
         "timesteps": ((batch_size,), "floating-point numbers"),
