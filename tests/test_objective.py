@@ -81,6 +81,53 @@ def test_one_pass_equals_two_separate_streams(make_objective, path_type, probe_d
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def watch_widths(objective):
+    """How many samples the first block sees, call by call."""
+    widths = []
+    block = objective.transformer.transformer_blocks[0]
+    block.register_forward_hook(lambda _, args, __: widths.append(len(args[0])))
+    return widths
+
+
+def test_the_plain_call_shares_the_streams(make_objective):
+    objective, apart = (make_objective(crop_size=(2, 4), share_streams=share) for share in (True, False))
+    widths, widths_apart, arguments = watch_widths(objective), watch_widths(apart), make_batch(0, 16)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        output = objective(arguments["latents"], arguments["class_labels"], generator=generator)
+        # The same draws in the same order, for the two streams one after the other
+        generator.manual_seed(seed)
+        noise = torch.randn(16, 4, 8, 8, generator=generator)
+        timesteps = torch.rand(16, generator=generator)
+        masks = objective.draw_dropout_masks(16, "cpu", generator)[:2]
+        window = objective.draw_crop_window(16, "cpu", generator)
+        draws = (arguments["latents"], arguments["class_labels"], noise, timesteps, *masks, window)
+        torch.testing.assert_close(output.loss, apart(*draws).loss, rtol=1e-5, atol=1e-5)
+    assert set(widths) == {16 + 14} and set(widths_apart) == {16 + 16}, "0.82 * 16 = 13.1 are drawn apart"
+
+
+@pytest.mark.parametrize("main", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("probe", [0.0, 0.5, 0.9, 1.0])
+def test_masks_that_share_work_are_drawn_independently_in_every_sample(make_objective, main, probe):
+    objective = make_objective(class_dropout_prob=main, probe_dropout_prob=probe)
+    generator = torch.Generator().manual_seed(0)
+    for batch_size in (1, 7, 50):
+        counts = torch.zeros(3, batch_size)
+        for _ in range(400):
+            main_mask, probe_mask, rows = objective.draw_dropout_masks(batch_size, "cpu", generator)
+            assert len({mask.shape for mask in (main_mask, probe_mask)} | {(batch_size,)}) == 1
+            if rows is not None:
+                assert len(rows.unique()) == len(rows) < batch_size
+                others = torch.ones(batch_size, dtype=torch.bool)
+                others[rows] = False
+                assert (main_mask == probe_mask)[others].all(), "all that differ are computed twice"
+            counts += torch.stack([main_mask, probe_mask, main_mask & probe_mask])
+        # Of each place in the batch within five standard deviations of 400 draws, and of all together closer
+        expected = torch.tensor([main, probe, main * probe])
+        assert ((counts / 400 - expected[:, None]).abs() < 0.125).all()
+        torch.testing.assert_close((counts / 400).mean(dim=1), expected, rtol=0, atol=0.125 / batch_size**0.5)
+
+
 def test_shared_tokens_give_the_same_loss_and_gradients(make_objective):
     """Where both streams see the same label, the probe may read the main stream's tokens."""
     draws = batch()
@@ -88,15 +135,13 @@ def test_shared_tokens_give_the_same_loss_and_gradients(make_objective):
     assert 0 < len(differing) < 6
     padded = torch.cat([differing, (draws["class_dropout_mask"] == draws["probe_dropout_mask"]).nonzero()[:1, 0]])
     results = []
-    for rows in (None, differing, padded):
-        objective = make_objective()
-        widths = []
-        objective.transformer.transformer_blocks[0].register_forward_hook(
-            lambda _, args, __, widths=widths: widths.append(len(args[0]))
-        )
+    cases = [(False, None, 6), (True, None, len(differing)), (False, differing, len(differing)), (True, padded, 4)]
+    for share_streams, rows, count in cases:
+        objective = make_objective(share_streams=share_streams)
+        widths = watch_widths(objective)
         output = objective(**draws, separate_rows=rows)
         output.loss.backward()
-        assert widths == [6 + (6 if rows is None else len(rows))]
+        assert widths == [6 + count]
         results.append([output.loss.detach(), *(parameter.grad for parameter in objective.parameters())])
     for shared in results[1:]:
         torch.testing.assert_close(shared, results[0], rtol=1e-4, atol=1e-6)
@@ -190,7 +235,7 @@ def test_what_is_not_given_is_drawn_from_the_generator(make_objective):
 
 
 def test_labels_are_dropped_with_their_probabilities_and_independently(make_objective):
-    objective = make_objective()
+    objective = make_objective(share_streams=False)
     seen = {}
     hook = objective.transformer.class_embedding.register_forward_hook(
         lambda _, inputs, __: seen.update(ids=inputs[0])
@@ -297,6 +342,27 @@ def test_step_compiles_to_one_graph(make_objective):
     torch.testing.assert_close(loss, objective(**draws).loss, rtol=1e-5, atol=1e-5)
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(**batch(seed=1), probe_weight_scale=scale * 0.5)
+
+
+@pytest.mark.slow
+def test_the_plain_call_compiles_to_one_graph(make_objective):
+    objective, widths, losses = make_objective(crop_size=(2, 4)), set(), []
+
+    def look_at(graph, inputs):
+        values = (node.meta.get("example_value") for node in graph.graph.nodes)
+        widths.update(value.shape[0] for value in values if torch.is_tensor(value) and value.shape[1:] == (16, 32))
+        return graph.forward
+
+    compiled = torch.compile(objective, fullgraph=True, backend=look_at)
+    arguments = [{name: make_batch(seed, 16)[name] for name in ("latents", "class_labels")} for seed in range(2)]
+    for call in (objective, compiled):
+        torch.manual_seed(0)
+        losses.append(call(**arguments[0]).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    assert widths - {1} == {16, 14, 16 + 14}, "the main stream, the probe's, and both"
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(**arguments[1])
 
 
 @pytest.mark.slow

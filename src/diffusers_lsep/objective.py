@@ -176,6 +176,9 @@ class LSEPObjective(nn.Module):
         probe_fraction (`float`, defaults to `1.0`):
             The part of the samples, in (0, 1], that the probe is trained on where `probe_rows` name them. Its loss is
             divided by their expected number, so that each weighs the same however many of them a batch has.
+        share_streams (`bool`, defaults to `True`):
+            Whether samples on which both streams see the same label, 18 % of them with these probabilities, are
+            computed once: the same loss for less work. See `separate_rows` of `forward`.
 
     Raises:
         `ValueError`: if an argument is outside these ranges or does not fit the transformer.
@@ -199,6 +202,7 @@ class LSEPObjective(nn.Module):
         timestep_sampling: str = "uniform",
         regularizers: dict[str, Regularizer] | None = None,
         probe_fraction: float = 1.0,
+        share_streams: bool = True,
     ):
         super().__init__()
         self.transformer = transformer
@@ -211,6 +215,7 @@ class LSEPObjective(nn.Module):
         self.crop_size = crop_size
         self.timestep_sampling = timestep_sampling
         self.probe_fraction = probe_fraction
+        self.share_streams = share_streams
         check_objective(self, probe_weight_start, probe_weight_end, num_probe_weights)
 
         weights = torch.linspace(float(probe_weight_start), float(probe_weight_end), num_probe_weights)
@@ -228,6 +233,47 @@ class LSEPObjective(nn.Module):
         uniform = torch.rand(batch_size, 2, generator=generator, device=device, dtype=torch.float64)
         start = (uniform * (grid_size - size + 1)).long()
         return torch.cat([start, size], dim=1)
+
+    def draw_dropout_masks(
+        self, batch_size: int, device: torch.device | str, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Draws which labels of a batch each stream drops. In every sample the two are independent of each other, but
+        samples are drawn such that the number of those that only one stream drops is the same in every batch, up to
+        rounding (systematic sampling): so the work is, and its shapes are known without asking the device.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]`: `class_dropout_mask`, `probe_dropout_mask` and
+            `separate_rows` of `forward`.
+        """
+        main, probe = self.class_dropout_prob, self.probe_dropout_prob
+        # 1. Numbers in [0, 1): a lattice with one shift for all of it, in random order. Of each alone: uniform
+        uniform = torch.randperm(batch_size, generator=generator, device=device)
+        uniform = (uniform + torch.rand((), generator=generator, device=device)) / batch_size % 1  # if rounded up to 1
+
+        # 2. What falls where: both drop, main drops, probe drops, none does. The middle two are one interval
+        class_dropout_mask = uniform < main
+        only_probe = (uniform >= main) & (uniform < main + (1 - main) * probe)
+        probe_dropout_mask = (uniform < main * probe) | only_probe
+
+        # 3. The samples in it, filled up with others to the most that there can be, whatever is rounded
+        num_rows = math.floor(batch_size * (main + probe - 2 * main * probe) + 1e-3) + 1
+        if num_rows >= batch_size:
+            return class_dropout_mask, probe_dropout_mask, None
+        differs = (class_dropout_mask != probe_dropout_mask).to(torch.uint8)
+        return class_dropout_mask, probe_dropout_mask, differs.argsort(descending=True, stable=True)[:num_rows]
+
+    def find_separate_rows(
+        self, class_dropout_mask: torch.Tensor, probe_dropout_mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """
+        The `separate_rows` of `forward` where the masks are given. None, which is all, where to find their number
+        would make the host wait for a device, or the compiler give up on one graph for all batches.
+        """
+        if class_dropout_mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        rows = (class_dropout_mask != probe_dropout_mask).nonzero()[:, 0]
+        return rows if len(rows) < len(class_dropout_mask) else None
 
     def forward(
         self,
@@ -270,7 +316,9 @@ class LSEPObjective(nn.Module):
             separate_rows (`torch.Tensor` of shape `[M]`, int64, *optional*):
                 The samples of the batch, each once, that the probe's stream is computed for; on the others the probe
                 reads the main stream's tokens. The same loss for less work if both streams see the same label on the
-                others, as on 18 % of the samples with the paper's dropout. All if not given.
+                others, as on 18 % of the samples with the paper's dropout. If not given they are found, with
+                `share_streams`: always where both masks are drawn here, and where they are given on the CPU and
+                nothing is compiled. Else all.
             probe_rows (`torch.Tensor` of shape `[P]`, int64, *optional*):
                 The samples of the batch, each once, that the probe is trained on, each with the probability
                 `probe_fraction`: its loss is their sum over `probe_fraction * B`. All, and the mean over them, if not
@@ -306,10 +354,16 @@ class LSEPObjective(nn.Module):
         if timesteps is None:
             uniform = torch.rand(batch_size, generator=generator, device=device, dtype=torch.float32)
             timesteps = timesteps_from_uniform(uniform, self.path, self.timestep_sampling)
+        share = self.share_streams and self.probe is not None and separate_rows is None
+        if share and class_dropout_mask is None and probe_dropout_mask is None:
+            masks = self.draw_dropout_masks(batch_size, device, generator)
+            class_dropout_mask, probe_dropout_mask, separate_rows = masks
         if class_dropout_mask is None:
             class_dropout_mask = torch.rand(batch_size, generator=generator, device=device) < self.class_dropout_prob
         if probe_dropout_mask is None and self.probe is not None:
             probe_dropout_mask = torch.rand(batch_size, generator=generator, device=device) < self.probe_dropout_prob
+        if share and separate_rows is None and probe_dropout_mask is not None:
+            separate_rows = self.find_separate_rows(class_dropout_mask, probe_dropout_mask)
         if crop_window is None and self.crop_size is not None and self.probe is not None:
             crop_window = self.draw_crop_window(batch_size, device, generator)
 
