@@ -39,6 +39,17 @@ class SiTTransformer2DModelOutput(Transformer2DModelOutput):
     internal_sample: torch.Tensor = None  # type: ignore[assignment]
 
 
+class SiTPatchEmbed(PatchEmbed):
+    """
+    diffusers' patch embedding, with tokens in the dtype of the latents under autocast too: they are what every block
+    adds to, so what is rounded off them is lost for all later ones.
+    """
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        tokens = self.proj(latent).flatten(2).transpose(1, 2)
+        return (tokens + self.pos_embed).to(latent.dtype)
+
+
 class SiTAttnProcessor:
     """Self-attention of a [`SiTTransformerBlock`] through the attention backend that is active in diffusers."""
 
@@ -194,7 +205,7 @@ class SiTTransformer2DModel(
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SiTTransformerBlock", "PatchEmbed"]
+    _no_split_modules = ["SiTTransformerBlock", "SiTPatchEmbed"]
     _repeated_blocks = ["SiTTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "time_embedding", "class_embedding", "norm"]
     _cp_plan = {
@@ -235,7 +246,7 @@ class SiTTransformer2DModel(
 
         # 1. Input: patches, time, class
         side, patch_size = config.sample_size, config.patch_size
-        self.pos_embed = PatchEmbed(side, side, patch_size, config.in_channels, embed_dim=self.inner_dim)
+        self.pos_embed = SiTPatchEmbed(side, side, patch_size, config.in_channels, embed_dim=self.inner_dim)
         self.time_proj = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(in_channels=256, time_embed_dim=self.inner_dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, self.inner_dim)
@@ -328,8 +339,8 @@ class SiTTransformer2DModel(
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=torch.float32, device=class_labels.device)
         timestep = timestep.expand(class_labels.shape[0])
-        temb = self.time_embedding(self.time_proj(timestep).to(dtype))
-        return temb + self.class_embedding(class_labels).to(temb.dtype)
+        temb = self.time_embedding(self.time_proj(timestep).to(dtype)).to(dtype)
+        return temb + self.class_embedding(class_labels).to(dtype)
 
     def _embed(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor
