@@ -3,15 +3,21 @@
 """Checkpoints of training: whole or absent, and found again."""
 
 import errno
+import json
+import threading
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPObjective, LSEPPipeline, SiTTransformer2DModel
 from diffusers_lsep.files import whole_folder
+from diffusers_lsep.training.average import WeightAverage
+from diffusers_lsep.training.checkpoint_writer import CheckpointWriter
 from diffusers_lsep.training.checkpoints import (
+    checkpoint_tensors,
     choose_checkpoint,
     find_damage,
     list_checkpoints,
@@ -30,7 +36,7 @@ class Run:
         probe = LinearProbe(8, 3) if with_probe else None
         self.objective = LSEPObjective(transformer, probe, probe_depth=1)
         self.optimizer = torch.optim.AdamW(self.objective.parameters(), lr=1e-2)
-        self.ema = EMAModel(self.objective.parameters())
+        self.ema = WeightAverage(self.objective.parameters())
 
     def step(self, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -41,16 +47,17 @@ class Run:
         self.ema.step(self.objective.parameters())
 
     def save(self, folder, state=None):
-        def save_pipeline(target):
-            parameters = list(self.objective.parameters())
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-            LSEPPipeline(self.objective.transformer, FlowMatchSDEScheduler()).save_pretrained(target)
-            if self.objective.probe is not None:
-                self.objective.probe.save_pretrained(target / "probe")
-            self.ema.restore(parameters)
+        save_checkpoint(folder, self.tensors(), json.dumps(state or {"step": 1}), self.save_pipeline)
 
-        save_checkpoint(folder, self.objective, self.optimizer, state or {"step": 1}, save_pipeline)
+    def tensors(self):
+        return checkpoint_tensors(self.objective, self.optimizer, self.ema)
+
+    def save_pipeline(self, folder, weights):
+        objective = Run(with_probe=self.objective.probe is not None).objective
+        objective.load_state_dict(weights)
+        LSEPPipeline(objective.transformer, FlowMatchSDEScheduler()).save_pretrained(folder)
+        if objective.probe is not None:
+            objective.probe.save_pretrained(folder / "probe")
 
     def weights(self):
         return [*self.objective.parameters(), *self.ema.shadow_params]
@@ -182,3 +189,115 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path):
     assert checkpoints(2, 8) == [8, 16, 18, 20]
     assert checkpoints(1, 10) == [10, 18, 20]
     assert checkpoints(50, 10) == list(range(2, 22, 2))
+
+
+class HeldUp:
+    """Saves the pipelines of a run as soon as it is let."""
+
+    def __init__(self, run):
+        self.run, self.reached, self.let = run, threading.Event(), threading.Event()
+
+    def __call__(self, folder, weights):
+        self.reached.set()
+        assert self.let.wait(60)
+        self.run.save_pipeline(folder, weights)
+
+
+@pytest.fixture
+def held_up(tmp_path):
+    """A run, what holds its checkpoints up, and their writer."""
+    run = Run()
+    run.step(0)
+    held = HeldUp(run)
+    yield run, held, CheckpointWriter(PartialState(cpu=True), tmp_path, held, total_limit=1)
+    held.let.set()
+
+
+def test_a_checkpoint_is_that_of_its_step_while_training_goes_on(tmp_path, held_up):
+    run, held, writer = held_up
+    run.save(tmp_path / "at-once", {"step": 1})
+    state = {"step": 1}
+    with writer:
+        writer.save(1, run.tensors(), state)
+        assert held.reached.wait(60), "the checkpoint is being written"
+        run.step(1)
+        state["step"] = 2
+        assert list_checkpoints(tmp_path) == [] and writer.last is None, "not yet whole"
+        held.let.set()
+        writer.finish()
+        assert writer.last == tmp_path / "checkpoint-1" and find_damage(writer.last) is None
+        for path in (tmp_path / "at-once").rglob("*.*"):
+            assert path.read_bytes() == (writer.last / path.relative_to(tmp_path / "at-once")).read_bytes(), path
+        writer.save(2, run.tensors(), state)  # into the same memory
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2], "the block ends with it, and the limit is kept"
+    other = Run(seed=1)
+    assert load_checkpoint(tmp_path / "checkpoint-2", other.objective, other.optimizer, other.ema) == {"step": 2}
+    for one, two in zip(run.weights(), other.weights(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path, held_up):
+    run, held, writer = held_up
+    with writer:
+        writer.save(1, run.tensors(), {})
+        second = threading.Thread(target=writer.save, args=(2, run.tensors(), {}))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive(), "it waits for the first"
+        held.let.set()
+        second.join()
+        assert writer.last == tmp_path / "checkpoint-1"
+    assert writer.last == tmp_path / "checkpoint-2"
+
+
+def test_what_goes_wrong_in_the_background_is_raised_once(tmp_path, held_up):
+    run, held, writer = held_up
+    held.let.set()
+    writer.save(1, run.tensors(), {})
+    writer.finish()
+    held.run = None  # which has no pipelines
+    message = "checkpoint-2 could not be written .*NoneType.*; the last good checkpoint is .*checkpoint-1"
+    with pytest.raises(OSError, match=message), writer:
+        writer.save(2, run.tensors(), {})
+    writer.check()
+    held.run = run
+    with pytest.raises(RuntimeError, match="of the data"), writer:
+        writer.save(3, run.tensors(), {})
+        raise RuntimeError("of the data")
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3], "what was begun is there when the run has ended"
+
+
+def test_a_second_interruption_waits_for_no_checkpoint(tmp_path, held_up):
+    run, held, writer = held_up
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.save(1, run.tensors(), {})
+        raise KeyboardInterrupt
+    assert not held.let.is_set() and list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_average_is_that_of_diffusers_to_the_bit(warmup):
+    options = {"decay": 0.99, "min_decay": 0.0 if warmup else 0.99, "foreach": True}
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in (1, 7, 1000)]
+    ours, theirs = WeightAverage(parameters, **options), EMAModel(parameters, **options)
+    for _ in range(30):  # the decay of the warm-up is below 0.5 up to step 8
+        for parameter in parameters:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        ours.step(parameters)
+        theirs.step(parameters)
+        assert all(map(torch.equal, ours.shadow_params, theirs.shadow_params))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert ours.optimization_step == theirs.optimization_step and ours.cur_decay_value == theirs.cur_decay_value
+
+
+def test_the_average_takes_the_place_of_the_weights_for_a_while():
+    parameters = [torch.nn.Parameter(torch.randn(3))]
+    average = WeightAverage(parameters, decay=0.9, min_decay=0.9)
+    parameters[0].data += 1
+    weights, averaged = parameters[0].detach().clone(), average.shadow_params[0].clone()
+    places = parameters[0].data_ptr(), average.shadow_params[0].data_ptr()
+    with pytest.raises(RuntimeError, match="of the block"), average.in_place_of(parameters):
+        assert torch.equal(parameters[0], averaged) and torch.equal(average.shadow_params[0], weights)
+        raise RuntimeError("of the block")
+    assert torch.equal(parameters[0], weights) and torch.equal(average.shadow_params[0], averaged)
+    assert (parameters[0].data_ptr(), average.shadow_params[0].data_ptr()) == places

@@ -45,45 +45,54 @@ def remove_leftovers(folder: Path):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def save_checkpoint(
-    folder: Path,
+def checkpoint_tensors(
     objective: LSEPObjective,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    save_pipeline: Callable[[Path], None],
     ema: EMAModel | None = None,
     post_hoc_ema: Mapping[str, torch.Tensor] | None = None,
-    is_main_process: bool = True,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """
+    The tensors that a checkpoint keeps, by file and name: those in training themselves, in parts where sharded.
+
+    Args:
+        objective ([`LSEPObjective`]): Transformer and probe.
+        optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
+        ema (`EMAModel`, *optional*): The average of the objective's trained parameters, in their order.
+        post_hoc_ema (`Mapping`, *optional*): The averages of `--post_hoc_ema_sigmas`, by name.
+    """
+    return {
+        MODEL_FILE: objective.state_dict(),
+        OPTIMIZER_FILE: _optimizer_tensors(objective, optimizer),
+        AVERAGE_FILE: named_averages(objective, ema) if ema is not None else {},
+        POST_HOC_EMA_FILE: dict(post_hoc_ema or {}),
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: str,
+    save_pipeline: Callable[[Path, dict[str, torch.Tensor]], None],
 ):
     """
-    Writes a checkpoint. Where the parameters are sharded, all processes have to call this.
+    Writes a checkpoint.
 
     Args:
         folder (`Path`): Where; replaced if it exists.
-        objective ([`LSEPObjective`]): Transformer and probe.
-        optimizer (`torch.optim.Optimizer`): AdamW on the objective's parameters.
-        state (`dict`): Whatever else there is to remember, as JSON.
-        save_pipeline (`Callable`): Saves the averaged weights, as a pipeline with a `probe/`, into the folder it gets.
-        ema (`EMAModel`, *optional*): The average of the objective's trained parameters, in their order.
-        post_hoc_ema (`Mapping`, *optional*): The averages of `--post_hoc_ema_sigmas`, by name.
-        is_main_process (`bool`, defaults to `True`): Whether to write: the others only help to gather the tensors.
+        tensors (`dict[str, dict[str, torch.Tensor]]`): Of [`checkpoint_tensors`], whole.
+        state (`str`): Whatever else there is to remember, as JSON.
+        save_pipeline (`Callable`):
+            Is given a folder, and the averaged weights of the objective by name, with those that are not averaged, to
+            save as a pipeline with a `probe/`.
     """
-    average = named_averages(objective, ema) if ema is not None else {}
-    files = {
-        MODEL_FILE: whole_tensors(objective.state_dict()),
-        OPTIMIZER_FILE: whole_tensors(_optimizer_tensors(objective, optimizer)),
-        AVERAGE_FILE: whole_tensors({name: value for name, value in average.items() if not _is_in_pipeline(name)}),
-        POST_HOC_EMA_FILE: whole_tensors(post_hoc_ema or {}),
-    }
-    if not is_main_process:
-        save_pipeline(folder)
-        return
+    average = tensors[AVERAGE_FILE]
+    files = {**tensors, AVERAGE_FILE: {k: v for k, v in average.items() if not _is_in_pipeline(k)}}
     with whole_folder(folder) as partial:
-        for name, tensors in files.items():
-            if tensors or name not in (AVERAGE_FILE, POST_HOC_EMA_FILE):
-                save_file(tensors, partial / name)
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        save_pipeline(partial / PIPELINE_FOLDER)
+        for name, values in files.items():
+            if values or name not in (AVERAGE_FILE, POST_HOC_EMA_FILE):
+                save_file({k: v.detach().contiguous() for k, v in values.items()}, partial / name)
+        (partial / STATE_FILE).write_text(state, encoding="utf-8")
+        save_pipeline(partial / PIPELINE_FOLDER, {**tensors[MODEL_FILE], **average})
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, hash_file(path)] for path in paths}
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

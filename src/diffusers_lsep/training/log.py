@@ -57,6 +57,10 @@ class StepMetrics:
         self._start = time.perf_counter()
         self._wait = 0.0
 
+    def restart_clock(self):
+        """Leaves out of the interval's seconds what was done since the last one: checkpoints and validation."""
+        self._start = time.perf_counter()
+
     def add_batch(self, output: LSEPObjectiveOutput, timesteps: torch.Tensor, data_wait: float):
         """Takes in one batch, for which training waited `data_wait` seconds. `timesteps` are those of its probe."""
         losses = {"loss": output.loss.detach(), **batch_means(output)}

@@ -4,11 +4,12 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.tensor import DTensor
+
+from .checkpoint_writer import CheckpointWriter
 
 
 class NonFiniteSteps:
@@ -45,7 +46,7 @@ class NonFiniteSteps:
         first_step: int,
         losses: list[float],
         grad_norms: list[float],
-        last_checkpoint: Path | None,
+        checkpoints: CheckpointWriter,
         report: Callable[[str], None],
     ) -> dict[str, int]:
         """
@@ -55,7 +56,7 @@ class NonFiniteSteps:
             first_step (`int`): Number of the first of them.
             losses (`list[float]`): Their losses, means over all processes.
             grad_norms (`list[float]`): Norms of their gradients.
-            last_checkpoint (`Path`, *optional*): What to go back to.
+            checkpoints ([`CheckpointWriter`]): Has what to go back to.
             report (`Callable`): Is told what was skipped.
 
         Returns:
@@ -71,8 +72,8 @@ class NonFiniteSteps:
             problem = f"the {what} of step {step} is {value}"
             if self.num_skipped == self.max_skipped or math.isfinite(grad_norm):
                 before = f", after {self.num_skipped} steps that were skipped" if self.num_skipped else ""
-                good = f"is {last_checkpoint}" if last_checkpoint is not None else "does not exist"
-                raise FloatingPointError(f"{problem}{before}; the last good checkpoint {good}.")
+                checkpoints.finish()
+                raise FloatingPointError(f"{problem}{before}; the last good checkpoint {checkpoints.good}.")
             self.num_skipped += 1
             report(f"Skipped: {problem} ({self.num_skipped} of at most {self.max_skipped} such steps).")
         return {"skipped_steps": self.num_skipped} if self.max_skipped > 0 else {}

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..autoencoders import get_normalization
@@ -35,14 +34,9 @@ from ..pipeline_lsep import LSEPPipeline
 from ..regularizers.teachers import AverageTeacher, Teacher
 from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
 from ..transformer_sit import SiTTransformer2DModel
-from .checkpoints import (
-    load_checkpoint,
-    named_averages,
-    read_state,
-    remove_old_checkpoints,
-    save_checkpoint,
-    whole_tensors,
-)
+from .average import WeightAverage
+from .checkpoint_writer import CheckpointWriter
+from .checkpoints import checkpoint_tensors, load_checkpoint, named_averages, read_state, whole_tensors
 from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .inputs import objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
@@ -140,7 +134,7 @@ class Trainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        self.step, self.last_checkpoint = 0 if checkpoint is None else read_state(checkpoint)["step"], checkpoint
+        self.step = 0 if checkpoint is None else read_state(checkpoint)["step"]
         batches = StreamBatches(
             args.train_batch_size,
             start=self.step * self.setup.samples_per_step,
@@ -168,7 +162,9 @@ class Trainer:
         self.ema = None
         if args.use_ema:
             min_decay = 0.0 if args.ema_warmup else args.ema_decay
-            self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True)
+            self.ema = WeightAverage(
+                self.trained_parameters(), decay=args.ema_decay, min_decay=min_decay, foreach=True
+            )
             # EMAModel forgets the initial weights at its step 1, whatever `min_decay` says.
             self.ema.optimization_step = 0 if args.ema_warmup else 1
         self.post_hoc_ema = PowerFunctionEMA(objective, args.post_hoc_ema_sigmas or ())
@@ -184,6 +180,10 @@ class Trainer:
                 self.ema.optimization_step = state["ema_step"]
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
+        with torch.device("meta"):
+            self.saved_objective = build_objective(self.setup, load=False)
+        limits = (args.checkpoints_total_limit, args.milestone_steps)
+        self.checkpoints = CheckpointWriter(accelerator, self.output_dir, self.save_average, checkpoint, *limits)
         self.probe_weight_scale = torch.ones((), device=accelerator.device)
         self.regularizer_weights = {name: torch.ones((), device=accelerator.device) for name in objective.regularizers}
 
@@ -227,7 +227,7 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains to the end, and returns True, or until a signal arrives."""
-        with StopSignal(self.accelerator) as stop:
+        with StopSignal(self.accelerator) as stop, self.checkpoints:
             return self.train_until(stop)
 
     def train_until(self, stop: StopSignal) -> bool:
@@ -244,9 +244,11 @@ class Trainer:
         self.collected_at = self.step
         if self.owes_validation:
             self.validate()
+            self.metrics.restart_clock()
         while self.step < args.max_train_steps:
             self.take_step(batches)
             self.progress.update()
+            self.checkpoints.check()
 
             # Reports and checkpoints. Nothing is saved or measured before all losses up to here are known.
             last = self.step == args.max_train_steps
@@ -263,10 +265,13 @@ class Trainer:
                 self.save_checkpoint()
             if validates:
                 self.validate()
+            if snaps or saves or validates:
+                self.metrics.restart_clock()
             if stopped:
                 self.progress.close()
+                self.checkpoints.finish()
                 accelerator.print(
-                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.last_checkpoint} is complete."
+                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.checkpoints.last} is complete."
                     " Continue with the same flags and `--resume_from_checkpoint latest`."
                 )
                 return False
@@ -320,7 +325,7 @@ class Trainer:
         self.count_unreadable()
         metrics, losses, grad_norms = self.metrics.collect()
         numbers = (self.collected_at + 1, losses, grad_norms)
-        metrics |= self.non_finite_steps.count(*numbers, self.last_checkpoint, self.accelerator.print)
+        metrics |= self.non_finite_steps.count(*numbers, self.checkpoints, self.accelerator.print)
         self.collected_at = self.step
         metrics["images_per_second"] = self.setup.samples_per_step / metrics["seconds_per_step"]
         metrics["learning_rate"] = self.learning_rates[0]
@@ -345,7 +350,8 @@ class Trainer:
         last = list(self.unreadable.values())[-1]
         found = f"{len(self.unreadable)} unreadable images, listed in {path} (last: {last['id']}: {last['error']})"
         if len(self.unreadable) > limit:
-            good = f"from {self.last_checkpoint}" if self.last_checkpoint is not None else "from the beginning"
+            self.checkpoints.finish()
+            good = f"from {self.checkpoints.last}" if self.checkpoints.last is not None else "from the beginning"
             raise ValueError(
                 f"{found} are more than `--max_errors {limit}`. Repair or remove them and start anew, or go on {good}"
                 " with a higher `--max_errors`."
@@ -372,19 +378,14 @@ class Trainer:
                 fill_classes(objective.transformer)
             yield objective.eval()
             return
-        parameters = self.trained_parameters()
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        if self.args.unconditional:
-            fill_classes(self.objective.transformer)
-        self.objective.eval()
-        try:
-            yield self.objective
-        finally:
-            self.objective.train()
-            if self.ema is not None:
-                self.ema.restore(parameters)
+        with self.ema.in_place_of(self.trained_parameters()) if self.ema is not None else nullcontext():
+            if self.args.unconditional:
+                fill_classes(self.objective.transformer)
+            self.objective.eval()
+            try:
+                yield self.objective
+            finally:
+                self.objective.train()
 
     def validate(self):
         """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
@@ -435,39 +436,39 @@ class Trainer:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def write_pipeline(self, folder: Path, objective: LSEPObjective):
+        """Writes the weights of an objective as a pipeline, and the probe beside it."""
+        self.make_pipeline(merge_lora(objective.transformer)).save_pretrained(folder)
+        if objective.probe is not None:
+            objective.probe.save_pretrained(folder / "probe")
+
+    def save_average(self, folder: Path, weights: dict[str, torch.Tensor]):
+        """The same of weights on the host, by their names. While training goes on."""
+        self.saved_objective.load_state_dict(weights, assign=True)
+        if self.args.unconditional:
+            fill_classes(self.saved_objective.transformer)
+        self.write_pipeline(folder, self.saved_objective)
+
     def save_pipeline(self, folder: Path, with_lora: bool = False):
         """Writes the averaged weights as a pipeline, the probe and LoRA layers beside it. A call for all processes."""
         with self.averaged_objective() as objective:
             if self.accelerator.is_main_process:
-                self.make_pipeline(merge_lora(objective.transformer)).save_pretrained(folder)
-                if objective.probe is not None:
-                    objective.probe.save_pretrained(folder / "probe")
+                self.write_pipeline(folder, objective)
                 if with_lora and self.setup.start is not None:
                     save_lora(folder / LORA_FOLDER, objective.transformer, self.setup.start)
 
     def save_checkpoint(self):
-        args, accelerator = self.args, self.accelerator
-        folder = self.output_dir / f"checkpoint-{self.step}"
+        scaler = self.accelerator.scaler
         state = {
             "step": self.step,
             "ema_step": self.ema.optimization_step if self.ema is not None else None,
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
             "skipped_steps": self.non_finite_steps.num_skipped,
             "settings": self.settings,
         }
-        try:
-            if self.saves:
-                main = accelerator.is_main_process
-                averages = (self.ema, self.post_hoc_ema.averages)
-                save_checkpoint(folder, self.objective, self.optimizer, state, self.save_pipeline, *averages, main)
-        except Exception as error:  # A full disk, for one, shows in many ways.
-            good = f"is {self.last_checkpoint}" if self.last_checkpoint is not None else "does not exist"
-            raise OSError(f"{folder} could not be written ({error}); the last good checkpoint {good}.") from error
-        if accelerator.is_main_process:
-            remove_old_checkpoints(self.output_dir, args.checkpoints_total_limit, args.milestone_steps)
-        self.last_checkpoint = folder
-        accelerator.wait_for_everyone()
+        kept = (self.objective, self.optimizer, self.ema, self.post_hoc_ema.averages)
+        self.checkpoints.save(self.step, checkpoint_tensors(*kept) if self.saves else {}, state)
 
     def save_result(self):
         """Writes the pipeline into the root of the output folder, `model_index.json` last, and its model card."""
