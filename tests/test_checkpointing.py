@@ -47,7 +47,8 @@ class Run:
         self.ema.step(self.objective.parameters())
 
     def save(self, folder, state=None):
-        save_checkpoint(folder, self.tensors(), json.dumps(state or {"step": 1}), self.save_pipeline)
+        state = json.dumps(state or {"step": 1}, indent=2) + "\n"
+        save_checkpoint(folder, self.tensors(), state, self.save_pipeline)
 
     def tensors(self):
         return checkpoint_tensors(self.objective, self.optimizer, self.ema)

@@ -113,7 +113,7 @@ def test_masks_that_share_work_are_drawn_independently_in_every_sample(make_obje
     generator = torch.Generator().manual_seed(0)
     for batch_size in (1, 7, 50):
         counts = torch.zeros(3, batch_size)
-        for _ in range(400):
+        for _ in range(200):
             main_mask, probe_mask, rows = objective.draw_dropout_masks(batch_size, "cpu", generator)
             assert len({mask.shape for mask in (main_mask, probe_mask)} | {(batch_size,)}) == 1
             if rows is not None:
@@ -122,10 +122,10 @@ def test_masks_that_share_work_are_drawn_independently_in_every_sample(make_obje
                 others[rows] = False
                 assert (main_mask == probe_mask)[others].all(), "all that differ are computed twice"
             counts += torch.stack([main_mask, probe_mask, main_mask & probe_mask])
-        # Of each place in the batch within five standard deviations of 400 draws, and of all together closer
+        # Of each place in the batch within five standard deviations of 200 draws, and of all together closer
         expected = torch.tensor([main, probe, main * probe])
-        assert ((counts / 400 - expected[:, None]).abs() < 0.125).all()
-        torch.testing.assert_close((counts / 400).mean(dim=1), expected, rtol=0, atol=0.125 / batch_size**0.5)
+        assert ((counts / 200 - expected[:, None]).abs() < 0.177).all()
+        torch.testing.assert_close((counts / 200).mean(dim=1), expected, rtol=0, atol=0.177 / batch_size**0.5)
 
 
 def test_shared_tokens_give_the_same_loss_and_gradients(make_objective):
@@ -324,9 +324,11 @@ def test_modes_give_the_same_loss(make_objective):
 
 
 def test_bfloat16_autocast_keeps_losses_in_float32(make_objective):
-    objective, draws = make_objective(), batch()
+    objective, draws, seen = make_objective(), batch(), []
+    objective.probe.register_forward_hook(lambda _, args, __: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         output = objective(**draws)
+    assert seen == [torch.float32], "the tokens"
     assert output.loss.dtype == output.probe_losses.dtype == torch.float32
     torch.testing.assert_close(output.loss, objective(**draws).loss, rtol=0.02, atol=0.02)
 

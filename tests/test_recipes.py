@@ -205,7 +205,7 @@ def test_recipes_can_be_overridden(dry_run):
 
 def test_every_accelerate_config_loads():
     names = {path.name for path in (CONFIGS / "accelerate").iterdir()}
-    assert names == {"one-gpu.yaml", "eight-gpus.yaml", "two-nodes.yaml", "fsdp2.yaml"}
+    assert names == {"one-gpu.yaml", "eight-gpus.yaml", "two-nodes.yaml", "fsdp2.yaml", "fsdp2-gather-once.yaml"}
     for name in names:
         config = load_config_from_file(str(CONFIGS / "accelerate" / name))
         assert config.mixed_precision == "bf16" and not config.use_cpu
@@ -222,14 +222,15 @@ def test_what_accelerate_makes_of_them(launch_environment):
     assert args.main_process_ip == "10.1.2.3" or args.master_addr == "10.1.2.3"
 
 
-def test_fsdp2_config(launch_environment, monkeypatch):
-    args, environment = launch_environment("fsdp2.yaml")
+@pytest.mark.parametrize(("name", "reshards"), [("fsdp2.yaml", True), ("fsdp2-gather-once.yaml", False)])
+def test_fsdp2_config(launch_environment, monkeypatch, name, reshards):
+    args, environment = launch_environment(name)
     assert args.use_fsdp and args.nproc_per_node == "8"
     for key, value in environment.items():
         if key.startswith("FSDP_"):
             monkeypatch.setenv(key, value)
     plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is reshards
     assert plugin.transformer_cls_names_to_wrap == ["SiTTransformerBlock"]
     assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
 

@@ -267,3 +267,21 @@ def test_wrong_shape_is_refused(tiny_transformer):
 def test_impossible_configurations_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SiTTransformer2DModel(**arguments)
+
+
+def test_tokens_stay_in_float32_under_autocast(tiny_transformer):
+    """They are a sum over all blocks. Without autocast they are in the dtype of the latents."""
+    model, depths = tiny_transformer(num_layers=3), [0, 1, 2, 3]
+    arguments = (torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2]))
+    seen = []
+    model.norm_out.register_forward_hook(lambda _, args, __: seen.extend(x.dtype for x in args))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.hidden_states_at(*arguments, depths)
+        assert model(*arguments).sample.dtype == torch.bfloat16
+    assert seen == [torch.float32, torch.float32], "the tokens and the condition"
+    assert all(one.dtype == torch.float32 for one in tokens)
+    position = model.pos_embed.pos_embed
+    assert torch.equal(tokens[0], (tokens[0] - position).bfloat16() + position), "added without rounding"
+    model.to(torch.bfloat16)
+    tokens = model.hidden_states_at(arguments[0].bfloat16(), *arguments[1:], depths)
+    assert all(one.dtype == torch.bfloat16 for one in tokens)

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 
 class WeightAverage(EMAModel):
     """
-    diffusers' `EMAModel` of parameters that are all trained, to the bit with its `foreach=True`, but with one pass over
+    diffusers' `EMAModel` of parameters that are all trained, to the bit with `foreach=True`, but with one pass over
     the weights where that one makes a copy of them on the way, and exchanged for the weights without any copy.
     """
 

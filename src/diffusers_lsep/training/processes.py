@@ -6,12 +6,13 @@ import argparse
 import math
 import os
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..command_line import with_values
@@ -64,7 +65,12 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, argparse.N
         log_with=None if tracker == "none" else tracker,
         project_dir=str(Path(args.output_dir, args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # The buffers are constants.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # Others wait while one reads a large data set for the first time, for which ten minutes are too few.
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+        ],
     )
     kind = accelerator.distributed_type
     other = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP)

@@ -271,8 +271,8 @@ class Trainer:
                 self.progress.close()
                 self.checkpoints.finish()
                 accelerator.print(
-                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.checkpoints.last} is complete."
-                    " Continue with the same flags and `--resume_from_checkpoint latest`."
+                    f"Stopped by {stop.name or 'a signal'} after step {self.step}; {self.checkpoints.last} is"
+                    " complete. Continue with the same flags and `--resume_from_checkpoint latest`."
                 )
                 return False
         self.progress.close()
@@ -420,7 +420,8 @@ class Trainer:
         for first in range(0, len(rows), args.train_batch_size):
             batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
             batch = send_to_device(batch, accelerator.device)
-            output = objective(**self.inputs(batch, Teacher(objective.transformer)))
+            with accelerator.autocast():  # as in training: with FSDP2 this objective is none that accelerate knows
+                output = objective(**self.inputs(batch, Teacher(objective.transformer)))
             means = batch_means(output)
             sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
