@@ -1042,6 +1042,7 @@ def test_a_validation_that_was_cut_off_is_done_before_the_run_goes_on(train, tmp
     flags = ["--validation_steps", 2, "--validation_split", "test"]
 
     def interrupt(trainer):
+        trainer.checkpoints.finish()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
