@@ -318,10 +318,10 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         if variance_noise is None:
             # float32 also where the sample is float16: its tails are part of the noise
             first = generator[0] if isinstance(generator, list) else generator
-            host = first is not None and first.device.type == "cpu" and sample.device.type == "cuda"
-            device = first.device if host else sample.device
+            on_host = first is not None and first.device.type == "cpu" and sample.device.type == "cuda"
+            device = torch.device("cpu") if on_host else sample.device
             variance_noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=torch.float32)
-            if host:  # by way of pinned memory, so that the host does not wait for the device at every step
+            if on_host:  # by way of pinned memory, so that the host does not wait for the device at every step
                 variance_noise = variance_noise.pin_memory().to(sample.device, non_blocking=True)
         return variance_noise.to(sample.dtype)
 

@@ -15,6 +15,8 @@ class WeightAverage(EMAModel):
     the weights where that one makes a copy of them on the way, and exchanged for the weights without any copy.
     """
 
+    optimization_step: int
+
     @torch.no_grad()
     def step(self, parameters: Iterable[torch.nn.Parameter]):
         decay = self.get_decay(self.optimization_step + 1)
