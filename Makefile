@@ -1,10 +1,11 @@
-.PHONY: quality style test test-fast test-oldest faults fuzz upstream
+.PHONY: docs quality style test test-fast test-oldest faults fuzz upstream
 
 check_dirs := .
 DIFFUSERS ?= ../diffusers
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 OLDEST ?= build/oldest
 EXAMPLES ?= 10000
+SITE ?= build/site
 
 # Fails on anything that `make style` would change or report, and on wrong types.
 quality:
@@ -15,6 +16,10 @@ quality:
 style:
 	ruff check --fix $(check_dirs)
 	ruff format $(check_dirs)
+
+# The pages of docs/ as a site. Fails on links that lead nowhere, and on pages that are not in its menu.
+docs:
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$(abspath $(SITE))"
 
 test:
 	pytest -n 2

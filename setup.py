@@ -12,11 +12,13 @@ extras = {}
 extras["train"] = ["matplotlib>=3.9", "tensorboard>=2.17.1"]
 extras["eval"] = ["matplotlib>=3.9", "torch-fidelity>=0.4", "torchvision>=0.21"]
 extras["demo"] = ["gradio>=6"]
+extras["docs"] = ["mkdocs-material>=9.7", "mkdocstrings-python>=2"]
 extras["quality"] = ["mypy>=2", "ruff>=0.9"]
 extras["test"] = [
     *extras["train"],
     *extras["eval"],
     *extras["demo"],
+    *extras["docs"],
     *extras["quality"],
     "gguf>=0.19",  # single files of quantized weights; older ones need sentencepiece
     "hypothesis>=6.120",  # makes the input of tests/fuzz

@@ -251,6 +251,7 @@ def run_digits(args: argparse.Namespace) -> list[dict]:
 def plot(path: Path, rows: list[dict], panels: dict[tuple[str, str], str]):
     """A panel for each place and measure, with the name of its axis; a curve for each scheduler of `SHOWN`."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(max(5, 4 * len(panels)), 4.4))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -269,6 +270,8 @@ def plot(path: Path, rows: list[dict], panels: dict[tuple[str, str], str]):
                 axis.axhline(row[place][measure], color="black", linewidth=1, linestyle=":", label=EXACT)
         axis.set(xscale="log", yscale="log", xlabel="evaluations of the model", ylabel=name)
         axis.set_xticks(EVALUATIONS, EVALUATIONS)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save_figure(path, figure)
