@@ -43,8 +43,13 @@ setup(
     license_files=["LICENSE"],
     keywords=["diffusers", "flow matching", "SiT", "LSEP", "image generation", "representation learning"],
     package_dir={"": "src"},
-    packages=find_packages("src"),
-    package_data={"diffusers_lsep": ["py.typed", "*.json"], "diffusers_lsep.hub": ["*.md"]},
+    # src/diffusers_lsep/examples is a link: people copy these scripts, and an installed package can run them.
+    packages=[*find_packages("src"), "diffusers_lsep.examples"],
+    package_data={
+        "diffusers_lsep": ["py.typed", "*.json"],
+        "diffusers_lsep.hub": ["*.md"],
+        "diffusers_lsep.examples": ["configs/*", "configs/*/*", "digits/*"],
+    },
     python_requires=">=3.11",  # that of diffusers 0.42
     install_requires=[
         "torch>=2.6",

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from tiny_models import make_autoencoder, make_vae
 
 from diffusers_lsep import LinearProbe, __version__, convert_original_checkpoint
-from diffusers_lsep.cli import COMMANDS, main
+from diffusers_lsep.cli import COMMANDS, SCRIPTS, main
 
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -53,8 +53,8 @@ def test_usage_and_version(capsys):
     assert end.value.code == 0 and capsys.readouterr().out == f"diffusers-lsep {__version__}\n"
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert set(COMMANDS) <= set(capsys.readouterr().out.split())
-    for argv, message in (([], "COMMAND"), (["train"], "invalid choice: 'train'"), (["convert"], "--checkpoint")):
+    assert {*COMMANDS, *SCRIPTS} <= set(capsys.readouterr().out.split())
+    for argv, message in (([], "COMMAND"), (["draw"], "invalid choice: 'draw'"), (["convert"], "--checkpoint")):
         with pytest.raises(SystemExit) as end:
             main(argv)
         assert end.value.code == 2 and message in capsys.readouterr().err

@@ -285,8 +285,9 @@ def test_extras_that_are_missing_are_named(arguments, save_pipeline, tmp_path, m
     monkeypatch.setattr(LSEPPipeline, "__call__", lambda *args, **kwargs: pytest.fail("an image was drawn"))
     with pytest.raises(ImportError, match="eval_curves.png needs matplotlib: pip install"):
         main(arguments("--checkpoints", str(tmp_path / "run"), samples=None))
+    out = ("--output_dir", str(tmp_path / "out"))
     with pytest.raises(ImportError, match="the heat map needs matplotlib: pip install"):
-        main(["probe", str(tmp_path / "run" / "checkpoint-1" / "pipeline"), "--data", "nowhere"])
+        main(["probe", str(tmp_path / "run" / "checkpoint-1" / "pipeline"), "--data", "nowhere", *out])
     assert not (tmp_path / "out").exists()
 
 

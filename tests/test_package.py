@@ -103,7 +103,46 @@ def test_data_files_are_shipped(tmp_path):
         {path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
         for root in (ROOT / "src" / "diffusers_lsep", tmp_path / "diffusers_lsep")
     )
+    examples = [*(ROOT / "examples" / "configs").rglob("*"), *(ROOT / "examples" / "digits").iterdir()]
+    here |= {path.relative_to(ROOT) for path in examples if path.is_file()}
     assert here == shipped
+
+
+@pytest.mark.slow
+def test_an_installed_package_trains_and_draws_without_a_clone(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path / "lib"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (tmp_path / "empty").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "ACCELERATE_USE_CPU": "true"}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "diffusers_lsep.cli", *arguments]
+        return subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+
+    short = ["--max_train_steps", "1", "--num_layers", "3", "--validation_inference_steps", "1", "--report_to", "none"]
+    trained = run(
+        "train", "@examples/configs/digits", *short, "--num_validation_images", "1", "--train_batch_size", "8"
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "1,437 to train on" in trained.stdout
+    model = ["--pretrained_model_name_or_path", "lsep-digits", "--num_inference_steps", "1"]
+    drawn = run("sample", *model, "--class_labels", "3", "--output_dir", "drawn")
+    assert drawn.returncode == 0 and (tmp_path / "empty" / "drawn" / "grid.png").is_file(), drawn.stderr
+    refused = run("train", "@own-images-33")
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("train_lsep.py: error: ")
+
+
+def test_what_commands_of_the_pages_write_is_ignored_by_git():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    written = {name for page in pages for name in re.findall(r"--output_dir ([\w.-]+)", page.read_text("utf-8"))}
+    written |= {
+        name for page in pages for name in re.findall(r'\.save(?:_pretrained)?\("(.+?)"\)', page.read_text("utf-8"))
+    }
+    assert len(written) >= 15
+    paths = [f"{name}/" if "." not in name else name for name in sorted(written)]
+    command = ["git", "check-ignore", "--no-index", *paths]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert set(paths) == set(ignored)
 
 
 def test_command_line_entry_point():

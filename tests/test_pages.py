@@ -128,7 +128,7 @@ def test_own_loops(folder, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     names = run_here("own_loop.md", folder, monkeypatch, lengths)
-    assert names["images"].shape == (1438, 1, 8, 8) and -1 == names["images"].min() < names["images"].max() == 1
+    assert names["images"].shape == (1437, 1, 8, 8) and names["images"].abs().max() == 1
     hashes = set()
     for name in ("own-loop", "own-loop-accelerate", "own-loop-trainer"):
         pipe = DiffusionPipeline.from_pretrained(folder / name)

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_models import make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline, SiTTransformer2DModel
-from diffusers_lsep.cli import COMMANDS
+from diffusers_lsep.cli import COMMANDS, SCRIPTS
 from diffusers_lsep.presets import SIT_PRESETS
 from diffusers_lsep.training.arguments import build_parser
 
@@ -252,6 +252,8 @@ def commands_of(guide: Path) -> list[list[str]]:
 
 def options_of(words: list[str], load_example) -> tuple[argparse.ArgumentParser, list[str]]:
     """The parser of the script that a command runs, and what the command gives to it."""
+    if words[0] == "diffusers-lsep" and words[1] in SCRIPTS:
+        words = ["python", f"{SCRIPTS[words[1]][0].replace('.', '/')}.py", *words[2:]]
     if words[0] == "diffusers-lsep":
         parser = argparse.ArgumentParser()
         importlib.import_module(f"diffusers_lsep.{COMMANDS[words[1]][0]}").add_arguments(parser)

@@ -19,21 +19,36 @@ COMMANDS = {
     "space": ("commands.space", "make a Space for the Hub, on whose page a model draws"),
 }
 
+# Scripts of examples/ that are commands too: the installed package holds them, with the recipes and the digits.
+SCRIPTS = {
+    "train": ("examples.train_lsep", "train a model: the bundled digits, or images and latents of your own"),
+    "sample": ("examples.sample", "draw images from a pipeline: a few to look at, or many to measure"),
+    "encode": ("examples.encode_latents", "turn images into latents for training, once and for all"),
+    "figures": ("examples.figures", "draw figures about a pipeline"),
+}
 
-def main(argv: Sequence[str] | None = None):
+
+def main(argv: Sequence[str] | None = None) -> int | None:
     """
     Runs `diffusers-lsep`.
 
     Args:
         argv (`Sequence[str]`, *optional*): The arguments; those of the process if not given.
 
+    Returns:
+        `int`, *optional*: The exit code, if it is not 0.
+
     Raises:
         `ValueError`, `OSError`, `ImportError`: if a command refuses its arguments or input.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] and argv[0] in SCRIPTS:
+        return importlib.import_module(f".{SCRIPTS[argv[0]][0]}", __package__).main(argv[1:])
     parser = ArgumentParser(prog="diffusers-lsep", description="LSEP for diffusers.", fromfile_prefix_chars=None)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, purpose) in SCRIPTS.items():
+        commands.add_parser(name, help=purpose)
     for name, (module_name, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose)
         # Only the module that runs is imported: each needs libraries that the others do not.
@@ -42,7 +57,7 @@ def main(argv: Sequence[str] | None = None):
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    args.run(args)
+    return args.run(args)
 
 
 def console_main():

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache_dir", default=str(default_cache_dir()), help="Where features are kept, 20 kB per image."
     )
-    parser.add_argument("--output_dir", default=".", help=f"Folder that {RESULTS_FILE} goes to.")
+    parser.add_argument("--output_dir", required=True, help=f"Folder that {RESULTS_FILE} goes to.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
     parser.add_argument(
         "--update_card",

@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=number(int, 0), default=0, help="Of the noise, the order, and what is fitted to and held out."
     )
-    parser.add_argument("--output_dir", default=".", help=f"Folder that {RESULTS_FILE} and {HEAT_MAP_FILE} go to.")
+    parser.add_argument("--output_dir", required=True, help=f"Folder that {RESULTS_FILE} and {HEAT_MAP_FILE} go to.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
 
 

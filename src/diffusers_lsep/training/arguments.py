@@ -420,6 +420,12 @@ def add_output_flags(flags: Flags):
     add("--dry_run", action="store_true", **elsewhere, help="Check and print everything, and train nothing.")
 
 
+def find_recipe(word: str, examples: Path) -> str:
+    """`@NAME` and `@examples/configs/NAME` are bundled recipes wherever there is no such file."""
+    recipe = examples / "configs" / word[1:].removeprefix("examples/configs/")
+    return f"@{recipe}" if word[:1] == "@" and not Path(word[1:]).exists() and recipe.is_file() else word
+
+
 def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Namespace:
     """
     Reads the command line.
@@ -427,9 +433,10 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     Args:
         argv (`list[str]`): The arguments.
         description (`str`): For `--help`.
-        examples (`Path`): The folder with the bundled data `digits` and its `configs/digits`.
+        examples (`Path`): The folder with the bundled data `digits` and the recipes in `configs`.
     """
     parser = build_parser(description)
+    argv = [find_recipe(word, examples) for word in argv]
     args = parser.parse_args(argv)
     sources = [flag for flag in ("dataset_name", "train_data_dir", "latents_dir") if getattr(args, flag) is not None]
     recipe = choose_recipe(args, sources)
