@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from code_blocks import read_blocks
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -133,13 +134,11 @@ def test_an_installed_package_trains_and_draws_without_a_clone(tmp_path):
 
 
 def test_what_commands_of_the_pages_write_is_ignored_by_git():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    written = {name for page in pages for name in re.findall(r"--output_dir ([\w.-]+)", page.read_text("utf-8"))}
-    written |= {
-        name for page in pages for name in re.findall(r'\.save(?:_pretrained)?\("(.+?)"\)', page.read_text("utf-8"))
-    }
+    pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+    code = "".join(code for page in pages for _, code in read_blocks(page))
+    written = {*re.findall(r"--output_dir ([\w.-]+)", code), *re.findall(r'\.save(?:_pretrained)?\("(.+?)"\)', code)}
     assert len(written) >= 15
-    paths = [f"{name}/" if "." not in name else name for name in sorted(written)]
+    paths = [name if name.endswith(".png") else f"{name}/" for name in sorted(written)]
     command = ["git", "check-ignore", "--no-index", *paths]
     ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert set(paths) == set(ignored)

@@ -297,7 +297,8 @@ def test_flags_and_links_of_the_guides_exist(guide, load_example):
         assert target.startswith("http") or (guide.parent / target).exists(), target
     # of a cluster's scheduler, of accelerate, and of the scripts that the guide runs or names
     known = FOREIGN_FLAGS | {option for action in launch_command_parser()._actions for option in action.option_strings}
-    named = [["python", "examples/train_lsep.py"], ["python", "examples/encode_latents.py"]]
+    named = [["python", f"examples/{name}.py"] for name in ("train_lsep", "encode_latents", "sample")]
+    named += [["diffusers-lsep", name] for name in COMMANDS]
     for words in [*commands_of(guide), *named]:
         parser, _ = options_of(words, load_example)
         known |= {option for action in parser._actions for option in action.option_strings}
