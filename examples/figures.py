@@ -13,6 +13,7 @@
 `guidance-sweep` measures the same images (labels and noise) at several scales and intervals of the guidance: Frechet
 distance, precision and recall, as a figure and as JSON. What it has drawn is kept as features in `--cache_dir`, so a
 sweep that was interrupted, or gets more scales, does not draw it again. With several processes: accelerate launch.
+With `--guidance_transformer` the same scales of autoguidance are measured too.
 
 `cache-sweep` measures what diffusers' caches leave out and what that does to the same images: their distance to those
 without a cache, and the Frechet distance, at several settings and intervals of the guidance.
@@ -47,10 +48,12 @@ from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
     DTYPES,
     LABEL_SAMPLINGS,
+    add_autoguidance_argument,
     add_guidance_arguments,
     add_pipeline_arguments,
     choose_class_ids,
     describe_scheduler,
+    load_guidance_transformer,
     load_pipeline,
 )
 
@@ -81,6 +84,7 @@ def build_parser() -> ArgumentParser:
         default=[1.0, 1.25, 1.5, 2.0, 3.0],
         help="Scales of classifier-free guidance to measure; 1 is without.",
     )
+    add_autoguidance_argument(sweep)
     caches.add_argument(
         "--cache",
         nargs="+",
@@ -236,6 +240,8 @@ def draw_sweep(args: argparse.Namespace):
 
     # 1. What the images are drawn with and compared with
     pipe, reference, extractor = open_measuring(args)
+    if args.guidance_transformer is not None:
+        load_guidance_transformer(pipe, args.guidance_transformer)
 
     # 2. The images of every setting, and their distances
     sampling = ("num_images", "num_inference_steps", "label_sampling", "seed", "batch_size")
@@ -246,6 +252,7 @@ def draw_sweep(args: argparse.Namespace):
         args.guidance_scales,
         args.guidance_interval,
         args.cache_dir,
+        autoguidance=pipe.guidance_transformer is not None,
         **{name: getattr(args, name) for name in sampling},
     )
     if not is_main:

@@ -26,18 +26,20 @@ from diffusers_lsep.autoencoders import get_image_channels
 from diffusers_lsep.command_line import ArgumentParser, check_writable, number, run_script
 from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.files import write_text
-from diffusers_lsep.guidance import check_internal_guidance
+from diffusers_lsep.guidance import check_autoguidance, check_internal_guidance
 from diffusers_lsep.image_store import ImageStore, list_differences, write_npz, write_png, write_pngs
 from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.sampling import (
     DTYPES,
     LABEL_SAMPLINGS,
+    add_autoguidance_argument,
     add_guidance_arguments,
     add_pipeline_arguments,
     choose_class_ids,
     describe_models,
     describe_scheduler,
     draw_batch,
+    load_guidance_transformer,
     load_pipeline,
 )
 
@@ -47,7 +49,10 @@ PLACES = ("pretrained_model_name_or_path", "revision", "variant")
 # What samples.json says of them.
 CLASSES = {name: f"{name} over all classes" for name in LABEL_SAMPLINGS} | {"none": "no class"}
 # How an image is drawn, for the call of the pipeline.
-CALL = ("num_inference_steps", "guidance_scale", "guidance_interval", "internal_guidance_scale")
+CALL = (
+    *("num_inference_steps", "guidance_scale", "guidance_interval", "internal_guidance_scale"),
+    "autoguidance_scale",
+)
 # What makes an image, beside the model: a run is only continued if all of it is the same.
 IMAGE_SETTINGS = ("scheduler", *CALL, "seed", "batch_size", "dtype", "compile")
 
@@ -86,6 +91,13 @@ def build_parser() -> ArgumentParser:
         type=float,
         default=1.0,
         help="Scale of Internal Guidance, for models that were trained for it; 1 is without.",
+    )
+    add_autoguidance_argument(parser)
+    parser.add_argument(
+        "--autoguidance_scale",
+        type=float,
+        default=1.0,
+        help="Scale of autoguidance, away from that model's prediction for the same class; 1 is without.",
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="Of the classes and the noise.")
     parser.add_argument("--batch_size", type=number(int, 1), default=32, help="Images at a time in one process.")
@@ -133,6 +145,9 @@ def main(argv: list[str] | None = None):
     place = {name: getattr(args, name) for name in PLACES}
     pipe = load_pipeline(**place, device=accelerator.device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
     check_internal_guidance(args.internal_guidance_scale, pipe.transformer)
+    if args.guidance_transformer is not None:
+        load_guidance_transformer(pipe, args.guidance_transformer)
+    check_autoguidance(args.autoguidance_scale, pipe.guidance_transformer, pipe.transformer, None)
     if args.compile:
         # Fixed sizes: a batch, and twice as much under guidance.
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -144,6 +159,7 @@ def main(argv: list[str] | None = None):
         class_ids = np.repeat(class_ids, args.num_images_per_class)
 
     # 2. Settings, which are stored beside the images
+    place["guidance_transformer"] = args.guidance_transformer
     settings = place | {name: getattr(args, name) for name in IMAGE_SETTINGS}
     settings["num_images"] = len(class_ids)
     settings["class_labels"] = args.class_labels or CLASSES[args.label_sampling]
@@ -156,10 +172,10 @@ def main(argv: list[str] | None = None):
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     channels = get_image_channels(pipe.vae) if pipe.vae is not None else pipe.transformer.config.in_channels
     store = ImageStore(output_dir / ".unfinished", len(class_ids), (side, side, channels), args.batch_size)
-    models = describe_models(pipe)
+    models = describe_models(pipe, args.autoguidance_scale > 1)
     settings["weights"] = models["weights"]
     if result.exists() and not store.is_begun and not args.overwrite_output_dir:
-        differing = list_differences(settings_file, settings, may_differ=PLACES)
+        differing = list_differences(settings_file, settings, may_differ=tuple(place))
         if differing:
             raise ValueError(
                 f"`--output_dir` {args.output_dir} already has {result.name}, with other settings:"
@@ -176,7 +192,7 @@ def main(argv: list[str] | None = None):
             # There may have been more images.
             for path in (result, settings_file, *(output_dir / "images").glob("*-class-*.png")):
                 path.unlink(missing_ok=True)
-        store.create({**settings, **models}, may_differ=PLACES)
+        store.create({**settings, **models}, may_differ=tuple(place))
         print(describe_classes(class_ids, {**id2label, num_classes: "no class"}))
     accelerator.wait_for_everyone()
     draw(args, accelerator, pipe, store, class_ids)

@@ -135,6 +135,14 @@ def test_fine_tuning(folder, environment):
 
 
 AFTER_TRAINING = {
+    "checkpoint-200": "checkpoint-4",
+    "autoguided": "autoguided --num_inference_steps 1",
+    "--num_images 500 --num_inference_steps 100": (
+        "--num_images 70 --num_inference_steps 1 --guidance_scales 1 2 --guidance_interval 0 1 --cache_dir features"
+    ),
+    "[3, 7], num_inference_steps=100": "[3, 7], num_inference_steps=1",
+    "--output_dir likelihood": "--output_dir likelihood --num_images 2 --num_steps 2",
+    "--num_images 100 --num_steps 10": "--num_images 2 --num_steps 2",
     "accelerate launch": "python",
     "0.05 0.1\n": "0.05 0.1 --max_train_steps 4 --validation_inference_steps 1\n",
 }
@@ -146,3 +154,8 @@ def test_after_training(folder, environment):
     facts = json.loads((folder / "lsep-digits-0.15" / "post_hoc_ema.json").read_text())
     assert facts["sigma_rel"] == 0.15 and facts["step"] == facts["num_snapshots"] == 4
     assert DiffusionPipeline.from_pretrained(folder / "lsep-digits-0.15").labels["7"] == 7
+    assert json.loads((folder / "autoguided" / "samples.json").read_text())["autoguidance_scale"] == 1.5
+    sweep = json.loads((folder / "figures" / "guidance-sweep.json").read_text())["results"]
+    assert {result["guidance"] for result in sweep} == {"classifier-free", "autoguidance"}
+    assert json.loads((folder / "likelihood" / "likelihood_results.json").read_text())["dimensions"] == 64
+    assert "accuracy" in json.loads((folder / "zero-shot" / "likelihood_results.json").read_text())["classifier"]

@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": ("commands.convert", "turn an original LSEP, REPA or SiT checkpoint into a pipeline"),
     "ema": ("commands.ema", "make an average of the weights of another length after training"),
     "evaluate": ("commands.evaluate", "measure FID, sFID, inception score, precision and recall"),
+    "likelihood": ("commands.likelihood", "measure how likely a model finds images, and classify them so"),
     "probe": ("commands.probe", "fit linear probes to the hidden states of a model"),
     "space": ("commands.space", "make a Space for the Hub, on whose page a model draws"),
 }

@@ -125,7 +125,8 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
         path (`str` or `os.PathLike`):
             The PNG to write, whole or not at all.
         results (`Sequence[dict]`):
-            With `guidance_scale`, `guidance_interval`, `frechet_distance`, `precision` and `recall` each.
+            With `guidance_scale`, `guidance_interval`, `frechet_distance`, `precision` and `recall` each, and
+            `guidance`, which one it is, if there are several.
         title (`str`, defaults to `""`):
             Over the figure.
     """
@@ -134,14 +135,17 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
     figure = Figure(figsize=(8, 3.7))
     figure.suptitle(title)
     distance_axis, recall_axis = figure.subplots(1, 2)
-    intervals = list(dict.fromkeys(tuple(result["guidance_interval"]) for result in results))
-    for (low, high), marker in zip(intervals, MARKERS):
-        line = [result for result in results if tuple(result["guidance_interval"]) == (low, high)]
+    lines: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        lines.setdefault((result.get("guidance"), *result["guidance_interval"]), []).append(result)
+    several = len({kind for kind, _, _ in lines}) > 1
+    for ((kind, low, high), line), marker in zip(lines.items(), MARKERS):
         line.sort(key=lambda result: result["guidance_scale"])
         scales, distances, precisions, recalls = (
             [result[name] for result in line] for name in ("guidance_scale", "frechet_distance", "precision", "recall")
         )
-        distance_axis.plot(scales, distances, label=f"t from {low:g} to {high:g}", marker=marker)
+        label = f"{kind}, " if several else ""
+        distance_axis.plot(scales, distances, label=f"{label}t from {low:g} to {high:g}", marker=marker)
         (drawn,) = recall_axis.plot(recalls, precisions, marker=marker)
         annotate_points(recall_axis, recalls, precisions, scales, drawn.get_color())
     distance_axis.set(xlabel="scale of the guidance (1: none)", ylabel="Fréchet distance (0: like the data)")

@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance away from a class, or from none: by a scale, or by one of diffusers' guiders."""
+"""Guidance away from a class, from none, or from a weaker model: by scales, or by one of diffusers' guiders."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,40 @@ def check_internal_guidance(internal_guidance_scale: float, transformer: Any):
         )
 
 
+def check_guidance_transformer(guidance_transformer: Any, transformer: Any):
+    """Raises a `ValueError` if a weaker model, where there is one, has another task than the transformer."""
+    if guidance_transformer is None or transformer is None:
+        return
+    for name in ("in_channels", "out_channels", "sample_size", "num_classes"):
+        needed, found = (model.config.get(name) for model in (transformer, guidance_transformer))
+        if found != needed:
+            raise ValueError(
+                f"`guidance_transformer` has to have the transformer's `{name}`, {needed}, but has {found}."
+            )
+    is_map, weak_is_map = (m.config.get("flow_map_depth") is not None for m in (transformer, guidance_transformer))
+    if is_map != weak_is_map:
+        kinds = {True: "the mean velocity of a flow map", False: "the velocity"}
+        raise ValueError(
+            f"`guidance_transformer` has to predict {kinds[is_map]}, as the transformer does, but predicts"
+            f" {kinds[weak_is_map]}."
+        )
+
+
+def check_autoguidance(autoguidance_scale: float, guidance_transformer: Any, transformer: Any, guider: Any):
+    """Raises a `ValueError` if there is no weaker model that fits, or if a guider is to guide as well."""
+    check_number("autoguidance_scale", autoguidance_scale)
+    if autoguidance_scale <= 1:
+        return
+    if guidance_transformer is None:
+        raise ValueError(
+            "`autoguidance_scale` has to be 1 for a pipeline without a `guidance_transformer`, but is"
+            f" {autoguidance_scale}."
+        )
+    if guider is not None:
+        raise ValueError(f"`autoguidance_scale` has to be 1 with a `guider`, but is {autoguidance_scale}.")
+    check_guidance_transformer(guidance_transformer, transformer)  # it may have been swapped
+
+
 def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: "BaseGuidance | None"):
     """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
     check_number("guidance_scale", guidance_scale)
@@ -75,12 +109,14 @@ class GuidanceMixin:
 
     config: Any
     transformer: Any
+    guidance_transformer: Any
     _guidance_scale: float
     _guidance_interval: tuple[float, float]
     _guidance_active: bool
     _guider: "BaseGuidance | None"
     _attention_kwargs: dict[str, Any] | None
     _internal_guidance_scale: float
+    _autoguidance_scale: float
 
     @property
     def guidance_scale(self) -> float:
@@ -99,6 +135,19 @@ class GuidanceMixin:
     def attention_kwargs(self) -> dict[str, Any] | None:
         return self._attention_kwargs
 
+    def check_guidance(
+        self,
+        guidance_scale: float,
+        internal_guidance_scale: float,
+        autoguidance_scale: float,
+        guidance_interval: tuple[float, float],
+        guider: "BaseGuidance | None",
+    ):
+        """Raises a `ValueError` if the arguments of a call do not go with each other or with the models."""
+        check_guidance(guidance_scale, guidance_interval, guider)
+        check_internal_guidance(internal_guidance_scale, self.transformer)
+        check_autoguidance(autoguidance_scale, self.guidance_transformer, self.transformer, guider)
+
     def predict_velocity(
         self,
         latents: torch.Tensor,
@@ -110,6 +159,7 @@ class GuidanceMixin:
         step: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
         r: float | None = None,
+        autoguidance_scale: float = 1.0,
     ) -> torch.Tensor:
         """
         Predicts the velocity, with classifier-free guidance (arXiv 2207.12598) if its scale is above 1.
@@ -125,20 +175,38 @@ class GuidanceMixin:
                 `step_index`, `num_inference_steps` and `timestep`, which tell caches where in a loop this is.
             internal_guidance_scale (`float`, defaults to `1.0`): Scale of Internal Guidance; off if not above 1.
             r (`float`, *optional*): The time that a flow map is to go to, whose mean velocity this is then.
+            autoguidance_scale (`float`, defaults to `1.0`):
+                Scale `w` of autoguidance (arXiv 2406.02507): `(w - 1)` times the velocity of the class less that of
+                `guidance_transformer` is added. Off if not above 1.
 
         Returns:
             `torch.Tensor`: float32 `[B, C, S, S]`.
         """
         call = (t, attention_kwargs, step or {}, internal_guidance_scale, r)
+        if autoguidance_scale > 1:
+            weaker = self._call_transformer(latents, class_ids, "cond", t, None, {}, 1.0, r, self.guidance_transformer)
         if guidance_scale <= 1:
-            return self._call_transformer(latents, class_ids, "cond", *call)
+            velocity = guided = self._call_transformer(latents, class_ids, "cond", *call)
+        else:
+            velocity, guided = self._guide_from_class(latents, class_ids, guidance_scale, negative_class_ids, call)
+        return guided + (autoguidance_scale - 1) * (velocity - weaker) if autoguidance_scale > 1 else guided
+
+    def _guide_from_class(
+        self,
+        latents: torch.Tensor,
+        class_ids: torch.Tensor,
+        guidance_scale: float,
+        negative_class_ids: torch.Tensor | None,
+        call: tuple,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The velocity of the class, and the one that classifier-free guidance makes of it."""
         if negative_class_ids is None:
             negative_class_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
         # In the order of diffusers' pipelines, which some caches rely on
         latents, class_ids = torch.cat([latents, latents]), torch.cat([negative_class_ids, class_ids])
         velocity = self._call_transformer(latents, class_ids, "cond_uncond", *call)
         negative_velocity, velocity = velocity.chunk(2)
-        return negative_velocity + guidance_scale * (velocity - negative_velocity)
+        return velocity, negative_velocity + guidance_scale * (velocity - negative_velocity)
 
     def _call_transformer(
         self,
@@ -150,32 +218,36 @@ class GuidanceMixin:
         step: dict[str, Any],
         internal_guidance_scale: float,
         r: float | None,
+        transformer: Any = None,
     ) -> torch.Tensor:
+        transformer = self.transformer if transformer is None else transformer
         time = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
-        latents = latents.to(self.transformer.dtype)
+        latents = latents.to(transformer.dtype)
         arguments: dict[str, Any] = {} if attention_kwargs is None else {"attention_kwargs": attention_kwargs}
         if r is not None:
             arguments["r_timestep"] = torch.full_like(time, r)
-        with self._cache_context(context, t, step):
-            output = self.transformer(latents, timestep=time, class_labels=class_ids, return_dict=False, **arguments)
+        with self._cache_context(transformer, context, t, step):
+            output = transformer(latents, timestep=time, class_labels=class_ids, return_dict=False, **arguments)
         velocity = output[0].float()
         if internal_guidance_scale > 1:
             velocity = velocity + (internal_guidance_scale - 1) * (velocity - output[1].float())
         return velocity
 
-    def _cache_context(self, name: str, t: float, step: dict[str, Any]) -> AbstractContextManager[None]:
+    def _cache_context(
+        self, transformer: Any, name: str, t: float, step: dict[str, Any]
+    ) -> AbstractContextManager[None]:
         """
         Says to a cache which kind of call is made, and where in the loop. A module in the transformer's place, which
         need not be one of diffusers, may have no caches.
         """
-        if not hasattr(self.transformer, "cache_context"):
+        if not hasattr(transformer, "cache_context"):
             return nullcontext()
         if step:
             path = get_interpolant(self.config.path_type)
             alpha, sigma = path.alpha(t), path.sigma(t)
             # The linear path's time with this ratio of noise to data
             step = {**step, "sigma": sigma / (alpha + sigma)}
-        return self.transformer.cache_context(name, **step)
+        return transformer.cache_context(name, **step)
 
     def _set_guidance_active(self, is_active: bool, step_index: int):
         """What caches hold is from an interrupted call, or too old once the guidance goes on or off."""
@@ -198,8 +270,9 @@ class GuidanceMixin:
         negative_class_ids = tensors["negative_class_labels"]
         if self._guider is None:
             self._set_guidance_active(scale > 1, step["step_index"])
+            autoguidance_scale = self._autoguidance_scale if in_interval else 1.0
             options = (negative_class_ids, self._attention_kwargs, step, self._internal_guidance_scale, r)
-            return self.predict_velocity(latents, t, class_ids, scale, *options)
+            return self.predict_velocity(latents, t, class_ids, scale, *options, autoguidance_scale)
 
         # As the modular pipelines of diffusers do it
         guider = self._guider

@@ -26,7 +26,7 @@ from .autoencoders import (
     get_scale_factor,
 )
 from .flow_schedulers import check_scheduler, get_r_times, set_timesteps, takes
-from .guidance import GuidanceMixin, check_guidance, check_internal_guidance, is_in_interval
+from .guidance import GuidanceMixin, check_guidance_transformer, is_in_interval
 from .interpolants import get_interpolant
 from .labels import check_names, find_call_ids, find_class_ids, find_names, unique_names
 from .lora_pipeline import LSEPLoraLoaderMixin
@@ -72,10 +72,13 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             The path that the transformer was trained on, `"linear"` or `"cosine"`. Saved with the pipeline, so that a
             scheduler which is wrong for it is noticed. The scheduler's own if not given, and `"linear"` if it has
             none.
+        guidance_transformer ([`SiTTransformer2DModel`], *optional*):
+            A weaker model of the same task, path included, for autoguidance (arXiv 2406.02507): an earlier average or
+            a smaller model.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->guidance_transformer->vae"
+    _optional_components = ["vae", "guidance_transformer"]
     _callback_tensor_inputs = [
         "latents",
         "class_labels",
@@ -91,6 +94,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         vae: Autoencoder | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         path_type: str | None = None,
+        guidance_transformer: SiTTransformer2DModel | None = None,
     ):
         super().__init__()
         # Any of them may be None, as everywhere in diffusers, and be put there later.
@@ -101,7 +105,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         get_interpolant(path_type)
         if vae is not None:
             check_autoencoder(vae, "vae", transformer.config.in_channels if transformer is not None else None)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        check_guidance_transformer(guidance_transformer, transformer)
+        models = {"transformer": transformer, "guidance_transformer": guidance_transformer, "vae": vae}
+        self.register_modules(scheduler=scheduler, **models)
 
         self.register_to_config(id2label=check_names(id2label), path_type=path_type)
 
@@ -243,6 +249,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         internal_guidance_scale: float = 1.0,
         callback_on_step_end: Callable | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        autoguidance_scale: float = 1.0,
     ):
         if sigmas is None:
             check_count("num_inference_steps", num_inference_steps)
@@ -260,8 +267,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
                 f"`callback_on_step_end_tensor_inputs` has to be a part of {self._callback_tensor_inputs}, but has"
                 f" {unknown}."
             )
-        check_guidance(guidance_scale, guidance_interval, guider)
-        check_internal_guidance(internal_guidance_scale, self.transformer)
+        scales = (guidance_scale, internal_guidance_scale, autoguidance_scale)
+        self.check_guidance(*scales, guidance_interval, guider)
         check_scheduler(self.scheduler, self.config.path_type, sigmas, self.transformer.config.get("flow_map_depth"))
         if output_type != "latent":
             self.check_decodable()
@@ -351,6 +358,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         guider: "BaseGuidance | None" = None,
         attention_kwargs: dict[str, Any] | None = None,
         internal_guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         r"""
         Generates images of classes.
@@ -394,6 +402,10 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             internal_guidance_scale (`float`, defaults to `1.0`):
                 Scale `s` of Internal Guidance (arXiv 2512.24176), `v + (s - 1) (v - v_k)`, where `v_k` is predicted
                 after `internal_guidance_depth` blocks of the transformer: no second evaluation. Off if not above 1.
+            autoguidance_scale (`float`, defaults to `1.0`):
+                Scale `w` of autoguidance (arXiv 2406.02507), `v_weak + w (v_class - v_weak)`, where the pipeline's
+                `guidance_transformer` predicts `v_weak` for the same class, in `guidance_interval`. Beside
+                `guidance_scale` both directions are added. Off if not above 1.
 
         Examples:
 
@@ -426,9 +438,11 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             internal_guidance_scale,
             callback_on_step_end,
             attention_kwargs,
+            autoguidance_scale,
         )
         self._guidance_scale, self._guidance_interval = float(guidance_scale), guidance_interval
         self._internal_guidance_scale = float(internal_guidance_scale)
+        self._autoguidance_scale = float(autoguidance_scale)
         self._guider, self._attention_kwargs = guider, attention_kwargs
         self._interrupt = False
         device = self._execution_device

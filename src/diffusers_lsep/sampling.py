@@ -21,10 +21,12 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerM
 
 from .command_line import number
 from .files import hash_weights
+from .guidance import check_guidance_transformer
 from .pipeline_lsep import LSEPPipeline
 from .scheduling_flow_match_heun_ode import FlowMatchHeunODEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
+from .transformer_sit import SiTTransformer2DModel
 
 
 SAMPLERS = ("sde", "sde2", "ode", "heun", "dpmpp", "unipc")
@@ -93,6 +95,39 @@ def add_guidance_arguments(parser: argparse.ArgumentParser):
         default=[0.0, 1.0],
         help="Times t at which guidance acts: 0 is data, 1 is noise.",
     )
+
+
+def add_autoguidance_argument(parser: argparse.ArgumentParser):
+    """Adds the flag for the weaker model of autoguidance."""
+    parser.add_argument(
+        "--guidance_transformer",
+        metavar="ID_OR_DIR",
+        help="A pipeline with a weaker model of the same data, for autoguidance: an earlier checkpoint"
+        " (RUN/checkpoint-N/pipeline) or a smaller model. It takes the place of one that may have been"
+        " saved with the pipeline.",
+    )
+
+
+def load_guidance_transformer(pipe: LSEPPipeline, pretrained_model_name_or_path: str | os.PathLike):
+    """
+    Gives a pipeline the transformer of another one as its `guidance_transformer`, on its device and in its dtype.
+
+    Raises:
+        `ValueError`: if it cannot be loaded, or is of another path, size, number of classes or prediction.
+    """
+    name, dtype = str(pretrained_model_name_or_path), pipe.transformer.dtype
+    try:
+        path_type = LSEPPipeline.load_config(name).get("path_type", "linear")
+        weaker = SiTTransformer2DModel.from_pretrained(name, subfolder="transformer", dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`guidance_transformer` {name!r} cannot be loaded: {error}") from error
+    if path_type != pipe.config.path_type:
+        raise ValueError(
+            f"`guidance_transformer` has to be of the pipeline's path, {pipe.config.path_type!r}, but {name!r} is of"
+            f" {path_type!r}."
+        )
+    check_guidance_transformer(weaker, pipe.transformer)
+    pipe.register_modules(guidance_transformer=weaker.to(pipe.device))
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
@@ -237,9 +272,14 @@ def draw_batch(
     return images[: len(class_ids) - batch * batch_size]
 
 
-def describe_models(pipe: LSEPPipeline) -> dict[str, Any]:
-    """What decides a pipeline's images, beside the sampler: its path, and its models' configs and hashed weights."""
+def describe_models(pipe: LSEPPipeline, autoguidance: bool = False) -> dict[str, Any]:
+    """
+    What decides a pipeline's images, beside the sampler: its path, and its models' configs and hashed weights; of the
+    weaker model with `autoguidance`.
+    """
     models = {"transformer": pipe.transformer}
+    if autoguidance:
+        models["guidance_transformer"] = pipe.guidance_transformer
     if pipe.vae is not None:
         models["vae"] = pipe.vae
     return {
@@ -293,6 +333,8 @@ class DrawnSamples:
             Images in one batch of the pipeline.
         allow_tf32 (`bool`, *optional*):
             Of [`float32_products`].
+        autoguidance_scale (`float`, defaults to `1.0`):
+            Scale of autoguidance; off if not above 1.
 
     Attributes:
         name, count, size, statistics, content_hash, settings, notes: as those of [`NpzImages`]; the hash is that of
@@ -314,6 +356,7 @@ class DrawnSamples:
         seed: int = 0,
         batch_size: int = 32,
         allow_tf32: bool | None = None,
+        autoguidance_scale: float = 1.0,
     ):
         from . import __version__
 
@@ -344,16 +387,18 @@ class DrawnSamples:
             **describe_scheduler(pipe.scheduler),
             "diffusers_lsep_version": __version__,
         }
+        if autoguidance_scale > 1:
+            self.settings["autoguidance_scale"] = autoguidance_scale
         self._pipe = pipe
         self._class_ids = choose_class_ids(num_images, config.num_classes, label_sampling, seed)
-        decides = {**self.settings, "num_images": num_images, **describe_models(pipe)}
+        decides = {**self.settings, "num_images": num_images, **describe_models(pipe, autoguidance_scale > 1)}
         self.content_hash = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         """Images `start` to `stop` as uint8 `[B, H, W, 3]`."""
         drawn = self.settings["batch_size"]
         names = ("num_inference_steps", "guidance_scale", "guidance_interval")
-        arguments = {name: self.settings[name] for name in names}
+        arguments = {name: self.settings[name] for name in (*names, "autoguidance_scale") if name in self.settings}
         rest = np.empty((0, *self.size, 3), np.uint8)
         for batch in range(start // drawn, math.ceil(stop / drawn)):
             with float32_products(self.settings["allow_tf32"]):

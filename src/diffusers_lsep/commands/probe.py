@@ -14,13 +14,12 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..autoencoders import get_image_channels
 from ..command_line import check_writable, number
 from ..data.archives import list_some
-from ..data.images import ImageSource, load_image_dataset, open_images, read_labels
-from ..data.moments import METADATA_FILE, MomentsDataset, OriginalMomentsDataset
+from ..data.images import ImageSource, open_images, read_labels
 from ..data.sources import SampleSource, cut_off, hash_labels
 from ..evaluation.features import process_state
+from ..evaluation.labelled_data import VALIDATION_SPLITS, holds_latents, image_size, load_splits, open_latents
 from ..evaluation.linear_probing import DEFAULT_TIMESTEPS, MAE_EPOCHS, METHODS, draw_heat_map, probe_layers
 from ..figures import require_matplotlib
 from ..files import write_text
@@ -32,7 +31,6 @@ from ..training.checkpoints import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 VALIDATION_FRACTION = 0.1
 RESULTS_FILE = "probe_results.json"
 HEAT_MAP_FILE = "probe_heatmap.png"
@@ -192,21 +190,21 @@ def _open_data(
     own_split = split if args.validation_data is None else None
     source: SampleSource
     held_out: SampleSource | None = None
-    if _holds_latents(args.data):
+    if holds_latents(args.data):
         if own_split is not None:
             raise ValueError(
                 f"`--validation_split` of latents has to be a fraction such as 0.1, but is {split!r}; other latents"
                 " can be given as `--validation_data`."
             )
-        source, names = _open_latents("--data", args.data, args.pipeline, pipe)
+        source, names = open_latents("--data", args.data, args.pipeline, pipe)
     else:
-        splits = _load_splits(args.data)
+        splits = load_splits(args.data)
         if args.validation_split is None and args.validation_data is None:
             own_split = next((name for name in VALIDATION_SPLITS if name in splits), None)
         if own_split == "train":
             raise ValueError("`--validation_split` has to be another split than 'train', which is fitted to.")
         columns = (args.image_column, args.label_column)
-        source, held_out, names = open_images(splits, *_image_size(pipe), *columns, validation_split=own_split)
+        source, held_out, names = open_images(splits, *image_size(pipe), *columns, validation_split=own_split)
 
     if args.validation_data is not None:
         held_out = _open_validation_data(args, pipe, names)
@@ -232,49 +230,18 @@ def _parse_split(value: str | None) -> tuple[float | None, str | None]:
     return fraction, None
 
 
-def _holds_latents(data: str) -> bool:
-    return any((Path(data) / name).is_file() for name in (METADATA_FILE, "dataset.json"))
-
-
-def _open_latents(
-    flag: str, data: str, pipeline: str, pipe: LSEPPipeline
-) -> tuple[MomentsDataset | OriginalMomentsDataset, list[str]]:
-    """Latents that the pipeline understands, and the names of their classes."""
-    if pipe.vae is None:
-        raise ValueError(f"`{flag}` {data!r} holds latents, but `PIPELINE` {pipeline!r} has no VAE.")
-    source = OriginalMomentsDataset(data) if (Path(data) / "dataset.json").is_file() else MomentsDataset(data)
-    config = pipe.transformer.config
-    expected = (2 * config.in_channels, config.sample_size, config.sample_size)
-    if source.moments_shape != expected:
-        raise ValueError(f"`{flag}` {data!r} holds moments {source.moments_shape}, `PIPELINE` needs {expected}.")
-    if isinstance(source, MomentsDataset):
-        source.check_vae(pipe.vae, f"that of `PIPELINE` {pipeline!r}")
-    return source, [source.id2label[index] for index in range(len(source.id2label))]
-
-
-def _load_splits(data: str):
-    return load_image_dataset(train_data_dir=data) if Path(data).is_dir() else load_image_dataset(data)
-
-
-def _image_size(pipe: LSEPPipeline) -> tuple[int, int]:
-    """Side and channels of the images that the pipeline makes."""
-    config = pipe.transformer.config
-    channels = config.in_channels if pipe.vae is None else get_image_channels(pipe.vae)
-    return config.sample_size * pipe.vae_scale_factor, channels
-
-
 def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: list[str]) -> SampleSource:
     """What to measure on, with the numbers that its classes have in the data that is fitted to."""
     data, split = args.validation_data, args.validation_split
     source: SampleSource
     if os.path.exists(data) and os.path.exists(args.data) and os.path.samefile(data, args.data):
         raise ValueError(f"`--validation_data` has to be other data than `--data`, but both are {data!r}.")
-    if _holds_latents(data):
+    if holds_latents(data):
         if split is not None:
             raise ValueError(f"`--validation_split` is {split!r}, but `--validation_data` {data!r} has no splits.")
-        source, own_names = _open_latents("--validation_data", data, args.pipeline, pipe)
+        source, own_names = open_latents("--validation_data", data, args.pipeline, pipe)
     else:
-        splits = _load_splits(data)
+        splits = load_splits(data)
         candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
         name = next((name for name in candidates if name in splits), None)
         if name is None:
@@ -283,7 +250,7 @@ def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: l
                 f" {split!r}."
             )
         labels, own_names = read_labels(splits[name], args.label_column)
-        source = ImageSource(splits[name], labels, *_image_size(pipe), args.image_column)
+        source = ImageSource(splits[name], labels, *image_size(pipe), args.image_column)
 
     if own_names != names:
         index_of = dict(zip(names, range(len(names))))

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     TRAINING_FEATURES = 100
     HELD_OUT_FEATURES = 101
     HALVES = 102
+    LIKELIHOOD = 200
 
 
 def keyed_generator(seed: int, index: int, purpose: Purpose) -> np.random.Generator:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What guidance does to a model's images: distance, precision and recall at several scales and intervals."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +69,7 @@ def sweep_guidance(
     guidance_scales: Sequence[float],
     guidance_intervals: Sequence[Sequence[float]],
     cache_dir: str | os.PathLike | None = None,
+    autoguidance: bool = False,
     **sampling,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """
@@ -87,14 +89,17 @@ def sweep_guidance(
             Pairs of times between which it acts.
         cache_dir (`str` or `os.PathLike`, *optional*):
             As for [`extract_features`].
+        autoguidance (`bool`, defaults to `False`):
+            Whether to measure the same scales and intervals of autoguidance too, with the pipeline's
+            `guidance_transformer`.
         sampling:
             For [`DrawnSamples`]: `num_images`, and `num_inference_steps`, `label_sampling`, `seed` and `batch_size` if
             they are not its own.
 
     Returns:
-        `tuple[list[dict], dict]`: for every interval and scale `guidance_scale`, `guidance_interval`,
-        `frechet_distance`, `precision` and `recall`; and what they were measured on, with `notes` of what makes the
-        values hard to compare. The list is empty on all processes but the main one.
+        `tuple[list[dict], dict]`: for every interval and scale `guidance` (which), `guidance_scale`,
+        `guidance_interval`, `frechet_distance`, `precision` and `recall`; and what they were measured on, with `notes`
+        of what makes the values hard to compare. The list is empty on all processes but the main one.
 
     Raises:
         `ValueError`: before any image is drawn, if the reference has too few images or is of another size.
@@ -103,19 +108,21 @@ def sweep_guidance(
     (feature,) = set(SWEEP_FEATURES.values()) & set(extractor.widths)
     reference_features = extract_features(reference, extractor, cache_dir)[feature]
     is_main, results = process_state().is_main_process, []
-    for low, high in guidance_intervals:
+    kinds = ["classifier-free", "autoguidance"] if autoguidance else ["classifier-free"]
+    for kind, (low, high) in itertools.product(kinds, guidance_intervals):
         for scale in guidance_scales:
             samples = DrawnSamples(
                 pipe,
-                f"guidance {scale:g} on [{low:g}, {high:g}]",
-                guidance_scale=scale,
+                f"{kind if autoguidance else 'guidance'} {scale:g} on [{low:g}, {high:g}]",
+                guidance_scale=scale if kind == "classifier-free" else 1.0,
+                autoguidance_scale=scale if kind == "autoguidance" else 1.0,
                 guidance_interval=(low, high) if scale > 1 else (0.0, 1.0),  # the same images, whatever the interval
                 **sampling,
             )
             features = extract_features(samples, extractor, cache_dir)[feature]
             if is_main:
                 values = measure(features, reference_features, reference.statistics.get(feature))
-                results.append({"guidance_scale": scale, "guidance_interval": [low, high], **values})
+                results.append({"guidance": kind, "guidance_scale": scale, "guidance_interval": [low, high], **values})
                 described = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
                 print(f"{samples.name}: {described}")
 
@@ -128,7 +135,7 @@ def sweep_guidance(
                 f"`{name}`: {images.count:,} images for {extractor.widths[feature]:,} features: the covariance is"
                 " singular and the distance far too large"
             )
-    varied = ("guidance_scale", "guidance_interval")
+    varied = ("guidance_scale", "guidance_interval", "autoguidance_scale")
     return results, {
         **{name: value for name, value in samples.settings.items() if name not in varied},
         "num_images": samples.count,

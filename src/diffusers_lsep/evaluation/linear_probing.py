@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..autoencoders import encode_moments, get_normalization
 from ..data.draws import Purpose, keyed_generator
-from ..data.moments import sample_posterior
 from ..data.sources import SampleSource
 from ..figures import add_accuracy_scale, draw_accuracies, figure_style, save_figure
 from ..files import make_temporary_array
@@ -25,6 +23,7 @@ from ..interpolants import get_interpolant
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
 from ..sampling import float32_products
+from .labelled_data import load_latents
 
 
 logger = logging.getLogger(__name__)
@@ -188,23 +187,17 @@ class HiddenStates:
         self.pipe, self.layers, self.folder = pipe, list(layers), Path(folder)
         self.batch_size, self.seed, self.allow_tf32 = batch_size, seed, allow_tf32
 
-    @torch.no_grad()
     def encode(self, name: str, source: SampleSource) -> np.ndarray:
         """
         Latents `[N, C, S, S]` of a source, `"training"` or `"held-out"`: the means of the VAE's posterior, or pixels
         without a VAE.
         """
-        pipe, config = self.pipe, self.pipe.transformer.config
+        config = self.pipe.transformer.config
         shape = (len(source.labels), config.in_channels, config.sample_size, config.sample_size)
         latents = make_temporary_array(self.folder, np.float32, shape)
         for start, rows in self._batches(len(latents), f"{name} images"):
-            batch = source.load(rows, np.zeros(len(rows), dtype=bool)).to(pipe.device)
-            if source.kind == "images" and pipe.vae is not None:
-                with float32_products(self.allow_tf32):
-                    batch = encode_moments(pipe.vae, batch)
-            if pipe.vae is not None:
-                batch = sample_posterior(batch, torch.zeros((), device=pipe.device), **get_normalization(pipe.vae))
-            latents[start : start + len(rows)] = batch.cpu().numpy()
+            with float32_products(self.allow_tf32):
+                latents[start : start + len(rows)] = load_latents(self.pipe, source, rows).cpu().numpy()
         return latents
 
     @torch.no_grad()

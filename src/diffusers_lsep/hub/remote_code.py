@@ -62,6 +62,10 @@ def add_code(folder: str | os.PathLike):
             index[component] = [module, class_name]
         else:
             path.unlink(missing_ok=True)
+    if index.get("guidance_transformer", [None])[0] is not None:
+        _, module = REMOTE_COMPONENTS["SiTTransformer2DModel"]
+        write_text(folder / "guidance_transformer" / f"{module}.py", _standalone_source(module))
+        index["guidance_transformer"] = index["transformer"]
     # For `AutoModel`. It reads the index if there is one, else (`from_pretrained(folder / "transformer")`) the config.
     index["auto_map"] = {"AutoModel": ".".join(index["transformer"])}
     config = pipeline.transformer | {"auto_map": index["auto_map"]}
