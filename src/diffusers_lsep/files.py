@@ -5,6 +5,7 @@
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -49,6 +50,14 @@ def whole_file(path: str | os.PathLike, suffix: str = ".partial", durable: bool 
             _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON document says. Raises a `ValueError` if it is none, or one that is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the document is nested too deeply") from None
 
 
 def write_text(path: str | os.PathLike, text: str, suffix: str = ".partial"):

@@ -51,11 +51,11 @@ def check_names(id2label: Any, argument: str = "id2label") -> dict[int, str] | N
     return names
 
 
-def check_largest_id(largest_id: int):
+def check_largest_id(largest_id: int, what: str = "the labels"):
     """Raises a `ValueError` if classes that only have numbers, from 0 to this one, are more than 100,000."""
     if largest_id >= MAX_CLASSES:
         raise ValueError(
-            f"the labels have to number the classes from 0 on, and below {MAX_CLASSES:,}, but one is {largest_id}."
+            f"{what} have to number the classes from 0 on, and below {MAX_CLASSES:,}, but one is {largest_id}."
         )
 
 

@@ -15,6 +15,7 @@ from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.modeling_utils import load_state_dict
 from huggingface_hub import constants, hf_hub_download
 
+from .argument_checks import describe
 from .conversion import convert_original_checkpoint, imagenet_id2label
 from .pipeline_lsep import LSEPPipeline
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -168,14 +169,16 @@ def _read_config(
 ) -> dict[str, Any]:
     """The model's arguments in a folder or repository: of a model, or of a pipeline's transformer."""
     if not isinstance(config, (str, os.PathLike)):
-        raise ValueError(f"`config` has to be a folder or a repository on the Hub, but is {config!r}.")
+        raise ValueError(f"`config` has to be a folder or a repository on the Hub, but is {describe(config)}.")
     options = {**hub_options, "revision": config_revision}
     for folder in (subfolder,) if subfolder else (None, "transformer"):
         try:
             read = model_class.load_config(config, subfolder=folder, **options)
-        except OSError as error:
-            reason = error
+        except (OSError, RecursionError) as error:
+            reason: Exception = error
             continue
+        if not isinstance(read, dict):
+            raise ValueError(f"`config` {str(config)!r} has to be a JSON object, but is {describe(read)}.")
         if read.get("_class_name") != SiTTransformer2DModel.__name__:
             raise ValueError(
                 f"`config` {str(config)!r} has to be of a SiTTransformer2DModel, but is of a"
@@ -194,9 +197,10 @@ def _read_path_type(
     if subfolder != "transformer":
         return None
     try:
-        return LSEPPipeline.load_config(config, **{**hub_options, "revision": config_revision}).get("path_type")
-    except OSError:
+        index = LSEPPipeline.load_config(config, **{**hub_options, "revision": config_revision})
+    except (OSError, RecursionError):
         return None
+    return index.get("path_type") if isinstance(index, dict) else None
 
 
 def _check_weights(state_dict: dict[str, Any], model: SiTTransformer2DModel, quantization_config: Any):

@@ -74,7 +74,7 @@ def time_limit() -> Iterator[None]:
     # Of computing, as the machine may have other work; and again and again, as some callbacks swallow what is raised.
     signal.setitimer(signal.ITIMER_PROF, SECONDS, 1)
     # Where no line of Python's is reached any more, or something is waited for: the process ends, and says where.
-    faulthandler.dump_traceback_later(30 * SECONDS, exit=True)
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
     try:
         yield
     finally:

@@ -61,6 +61,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
+    diffusers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled images in folders and archives, as ImageNet and EDM2/REPA data sets lie on disk; nothing is unpacked."""
 
-import json
 import os
 import re
 import struct
@@ -16,11 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from ..files import parse_json
 from ..labels import UNLABELED, check_largest_id, number_names
 from .fingerprint import Fingerprint, fingerprint_files, read_piece
 
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# In which a damaged .zip may end.
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError),
+    *(UnicodeDecodeError, OverflowError),
+)
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
@@ -49,7 +54,10 @@ class ImageFiles:
         with open(self.archives[archive], "rb") as file:
             file.seek(offset)
             data = file.read(size)
-        return zlib.decompress(data, -15) if deflated else data
+        try:
+            return zlib.decompress(data, -15) if deflated else data
+        except zlib.error as error:
+            raise ValueError(f"`train_data_dir`: {self.names[row]} is damaged ({error}).") from None
 
     def fingerprint(self) -> Fingerprint:
         """Of the files of the images, as they are stored."""
@@ -111,6 +119,13 @@ def _open_folder(root: Path, labelled: bool) -> ImageFiles:
 
 
 def _open_zip(path: Path, labelled: bool) -> ImageFiles:
+    try:
+        return _index_zip(path, labelled)
+    except ZIP_ERRORS as error:
+        raise ValueError(f"`train_data_dir` has to be a whole .zip, but {path} is damaged ({error}).") from None
+
+
+def _index_zip(path: Path, labelled: bool) -> ImageFiles:
     places = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
@@ -121,7 +136,11 @@ def _open_zip(path: Path, labelled: bool) -> ImageFiles:
                     )
                 # The local header ends with a name and an extra field whose lengths only the header itself tells.
                 file.seek(info.header_offset + 26)
-                offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                lengths = struct.unpack("<HH", file.read(4))
+                offset = info.header_offset + 30 + sum(lengths)
+                name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+                if file.read(lengths[0]) != name or info.flag_bits & 1:
+                    raise zipfile.BadZipFile(f"{info.filename} is encrypted, or not where the index says")
                 places[info.filename] = (0, offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
         names = sorted(places)
         if not labelled:
@@ -167,7 +186,7 @@ def _members_of_tar(file, path: Path, start: int = 0) -> list[tuple[str, int, in
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in archive if m.isreg()]
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(
             f"`train_data_dir` has to be an uncompressed .tar, but {path} is not ({error}). Unpack it first."
         ) from error
@@ -208,15 +227,27 @@ def _classes_of_folders(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
 
 
 def walk_files(folder: str | os.PathLike) -> Iterable[str]:
-    """Paths of all files below `folder`, relative to it, with forward slashes; links to folders are followed."""
+    """
+    Paths of all files below `folder`, relative to it, with forward slashes; links to folders are followed. What is no
+    file, such as a pipe, from which one would read for ever, is left out.
 
-    def refuse(error: OSError) -> None:  # by default, a folder that cannot be read is passed over in silence
-        raise error
+    Raises:
+        `ValueError`: if a link leads back to a folder that it lies in.
+    """
 
-    for root, _, files in os.walk(os.fspath(folder), onerror=refuse, followlinks=True):
-        prefix = os.path.relpath(root, folder).replace(os.sep, "/")
-        for name in files:
-            yield name if prefix == "." else f"{prefix}/{name}"
+    def walk(path: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterable[str]:
+        info = os.stat(path)
+        place = (info.st_dev, info.st_ino)
+        if place in above:
+            raise ValueError(f"`train_data_dir` has to hold no link to a folder that it lies in, but holds {path}.")
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    yield from walk(entry.path, f"{prefix}{entry.name}/", above | {place})
+                elif entry.is_file():
+                    yield prefix + entry.name
+
+    return walk(os.fspath(folder), "", frozenset())
 
 
 def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
@@ -239,7 +270,7 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
         `ValueError`: if the document has no labels or the two sides do not pair one to one.
     """
     try:
-        entries = json.loads(dataset_json)["labels"]
+        entries = parse_json(dataset_json)["labels"]
         listed: list[Any] = [str(name).replace("\\", "/") for name, _ in entries]
         labels = [label for _, label in entries]
     except (ValueError, KeyError, TypeError):
@@ -266,7 +297,8 @@ def pair_labels(dataset_json: bytes | str, names: Sequence[str]) -> np.ndarray:
     if len(label_of) > len(keys):
         without_file = [str(key) for key in label_of.keys() - set(keys)]
         raise ValueError(f"dataset.json has labels for files that are not there: {list_some(sorted(without_file))}.")
-    check_largest_id(max(label_of.values(), default=-1))  # JSON's numbers may be larger than the array's
+    # JSON's numbers may be larger than the array's.
+    check_largest_id(max(label_of.values(), default=-1), "the labels in dataset.json")
     return np.array([label_of[key] for key in keys], np.int64)
 
 
@@ -274,7 +306,9 @@ def number_in(name: str) -> int:
     """The last number in a file's name, by which images and moments are paired; folders do not count."""
     digits = re.findall(r"\d+", name.rsplit("/", 1)[-1])
     if not digits:
-        raise ValueError(f"{name} has no number to pair it by: files and labels pair by name, or else by number.")
+        raise ValueError(
+            f"{name} has no number to pair it by: files pair with dataset.json by name, or else by number."
+        )
     return int(digits[-1])
 
 

@@ -304,7 +304,7 @@ class OriginalMomentsDataset:
             raise ValueError(
                 f"`folder` has to hold moments [2 * C, h, w], but {names[0]} has {first.dtype} {first.shape}."
             )
-        self._check_deviations(first, names[0])
+        self._check_values(first, names[0])
         self.moments_shape = first.shape
         self.dtype = first.dtype
 
@@ -312,11 +312,13 @@ class OriginalMomentsDataset:
     def _read(path: Path) -> np.ndarray:
         try:
             return np.load(path, allow_pickle=False)
-        except (EOFError, OSError, ValueError):  # numpy's advice is to unpickle it
+        except Exception:  # numpy evaluates headers as Python; and its advice is to unpickle what is no array
             raise ValueError(f"`folder` has to hold .npy files of numbers, but {path} cannot be read.") from None
 
     @staticmethod
-    def _check_deviations(moments: np.ndarray, name: str):
+    def _check_values(moments: np.ndarray, name: str):
+        if not np.isfinite(moments).all():
+            raise ValueError(f"`folder` has to hold finite numbers, but {name} has others.")
         if not moments[len(moments) // 2 :].min() >= 0:
             raise ValueError(
                 f"`folder` has to hold the mean and the standard deviation, but the second half of {name} has"
@@ -340,7 +342,7 @@ class OriginalMomentsDataset:
             values = self._read(path)
             if values.shape != self.moments_shape:
                 raise ValueError(f"{path} has shape {values.shape}, the first file has {self.moments_shape}.")
-            self._check_deviations(values, str(path))
+            self._check_values(values, str(path))
             target[...] = values
         return torch.from_numpy(moments)
 

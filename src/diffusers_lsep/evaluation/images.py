@@ -9,18 +9,18 @@ import collections
 import concurrent.futures
 import hashlib
 import io
-import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from ..data.archives import ZIP_ERRORS
 from ..data.images import center_crop, convert_mode, load_image_dataset
+from ..files import parse_json
 from .inception import InceptionFeatures
 
 
@@ -70,7 +70,7 @@ class NpzImages:
                     raise self._error(f"has to hold the array `arr_0` of images, but has {arrays}")
             with open(path, "rb") as file:
                 self.content_hash = hashlib.file_digest(file, "sha256").hexdigest()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except (*ZIP_ERRORS, OSError) as error:
             raise self._error(f"cannot be read: {error}") from error
 
     def _error(self, problem: str) -> ValueError:
@@ -81,7 +81,7 @@ class NpzImages:
         if not path.is_file():
             return {}
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = parse_json(path.read_bytes())
         except ValueError as error:
             raise self._error(f"has settings in {path} that cannot be read: {error}") from error
         if not isinstance(settings, dict):  # of something else
@@ -104,30 +104,35 @@ class NpzImages:
             for name, shape in zip(names, ((width,), (width, width)), strict=True):
                 if name not in arrays:
                     raise self._error(f"has only one of the statistics {' and '.join(names)}")
+                # Before anything is read: a header may declare more than memory holds.
+                with archive.open(f"{name}.npy") as member:
+                    found, _, dtype = self._read_header(member, name)
+                if found != shape or not np.issubdtype(dtype, np.floating):
+                    raise self._error(f"has statistics {name} of {dtype} {found}, not floats {shape}")
                 try:
                     with archive.open(f"{name}.npy") as member:
                         array = np.lib.format.read_array(member, allow_pickle=False)
                 except ValueError as error:
                     raise self._error(f"has statistics {name} that cannot be read: {error}") from error
-                if array.shape != shape or not np.issubdtype(array.dtype, np.floating):
-                    raise self._error(f"has statistics {name} of {array.dtype} {array.shape}, not floats {shape}")
                 if not np.isfinite(array).all():
                     raise self._error(f"has statistics {name} with NaN or infinity")
                 pair.append(array.astype(np.float64))
             statistics[feature] = tuple(pair)
         return statistics
 
+    def _read_header(self, member: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Shape, order and type of an array, as its file declares them."""
+        versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        try:
+            return versions[np.lib.format.read_magic(member)](member)
+        except (*ZIP_ERRORS, OSError):
+            raise
+        except Exception as error:  # numpy evaluates the header as Python, which can fail in many ways
+            raise self._error(f"has an `{name}` that cannot be read: {error}") from error
+
     def _inspect_images(self, archive: zipfile.ZipFile):
         with archive.open("arr_0.npy") as member:
-            try:
-                version = np.lib.format.read_magic(member)
-                read_header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, fortran_order, dtype = read_header(member)
-            except (ValueError, KeyError) as error:
-                raise self._error(f"has an `arr_0` that cannot be read: {error}") from error
+            shape, fortran_order, dtype = self._read_header(member, "arr_0")
             self._data_offset = member.tell()
         if dtype != np.uint8:
             raise self._error(
@@ -158,7 +163,7 @@ class NpzImages:
                 pixels = np.empty((min(batch_size, stop - first), *self._shape[1:]), dtype=np.uint8)
                 try:
                     count = member.readinto(pixels.reshape(-1))  # type: ignore[attr-defined]  # which `ZipExtFile` has
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                except ZIP_ERRORS as error:
                     raise self._error(f"is damaged: {error}") from error
                 if count != pixels.size:
                     raise self._error("is damaged: it ends before its images do")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
@@ -59,6 +60,14 @@ METRIC_NAMES = {
     "kid_std": "KID, standard deviation over its subsets",
     "fd_dinov2": "FD-DINOv2",
 }
+
+
+def load_card(path: str | Path, **options) -> Any:
+    """A [`ModelCard`]. Raises a `ValueError` if its metadata cannot be read."""
+    try:
+        return ModelCard.load(path, **options)
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"`folder` has to hold a card with metadata in YAML, but {path}: {error}") from None
 
 
 def _section_pattern(name: str = r"\w+") -> re.Pattern:
@@ -200,7 +209,7 @@ def write_model_card(
     )
     path = folder / CARD_NAME
     if path.exists():
-        card = merge_model_cards(_forget(ModelCard.load(path), _sections(card)), card)
+        card = merge_model_cards(_forget(load_card(path), _sections(card)), card)
     return _save(path, card)
 
 
@@ -276,7 +285,7 @@ def update_evaluation(folder: str | os.PathLike) -> Path:
     pipeline, path = SavedPipeline(folder), folder / CARD_NAME
     if not (folder / EVAL_RESULTS_NAME).is_file():
         raise ValueError(f"`folder` has to hold {EVAL_RESULTS_NAME}, but there is none in {folder}.")
-    old = ModelCard.load(path) if path.is_file() else None
+    old = load_card(path) if path.is_file() else None
     if old is None or is_about_other_weights(old, pipeline.hashes):
         return write_model_card(folder)
     results, data = without_folders(pipeline.read_evaluation()), ModelCardData()

@@ -21,6 +21,7 @@ from .model_card import (
     LORA_WEIGHTS_NAME,
     declare_license,
     is_about_other_weights,
+    load_card,
     merge_model_cards,
     point_usage_at,
     write_model_card,
@@ -82,12 +83,12 @@ def push_folder(
     folder = Path(folder)
     pipeline = SavedPipeline(folder)
     has_card = (folder / CARD_NAME).is_file()
-    if has_card and is_about_other_weights(ModelCard.load(folder / CARD_NAME), pipeline.hashes):
+    if has_card and is_about_other_weights(load_card(folder / CARD_NAME), pipeline.hashes):
         logger.warning(f"{folder / CARD_NAME} is about other weights than those beside it: it is written anew.")
         has_card = False
     if not has_card:
         write_model_card(folder, repo_id=repo_id, license=license)
-    card = ModelCard.load(folder / CARD_NAME)
+    card = load_card(folder / CARD_NAME)
     files = _files_to_push(pipeline, card)
     logger.warning(f"Uploading to {repo_id}: {', '.join([CARD_NAME, *files])}")
     arguments = (token, private, revision, commit_message or "Upload LSEPPipeline", create_pr)
@@ -117,7 +118,7 @@ def push_lora(folder: str | os.PathLike, repo_id: str, license: str | None, toke
     for name in (LORA_WEIGHTS_NAME, CARD_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"`folder` has to hold LoRA layers and their card, but there is no {name} in {folder}.")
-    card, hashes = ModelCard.load(folder / CARD_NAME), {"lora": hash_saved_weights([folder / LORA_WEIGHTS_NAME])}
+    card, hashes = load_card(folder / CARD_NAME), {"lora": hash_saved_weights([folder / LORA_WEIGHTS_NAME])}
     arguments = (token, None, None, "Upload LoRA layers", False)
     return _commit(folder, [LORA_WEIGHTS_NAME], card, hashes, repo_id, license, *arguments)
 
@@ -235,4 +236,4 @@ def _card_on_hub(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | 
         path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
     except RemoteEntryNotFoundError:
         return None
-    return ModelCard.load(path, ignore_metadata_errors=True)
+    return load_card(path, ignore_metadata_errors=True)

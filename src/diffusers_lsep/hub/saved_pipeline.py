@@ -17,10 +17,12 @@ import torch
 from diffusers.utils import logging
 from safetensors import safe_open
 
+from ..argument_checks import describe
 from ..autoencoders import describe_normalization, get_latent_channels, get_scale_factor
-from ..files import hash_saved_weights
-from ..labels import UNLABELED
+from ..files import hash_saved_weights, parse_json
+from ..labels import UNLABELED, check_names
 from ..presets import SIT_PRESETS
+from ..transformer_sit import SiTTransformer2DModel
 
 
 logger = logging.get_logger(__name__)
@@ -51,18 +53,44 @@ class SavedPipeline:
         self.folder = folder
         self.index = self._read("model_index.json")
         class_name: Any = self.index.get("_class_name")
-        self.has_code = isinstance(class_name, list)
+        self.has_code = isinstance(class_name, list) and len(class_name) == 2
         if (class_name[1] if self.has_code else class_name) != "LSEPPipeline":
-            raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but {folder} holds a {class_name}.")
+            raise ValueError(
+                f"`folder` has to hold a saved LSEPPipeline, but {folder} holds a {str(class_name)[:100]}."
+            )
         self.transformer = self._read("transformer/config.json")
         self.scheduler = self._read("scheduler/scheduler_config.json")
-        self.vae = self._read("vae/config.json") if self.index.get("vae", [None])[0] is not None else None
+        vae = self.index.get("vae")
+        self.vae = self._read("vae/config.json") if isinstance(vae, list) and vae[:1] not in ([], [None]) else None
+        self._check()
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         if not path.is_file():
             raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but there is no {name} in {self.folder}.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = parse_json(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but {path} is no JSON: {error}.") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but {path} is no JSON object.")
+        return content
+
+    def _check(self):
+        """The index has to name the components, and the transformer's config has to be that of one."""
+        for name in ("transformer", "scheduler"):
+            value = self.index.get(name)
+            if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value)):
+                raise ValueError(
+                    f"`folder` has to hold a saved LSEPPipeline, but `{name}` in the model_index.json of {self.folder}"
+                    f" is {describe(value)}, not a library and a class."
+                )
+        try:
+            check_names(self.index.get("id2label"))
+            with torch.device("meta"):
+                SiTTransformer2DModel.from_config(self.transformer)
+        except ValueError as error:
+            raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but in {self.folder} {error}") from None
 
     def component_files(self, extra: Sequence[str] = ()) -> list[str]:
         """

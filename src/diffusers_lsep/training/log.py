@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from ..figures import figure_style, save_figure
-from ..files import write_text
+from ..files import parse_json, write_text
 from ..objective import LSEPObjectiveOutput
 from ..regularizers import REGULARIZERS, regularizer_key
 
@@ -157,12 +157,12 @@ def is_validation(line: dict[str, Any]) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without those that a killed run or a full disk left unfinished."""
+    """The lines of a `metrics.jsonl`, without what a killed run or a full disk left between them."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+            lines.append(parse_json(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 @figure_style()
