@@ -6,6 +6,7 @@ returned is Python's own, which alone a config can be saved with.
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -76,15 +77,17 @@ def check_interval(name: str, value: Any) -> tuple[float, float]:
     """Raises a `ValueError` if the argument `name` is no pair of times."""
     # Of what can be looked at again: a generator cannot.
     is_sequence = isinstance(value, (Sequence, torch.Tensor, np.ndarray)) and getattr(value, "ndim", 1) == 1
-    numbers = [_to_float(x) for x in value] if is_sequence else []
-    if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1] <= 1:
+    times = [_to_float(x) for x in value] if is_sequence else []
+    if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
         raise ValueError(f"`{name}` has to be (low, high) with 0 <= low <= high <= 1, but is {describe(value)}.")
-    return numbers[0], numbers[1]
+    return times[0], times[1]
 
 
 def check_count(name: str, value: Any, low: int = 1, high: float = MAX_COUNT) -> int:
     """Raises a `ValueError` if the argument `name` is no integer, of whatever library, or not in `low..high`."""
     try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
         count = operator.index(value)
     except (TypeError, RuntimeError):
         raise ValueError(f"`{name}` has to be an integer, but is {describe(value)}.") from None
@@ -165,10 +168,13 @@ def check_generator(name: str, value: Any, num_samples: int):
 
 def make_plain(component: ConfigMixin):
     """Puts Python's own numbers into a config in place of numpy's and torch's, with which it could not be saved."""
-    numbers = {
-        k: v.item() for k, v in component.config.items() if isinstance(v, (np.generic, np.ndarray, torch.Tensor))
-    }
-    component.register_to_config(**numbers)
+    plain = {}
+    for name, value in component.config.items():
+        if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+            plain[name] = value.item()
+        elif isinstance(value, numbers.Number) and not isinstance(value, (int, float)):
+            plain[name] = _to_float(value)
+    component.register_to_config(**plain)
 
 
 def check_flag(name: str, value: Any):

@@ -338,10 +338,10 @@ class LSEPObjective(nn.Module):
             draws = {"noise": noise, "timesteps": timesteps, "crop_window": crop_window}
             draws |= {"class_dropout_mask": class_dropout_mask, "probe_dropout_mask": probe_dropout_mask}
             check_batch(self, latents, class_labels, draws, {"separate_rows": separate_rows, "probe_rows": probe_rows})
-            check_factor("probe_weight_scale", probe_weight_scale)
+            probe_weight_scale = check_factor("probe_weight_scale", probe_weight_scale)
             check_type("generator", generator, torch.Generator, "a `torch.Generator`")
             check_type("targets", targets, dict, "a dict of tensors by the regularizers' names")
-            check_regularizer_weights(self.regularizers, regularizer_weights)
+            regularizer_weights = check_regularizer_weights(self.regularizers, regularizer_weights)
         batch_size, device = latents.shape[0], latents.device
         targets = {} if targets is None else targets
         needed = [name for name, regularizer in self.regularizers.items() if "target" in regularizer.reads]

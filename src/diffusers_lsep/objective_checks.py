@@ -145,14 +145,14 @@ def check_batch(objective: Any, latents: Any, class_labels: Any, draws: Mapping[
             raise ValueError(f"`{name}` has to hold each sample once, but is {describe(value.tolist())}.")
 
 
-def check_factor(name: str, value: Any):
+def check_factor(name: str, value: Any) -> float | torch.Tensor:
     """Raises a `ValueError` if a factor of a loss is neither a number from 0 on nor a tensor of one."""
     if not isinstance(value, torch.Tensor):
-        check_not_negative(name, value)
-    elif value.numel() != 1 or not value.is_floating_point():
+        return check_not_negative(name, value)
+    if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(f"`{name}` has to be one number, but is {describe(value)}.")
-    else:
-        check_values(name, value, 0, torch.finfo(value.dtype).max)
+    check_values(name, value, 0, torch.finfo(value.dtype).max)
+    return value
 
 
 def check_window(name: str, window: torch.Tensor, grid_size: int):
@@ -167,14 +167,13 @@ def check_window(name: str, window: torch.Tensor, grid_size: int):
         )
 
 
-def check_regularizer_weights(regularizers: nn.ModuleDict, weights: Any):
+def check_regularizer_weights(regularizers: nn.ModuleDict, weights: Any) -> dict[str, Any] | None:
     """Raises a `ValueError` if the `regularizer_weights` are not one factor for each regularizer."""
     if weights is None:
-        return
+        return None
     if not isinstance(weights, Mapping) or weights.keys() != {*regularizers}:
         raise ValueError(
             f"`regularizer_weights` has to be a dict of one factor for each of {[*regularizers]}, but is"
             f" {describe(weights)}."
         )
-    for weight in weights.values():
-        check_factor("regularizer_weights", weight)
+    return {name: check_factor("regularizer_weights", weight) for name, weight in weights.items()}

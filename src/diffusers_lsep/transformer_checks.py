@@ -41,7 +41,7 @@ def check_config(model: ConfigMixin):
     for name, largest in LARGEST.items():
         check_count(name, config[name], high=largest)
     if config.out_channels is not None:
-        if config.out_channels == 0:
+        if isinstance(config.out_channels, int) and config.out_channels == 0:
             raise ValueError("`out_channels` has to be None or at least 1, but is 0.")
         check_count("out_channels", config.out_channels, high=LARGEST["in_channels"])
     check_flag("qk_norm", config.qk_norm)

@@ -68,7 +68,7 @@ def judge_label(value) -> str:
     if isinstance(value, str):
         if value in UNIQUE:
             return GOOD
-        return GOOD if value.isdecimal() and value.isascii() and int(value) < 10 else BAD
+        return GOOD if value.isascii() and value.isdecimal() and len(value) == 1 else BAD
     return count(0, 10, 10)(value)
 
 
