@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 PAIRED = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
 # Scripts with reports of their own
 SCRIPTS = [
-    *("throughput", "growth", "read_latents", "processes", "convert_full_size", "solver_order"),
+    *("throughput", "growth", "read_latents", "processes", "convert_full_size", "soak", "solver_order"),
     *("digits_ablation", "digits_fine_tuning", "gradient_variance"),
 ]
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
-from tqdm.auto import tqdm
 
 import diffusers_lsep
 from diffusers_lsep import LSEPPipeline
@@ -29,6 +28,7 @@ from diffusers_lsep.files import write_text
 from diffusers_lsep.guidance import check_autoguidance, check_internal_guidance
 from diffusers_lsep.image_store import ImageStore, list_differences, write_npz, write_png, write_pngs
 from diffusers_lsep.labels import describe_classes, find_class_ids
+from diffusers_lsep.progress import make_progress_bar
 from diffusers_lsep.sampling import (
     DTYPES,
     LABEL_SAMPLINGS,
@@ -121,7 +121,9 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, pipe: LSEPPipeline,
     """Draws the batches of this process."""
     pending = store.pending()
     done = min(len(class_ids), (store.num_batches - len(pending)) * args.batch_size)
-    progress = tqdm(total=len(class_ids), initial=done, unit="image", disable=not accelerator.is_main_process)
+    progress = make_progress_bar(
+        total=len(class_ids), initial=done, unit="image", disable=not accelerator.is_main_process
+    )
     # The others read what is pending too, before anybody changes it.
     accelerator.wait_for_everyone()
     call = {name: getattr(args, name) for name in CALL}

@@ -155,6 +155,11 @@ def test_errors_of_the_user_are_one_line(capsys, monkeypatch, kind):
     )
 
 
+def test_numbers_that_are_not_finite_and_ctrl_c(capsys):
+    assert ends_with(capsys, FloatingPointError("the loss is nan")) == (1, "draw.py: error: the loss is nan\n")
+    assert ends_with(capsys, KeyboardInterrupt()) == (130, "")
+
+
 def test_errors_of_the_program_keep_their_traceback():
     for main in (lambda: {}["a"], lambda: int("no number"), lambda: [].remove(1)):
         with pytest.raises((KeyError, ValueError)):

@@ -48,19 +48,19 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "started_by, number, to_group, workers, code, stopped_by",
+    "started_by, number, to_group, workers, codes, stopped_by",
     [
-        ("accelerate", signal.SIGUSR1, False, 0, -signal.SIGUSR1, "SIGTERM"),
-        ("accelerate", signal.SIGINT, True, 1, -signal.SIGINT, "SIGINT"),
+        ("accelerate", signal.SIGUSR1, False, 0, (-signal.SIGUSR1,), "SIGTERM"),
+        ("accelerate", signal.SIGINT, True, 1, (-signal.SIGINT, 1), "SIGINT"),
         (
             *("accelerate on two", signal.SIGUSR1, False, 0),
-            *((1, "SIGUSR1") if PASSES_SIGUSR1_ON else (-signal.SIGUSR1, "SIGTERM")),
+            *(((1,), "SIGUSR1") if PASSES_SIGUSR1_ON else ((-signal.SIGUSR1,), "SIGTERM")),
         ),
-        ("torchrun", signal.SIGTERM, False, 1, 1, "SIGTERM"),
-        ("torchrun", signal.SIGKILL, False, 0, -signal.SIGKILL, "SIGTERM"),
+        ("torchrun", signal.SIGTERM, False, 1, (1,), "SIGTERM"),
+        ("torchrun", signal.SIGKILL, False, 0, (-signal.SIGKILL,), "SIGTERM"),
     ],
 )
-def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, workers, code, stopped_by):
+def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, workers, codes, stopped_by):
     """A checkpoint of what was trained, the exit code that docs/reliability.md has, and no process left over."""
     run = tmp_path / "run"
     command = [*STARTED_BY[started_by], SCRIPT, *TINY_MODEL, *TINY_RUN, "--max_train_steps", 100_000]
@@ -74,7 +74,7 @@ def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, worker
     try:
         wait_until(lambda: (run / "metrics.jsonl").exists() or launcher.poll() is not None)
         (os.killpg if to_group else os.kill)(launcher.pid, number)
-        assert launcher.wait(timeout=600) == code
+        assert launcher.wait(timeout=600) in codes
         wait_until(lambda: not processes_of(run))
     finally:
         for process in processes_of(run):

@@ -136,8 +136,8 @@ def with_values(args: argparse.Namespace, **values) -> argparse.Namespace:
 def run_script(main: Callable[[], int | None], name: str | None = None) -> NoReturn:
     """
     Ends the process with what `main` returns. What a user can set right (a file that is not there, a missing library,
-    a value that one of our own checks refuses) becomes one line on stderr and exit code 2. All else is an error of
-    the program and keeps its traceback.
+    a value that one of our own checks refuses) becomes one line on stderr and exit code 2; numbers that are not finite
+    one with exit code 1. Ctrl-C ends it with 130. All else is an error of the program and keeps its traceback.
 
     Args:
         main (`Callable`): The script, which returns an exit code or None.
@@ -148,10 +148,10 @@ def run_script(main: Callable[[], int | None], name: str | None = None) -> NoRet
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         raised_by = frame.f_globals["__name__"].partition(".")[0]
-        if isinstance(error, ValueError) and raised_by not in ("__main__", __package__):
+        if isinstance(error, ValueError) and raised_by not in ("__main__", __package__, "huggingface_hub"):
             raise
         print(f"{name or Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)

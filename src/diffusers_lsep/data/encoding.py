@@ -14,9 +14,9 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..autoencoders import Autoencoder, encode_moments, get_scale_factor, load_autoencoder
+from ..progress import make_progress_bar
 from .archives import ImageFiles, open_image_files
 from .fingerprint import Fingerprint, fingerprint_images
 from .images import center_crop, convert_mode, damage, load_image_dataset, read_labels
@@ -256,7 +256,7 @@ class EncodingProgress:
         self.rows_in = {path.name: len(rows) for path, rows in shards.items()}
         self.folder = next(iter(shards)).parent
         self.own, self.on_disk, self.checked = 0, self._count(), time.monotonic()
-        self.bar = tqdm(
+        self.bar = make_progress_bar(
             total=sum(self.rows_in.values()),
             initial=self.on_disk,
             unit=" images",

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from ..files import held_folder, make_array
+from ..progress import make_progress_bar
 from ..sampling import DrawnSamples
 from .dinov2 import DINOv2Features
 from .images import EncodedImages, NpzImages
@@ -107,8 +108,6 @@ def extract_features(
     Raises:
         `OSError`: if there is no space for them.
     """
-    from tqdm.auto import tqdm
-
     state = process_state()
     folder = Path(default_cache_dir() if cache_dir is None else cache_dir) / extractor.name / images.content_hash[:32]
     # The main process decides for all: a file system may show the others an older view.
@@ -133,7 +132,7 @@ def extract_features(
             shares = [rank * num_batches // state.num_processes * batch_size for rank in range(state.num_processes)]
             start, stop = [*shares, images.count][state.process_index : state.process_index + 2]
             description, is_silent = f"{extractor.name}: {images.name}", not state.is_main_process
-            with tqdm(total=stop - start, desc=description, unit="img", disable=is_silent) as progress:
+            with make_progress_bar(total=stop - start, desc=description, unit="img", disable=is_silent) as progress:
                 for batch in images.batches(start, stop, batch_size):
                     features = extractor(batch)
                     for name, array in arrays.items():

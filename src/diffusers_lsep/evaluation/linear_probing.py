@@ -22,6 +22,7 @@ from ..files import make_temporary_array
 from ..interpolants import get_interpolant
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
+from ..progress import make_progress_bar
 from ..sampling import float32_products
 from .labelled_data import load_latents
 
@@ -237,9 +238,8 @@ class HiddenStates:
         return features
 
     def _batches(self, count: int, description: str):
-        from tqdm.auto import tqdm
-
-        for start in tqdm(range(0, count, self.batch_size), desc=description, unit="batch", leave=False):
+        starts = range(0, count, self.batch_size)
+        for start in make_progress_bar(iterable=starts, desc=description, unit="batch", leave=False):
             yield start, np.arange(start, min(start + self.batch_size, count))
 
 

@@ -5,20 +5,28 @@
 import argparse
 import itertools
 import json
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..command_line import check_writable, with_values
 from ..data.fingerprint import Fingerprint
 from ..data.moments_writer import UNREADABLE_FILE
 from ..files import locked_folder, remove, write_text
 from .arguments import build_parser, flags_that_are
-from .checkpoints import choose_checkpoint, list_checkpoints, read_state, remove_leftovers, remove_old_checkpoints
+from .checkpoints import (
+    MANIFEST_FILE,
+    choose_checkpoint,
+    list_checkpoints,
+    read_state,
+    remove_leftovers,
+    remove_old_checkpoints,
+)
 from .post_hoc_ema import SNAPSHOTS_FOLDER, remove_snapshots_after
 from .setup import follows_length
 
@@ -49,10 +57,19 @@ def find_run_to_continue(
 
     Raises:
         `ValueError`: if the folder cannot be written, holds something else, or a run and no flag that says what to do
-        with it; or if there is no such checkpoint.
+        with it; or if there is no such checkpoint, or not on every machine.
     """
     found = [look_for_run(args, accelerator.print) if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0]
+    checkpoint, settings = broadcast_object_list(found)[0]
+    if checkpoint is not None:
+        sees = gather_object([(socket.gethostname(), (checkpoint / MANIFEST_FILE).is_file())])
+        without = sorted({host for host, is_there in sees if not is_there})
+        if without:
+            raise ValueError(
+                f"`--resume_from_checkpoint`: {checkpoint} is not there on {', '.join(without)}. All machines have to"
+                " read it: have `--output_dir` on a disk that they share, or copy it to the same place on each."
+            )
+    return checkpoint, settings
 
 
 def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:

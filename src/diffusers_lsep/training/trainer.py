@@ -22,7 +22,6 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
-from tqdm.auto import tqdm
 
 from ..autoencoders import get_normalization
 from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
@@ -31,6 +30,7 @@ from ..data.streamed import StreamedSamples
 from ..files import whole_folder, write_text
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
+from ..progress import make_progress_bar
 from ..regularizers.teachers import AverageTeacher, Teacher
 from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
 from ..transformer_sit import SiTTransformer2DModel
@@ -233,7 +233,7 @@ class Trainer:
     def train_until(self, stop: StopSignal) -> bool:
         args, accelerator = self.args, self.accelerator
         self.metrics = StepMetrics(accelerator, args.gradient_accumulation_steps)
-        self.progress = tqdm(
+        self.progress = make_progress_bar(
             total=args.max_train_steps,
             initial=self.step,
             desc="Training",
@@ -333,7 +333,8 @@ class Trainer:
             metrics["probe_learning_rate"] = self.learning_rates[1]
         self.report(metrics)
         shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
-        self.progress.set_postfix({label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics})
+        values = {label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics}
+        self.progress.set_postfix(values, refresh=False)
 
     def count_unreadable(self):
         """Lists what any process could not read, and stops all of them if it is too much."""
