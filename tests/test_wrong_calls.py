@@ -3,6 +3,7 @@
 """Wrong calls of all scripts and commands: one line that says what is wrong, exit code 2, and nothing written."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -232,10 +233,13 @@ def test_a_wrong_call_ends_in_one_line(wrong_call, load_example, tmp_path, monke
     monkeypatch.setattr(sys, "argv", [script, *words])
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     try:
         with pytest.raises(SystemExit) as end:
             run_script(lambda: main(words), script)
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         logging.getLogger().handlers = [h for h in logging.getLogger().handlers if "pytest" in type(h).__module__]
