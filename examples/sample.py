@@ -127,6 +127,7 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, pipe: LSEPPipeline,
     # The others read what is pending too, before anybody changes it.
     accelerator.wait_for_everyone()
     call = {name: getattr(args, name) for name in CALL}
+    pipe.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Steps", leave=False)
     for batch in pending[accelerator.process_index :: accelerator.num_processes]:
         images = draw_batch(pipe, class_ids, batch, args.batch_size, args.seed, **call)
         store.write(batch, images)

@@ -20,6 +20,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & {*sys.argv}:
+    print("Loading PyTorch, diffusers and the data ...", flush=True)
+
 # Before torch is loaded. By default a thread that waits for others spins; where the machine has something else to do
 # as well, that made a step of the digits on two threads ten times slower (5 s in place of 0.5 s).
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
@@ -41,7 +44,7 @@ from diffusers_lsep.training.output_folder import (
 from diffusers_lsep.training.processes import start_accelerator
 from diffusers_lsep.training.setup import prepare
 from diffusers_lsep.training.stopping import EXIT_STOPPED, leave_on_signals
-from diffusers_lsep.training.summary import describe_initial_weights, report_summary
+from diffusers_lsep.training.summary import describe_initial_weights, describe_result, report_summary
 from diffusers_lsep.training.trainer import Trainer
 
 
@@ -67,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
     }
-    accelerator.print(json.dumps(settings, indent=2))
+    if args.dry_run:  # a run keeps them in training_args.json
+        accelerator.print(json.dumps(settings, indent=2))
     if settings_before is not None:
         compare_settings(settings, settings_before, accelerator.print)
         run_before = Path(args.output_dir) if checkpoint is None else checkpoint.parent
@@ -101,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     # 4. The result
     if finished and accelerator.is_main_process:
         output_dir = Path(args.output_dir)
-        print(f"Saved the pipeline in {output_dir}, samples in {output_dir / 'samples'}.")
+        print(describe_result(args))
         if describe_initial_weights(args) is not None:
             print(describe_initial_weights(args))
         if args.push_to_hub:

@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from diffusers_lsep.hub.model_card import (
     write_model_card,
 )
 from diffusers_lsep.hub.saved_pipeline import SavedPipeline
+from diffusers_lsep.training.results import describe_training
 
 
 RESULTS = {"metrics": {"fid": 5.7, "inception_score": 120.0}, "dataset": "ImageNet", "num_images": 50000}
@@ -110,7 +112,29 @@ def test_gallery_names_its_seeds(save):
     Image.new("RGB", (8, 4)).save(folder / "grid.png")
     text = ModelCard.load(write_model_card(folder, gallery=Gallery("grid.png", [7, "cat"], [1, 2]))).text
     assert "![Generated images](grid.png)" in text
-    assert "| 1 | 7 | 1 |\n| 2 | cat | 2 |" in text
+    assert "Classes, row by row: 7, cat. Each image has a generator of its own, with the seeds 1, 2." in text
+    rows = Gallery("grid.png", ["a", "b", "a", "b", "a", "b"], [3, 4, 5, 6, 7, 8])
+    text = ModelCard.load(write_model_card(folder, gallery=rows, training_facts=["Data: cats."])).text
+    assert "row by row: a, b; 3 times. Each image" in text and "the seeds 3 to 8." in text
+    assert "| Classes | 10 |" in text or "| Classes | 10: " in text
+
+
+def test_what_is_known_of_a_training(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Cats, 8x8\nmany\n")
+    lines = [
+        {"step": 10, "seconds_per_step": 30.0},
+        {"step": 20, "seconds_per_step": 6.0, "validation_probe_accuracy": None},
+        {"step": 20, "validation_denoising_loss": 0.41237, "validation_probe_accuracy": 0.59166},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = argparse.Namespace(train_data_dir=str(tmp_path / "data"), max_train_steps=20)
+    data, length, held_out = describe_training(tmp_path, args, samples_per_step=4, num_images=40)
+    assert data == "Data: Cats, 8x8 (licence: cc-by-4.0)."
+    assert length.startswith("Length: 20 steps of 4 images (2.0 passes) in 6 minutes on ")
+    assert "after 20 steps: denoising loss 0.4124, accuracy of the probe 0.592 (mean over all times" in held_out
+    args = argparse.Namespace(train_data_dir=None, max_train_steps=20)
+    assert describe_training(tmp_path / "data", args, 4, 40) == ["Length: 20 steps of 4 images (2.0 passes)."]
 
 
 def test_metrics_become_a_model_index(save):

@@ -10,7 +10,7 @@ other weights; what somebody writes outside of the comments, or changes in the m
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -115,6 +115,20 @@ class Gallery:
     class_labels: list[int] | list[str]
     seeds: list[int]
 
+    def describe_classes(self) -> str:
+        """The classes, those of the first row alone where all rows have them."""
+        names = [str(name) for name in self.class_labels]
+        period = next((n for n in range(1, len(names)) if names[n:] == names[:-n] and len(names) % n == 0), len(names))
+        times = len(names) // period
+        return ", ".join(names[:period]) + (f"; {times} times" if times > 1 else "")
+
+    def describe_seeds(self) -> str:
+        """The seeds, the first and the last alone where they follow each other."""
+        first, last = self.seeds[0], self.seeds[-1]
+        if len(self.seeds) > 2 and self.seeds == list(range(first, last + 1)):
+            return f"{first} to {last}"
+        return ", ".join(map(str, self.seeds))
+
 
 def write_model_card(
     folder: str | os.PathLike,
@@ -126,6 +140,7 @@ def write_model_card(
     training_args: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
     gallery: Gallery | None = None,
+    training_facts: Sequence[str] = (),
 ) -> Path:
     """
     Writes the model card of a saved pipeline, `README.md`. If there is one, what was generated of it is replaced by
@@ -146,6 +161,7 @@ def write_model_card(
         sampling (`Mapping[str, Any]`, *optional*):
             Arguments for calling the pipeline, such as `num_inference_steps` and `guidance_scale`.
         gallery (`Gallery`, *optional*): Images to show.
+        training_facts (`Sequence[str]`, defaults to `()`): Sentences about the training: data, length, results.
 
     Returns:
         `Path`: the card.
@@ -206,6 +222,8 @@ def write_model_card(
         gallery=gallery,
         sampling=sampling or {},
         flags=_flags_to_show(flags),
+        training_facts=training_facts,
+        classes=_describe_classes(pipeline),
     )
     path = folder / CARD_NAME
     if path.exists():
@@ -404,6 +422,12 @@ def point_usage_at(card: ModelCard, repo_id: str):
         return re.sub(rf'({call}\()"[^"]*"', rf'\1"{repo_id}"', match[0])
 
     card.text = _section_pattern("usage").sub(point, card.text)
+
+
+def _describe_classes(pipeline: SavedPipeline) -> str:
+    """How many classes there are, and their names if these are few."""
+    count, names = pipeline.transformer.num_classes, list((pipeline.index.get("id2label") or {}).values())
+    return f"{count:,}" + (f": {', '.join(name.split(',')[0] for name in names)}" if 0 < len(names) <= 20 else "")
 
 
 def _literal(value: Any) -> str:

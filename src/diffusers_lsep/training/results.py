@@ -3,6 +3,8 @@
 """What a run shows of its model: samples at every validation, and the model card at the end."""
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from ..labels import find_class_ids
 from ..pipeline_lsep import LSEPPipeline
 from .arguments import flags_that_are
 from .fine_tuning import LORA_FOLDER
+from .log import read_metrics
 
 
 def choose_validation_labels(args: argparse.Namespace, names: list[str]) -> list[int]:
@@ -63,7 +66,38 @@ def draw_samples(
             tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)
 
 
-def write_cards(output_dir: Path, args: argparse.Namespace, samples_file: Path, names: list[str]):
+def describe_training(output_dir: Path, args: argparse.Namespace, samples_per_step: int, num_images: int) -> list[str]:
+    """Data, length, hardware and held-out results of a run, in sentences, from its flags and its `metrics.jsonl`."""
+    facts = []
+    card = Path(args.train_data_dir, "README.md") if args.train_data_dir else None
+    if card is not None and card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        title = re.search(r"^# (.+)$", text, re.MULTILINE)
+        license = re.search(r"^license: (\S+)$", text, re.MULTILINE)
+        if title is not None:
+            facts.append(f"Data: {title[1]}" + (f" (licence: {license[1]})." if license is not None else "."))
+    steps, seconds, before = args.max_train_steps, 0.0, 0
+    metrics = read_metrics(output_dir / "metrics.jsonl") if (output_dir / "metrics.jsonl").is_file() else []
+    for line in metrics:
+        if "seconds_per_step" in line:
+            seconds, before = seconds + (line["step"] - before) * line["seconds_per_step"], line["step"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    length = f"{steps:,} steps of {samples_per_step} images ({steps * samples_per_step / num_images:,.1f} passes)"
+    time = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+    facts.append(f"Length: {length}" + (f" in {time} on {device}." if seconds else "."))
+    held_out = next((line for line in reversed(metrics) if "validation_denoising_loss" in line), None)
+    if held_out is not None:
+        loss, accuracy = held_out["validation_denoising_loss"], held_out.get("validation_probe_accuracy")
+        fact = f"On held-out images, after {held_out['step']:,} steps: denoising loss {loss:.4g}"
+        if accuracy is not None:
+            fact += f", accuracy of the probe {accuracy:.3g} (mean over all times, no label given)"
+        facts.append(f"{fact}.")
+    return facts
+
+
+def write_cards(
+    output_dir: Path, args: argparse.Namespace, samples_file: Path, names: list[str], facts: Sequence[str] = ()
+):
     """
     Writes the model card of a run, and that of its LoRA layers if it has trained some.
 
@@ -72,6 +106,7 @@ def write_cards(output_dir: Path, args: argparse.Namespace, samples_file: Path, 
         args (`argparse.Namespace`): The flags.
         samples_file (`Path`): Its last samples, in that folder; left out where there are none.
         names (`list[str]`): The classes of these samples.
+        facts (`Sequence[str]`, defaults to `()`): Of [`describe_training`].
     """
     flags = {name: value for name, value in vars(args).items() if name in flags_that_are("on_card")}
     seeds = [args.seed + index for index in range(len(names))]
@@ -84,8 +119,12 @@ def write_cards(output_dir: Path, args: argparse.Namespace, samples_file: Path, 
         dataset=args.dataset_name,
         base_model=args.pretrained_model_name_or_path,
         training_args=flags,
-        sampling={"guidance_scale": args.validation_guidance_scale},
+        sampling={
+            "num_inference_steps": args.validation_inference_steps,
+            "guidance_scale": args.validation_guidance_scale,
+        },
         gallery=gallery if (output_dir / samples_file).exists() else None,
+        training_facts=facts,
     )
     if args.lora_rank is not None:
         base, folder = args.pretrained_model_name_or_path, output_dir / LORA_FOLDER

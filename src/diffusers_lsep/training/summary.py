@@ -4,11 +4,14 @@
 
 import argparse
 import math
+import shlex
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from ..objective import LSEPObjective
+from .arguments import build_parser
 from .post_hoc_ema import SNAPSHOT_DTYPES
 from .processes import memory_limit, processes_here
 from .recipes import RECIPES
@@ -30,6 +33,37 @@ def describe_initial_weights(args: argparse.Namespace) -> str | None:
         f" holds {share:.1%} of the initial weights, and it is the average that is saved and drawn from: leave out"
         " `--ema_decay`, or add `--ema_warmup`, or train longer."
     )
+
+
+def describe_result(args: argparse.Namespace) -> str:
+    """What a run has made, and two commands to go on with."""
+    folder = args.output_dir
+    lines = [f"Saved the pipeline in {folder}, samples in {Path(folder, 'samples')}, settings in training_args.json."]
+    model = f"--pretrained_model_name_or_path {shlex.quote(folder)}"
+    draw = "--num_images 16 --label_sampling none --save_images" if args.unconditional else "--class_labels 0"
+    commands = [f"diffusers-lsep sample {model} {draw} --output_dir {shlex.quote(f'{folder}-samples')}"]
+    if args.validation_split is not None and not args.unconditional and not args.streaming:
+        data = shlex.quote(args.train_data_dir or args.dataset_name or args.latents_dir)
+        target = shlex.quote(f"{folder}-probing")
+        commands.append(
+            f"diffusers-lsep probe {shlex.quote(folder)} --data {data} --method ridge --output_dir {target}"
+        )
+    else:
+        commands.append(f"diffusers-lsep space {model} --output_dir {shlex.quote(f'{folder}-space')}")
+    return "\n".join([*lines, "To go on:", *(f"  {command}" for command in commands)])
+
+
+def describe_settings(args: argparse.Namespace) -> str:
+    """The settings that are not the defaults of their flags."""
+    defaults = {action.dest: action.default for action in build_parser("")._actions}
+    changed = {
+        name: value
+        for name, value in vars(args).items()
+        if defaults.get(name) is not None
+        and value != defaults[name]
+        and name not in ("dry_run", "resume_from_checkpoint")
+    }
+    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
 
 
 def report_summary(setup: Setup, accelerator: Accelerator) -> str | None:
@@ -136,6 +170,7 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
         f"average of the weights: {average}",
         f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",
+        f"settings that are not the defaults: {describe_settings(args)}",
     ]
     if args.post_hoc_ema_sigmas is not None:
         lines.append(describe_snapshots(args, trained))

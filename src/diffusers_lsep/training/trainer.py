@@ -42,7 +42,7 @@ from .inputs import objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
 from .non_finite import NonFiniteSteps
 from .post_hoc_ema import PowerFunctionEMA
-from .results import choose_validation_labels, draw_samples, write_cards
+from .results import choose_validation_labels, describe_training, draw_samples, write_cards
 from .setup import Setup, build_objective
 from .stopping import StopSignal, outlive_signals
 
@@ -435,7 +435,8 @@ class Trainer:
             vae=self.setup.vae,
             id2label=dict(enumerate(self.setup.data.names)),
         )
-        pipeline.set_progress_bar_config(disable=True)
+        disable = not self.accelerator.is_local_main_process
+        pipeline.set_progress_bar_config(disable=disable, desc="Samples", leave=False)
         return pipeline
 
     def write_pipeline(self, folder: Path, objective: LSEPObjective):
@@ -490,4 +491,6 @@ class Trainer:
         source.rmdir()
 
         names = [self.setup.data.names[index] for index in self.validation_labels * args.num_validation_images]
-        write_cards(self.output_dir, args, self.samples_file, names)
+        num_images = len(self.setup.data.source.labels)
+        facts = describe_training(self.output_dir, args, self.setup.samples_per_step, num_images)
+        write_cards(self.output_dir, args, self.samples_file, names, facts)
