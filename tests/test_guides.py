@@ -52,6 +52,7 @@ FINE_TUNING = {
         f"@examples/configs/fine-tune-256{SHORT} --resolution 64 --probe_depth 1 --crop_size_min 2"
     ),
     "--num_inference_steps 100": "--num_inference_steps 2 --num_images_per_class 1",
+    "num_inference_steps=50": "num_inference_steps=2",
 }
 
 
@@ -126,7 +127,8 @@ def test_imagenet(folder, environment):
 
 @pytest.mark.slow
 def test_fine_tuning(folder, environment):
-    run_blocks(read_blocks("docs/finetuning.md"), folder, environment, FINE_TUNING)
+    blocks = [*read_blocks("docs/finetuning.md"), *read_blocks("docs/adapters.md")]
+    run_blocks(blocks, folder, environment, FINE_TUNING)
     pipe = DiffusionPipeline.from_pretrained(folder / "my-model")
     assert pipe.labels == {"ant": 0, "bee": 1, "cat": 2}
     settings = json.loads((folder / "my-samples" / "samples.json").read_text())

@@ -67,7 +67,7 @@ def folder(tmp_path):
 @pytest.mark.timeout(900)
 def test_readme_runs(folder, inception_weights):
     (folder / "inception.pth").symlink_to(inception_weights)
-    blocks = read_blocks("README.md")
+    blocks = [*read_blocks("README.md"), *read_blocks("docs/hub.md")]
     assert sum(language == "bash" for language, _ in blocks) >= 4
     assert sum(language == "python" for language, _ in blocks) >= 3
     search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -82,6 +82,7 @@ def test_readme_runs(folder, inception_weights):
     assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "eval_results.json").is_file()
     assert (folder / "probing" / "probe_heatmap.png").is_file()
     assert "your-name/lsep-digits" in (folder / "lsep-space" / "app.py").read_text()
+    assert "your-name/lsep-digits" in (folder / "my-space" / "app.py").read_text()
     for name in ("guidance-sweep", "denoising-strip"):
         assert Image.open(folder / "figures" / f"{name}.png").width > 400
 

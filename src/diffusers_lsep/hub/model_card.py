@@ -426,7 +426,7 @@ def point_usage_at(card: ModelCard, repo_id: str):
 
 def _describe_classes(pipeline: SavedPipeline) -> str:
     """How many classes there are, and their names if these are few."""
-    count, names = pipeline.transformer.num_classes, list((pipeline.index.get("id2label") or {}).values())
+    count, names = pipeline.transformer["num_classes"], list((pipeline.index.get("id2label") or {}).values())
     return f"{count:,}" + (f": {', '.join(name.split(',')[0] for name in names)}" if 0 < len(names) <= 20 else "")
 
 
