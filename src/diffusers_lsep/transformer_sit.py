@@ -57,10 +57,7 @@ class SiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = self.project(attn, hidden_states)
 
         # A fixed head size and `-1` for the heads: under tensor parallelism a rank holds only some of them.
         query = query.unflatten(-1, (-1, attn.head_dim))
@@ -76,6 +73,12 @@ class SiTAttnProcessor:
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return attn.to_out[0](hidden_states.flatten(2, 3))
+
+    def project(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values."""
+        if attn.fused_projections:
+            return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):

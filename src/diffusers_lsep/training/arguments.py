@@ -304,6 +304,13 @@ def add_optimisation_flags(flags: Flags):
         help="Compute activations twice in place of keeping them: less memory, a third more time.",
     )
     add(
+        "--activation_memory_budget",
+        type=probability,
+        changeable=True,
+        help="Let the compiler keep this part of the activations that it would keep, 0 to 1, and compute the others"
+        " twice: less memory. Where the step is compiled (accelerate launch --dynamo_backend inductor).",
+    )
+    add(
         "--num_train_epochs",
         type=positive,
         default=800.0,

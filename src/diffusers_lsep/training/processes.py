@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs, parse_flag_from_env
+from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..command_line import with_values
@@ -85,6 +86,13 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, argparse.N
         # False, accelerate's default, is for sizes that never change. The number of samples in the probe's stream
         # does: the step would be compiled anew for the first eight of them, and not at all from then on.
         accelerator.state.dynamo_plugin.dynamic = None
+    if args.activation_memory_budget is not None:
+        if accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+            raise ValueError(
+                f"`--activation_memory_budget` {args.activation_memory_budget} needs a compiled step: `accelerate"
+                " launch --dynamo_backend inductor`."
+            )
+        functorch_config.activation_memory_budget = args.activation_memory_budget
     threads = args.num_cpu_threads
     if accelerator.device.type == "cpu":
         # `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.

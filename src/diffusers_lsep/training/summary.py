@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 
 from ..objective import LSEPObjective
 from .arguments import build_parser
+from .memory import activations_needed, state_needed
 from .post_hoc_ema import SNAPSHOT_DTYPES
 from .processes import memory_limit, processes_here
 from .recipes import RECIPES
@@ -79,39 +81,14 @@ def report_summary(setup: Setup, accelerator: Accelerator) -> str | None:
     """
     with torch.device("meta"):
         objective = build_objective(setup, load=False)
-    needed = memory_needed(setup, objective, accelerator.num_processes if accelerator.is_fsdp2 else 1)
-    accelerator.print(describe(setup, objective, needed))
+    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    needed = [
+        state_needed(setup, objective, accelerator.num_processes if accelerator.is_fsdp2 else 1),
+        activations_needed(setup, compiles),
+    ]
+    accelerator.print(describe(setup, objective, needed, compiles))
     sharing = 1 if accelerator.device.type == "cuda" else processes_here(accelerator)
     return describe_shortage(setup.args, needed, memory_limit(accelerator.device), sharing)
-
-
-def memory_needed(setup: Setup, objective: LSEPObjective, num_shards: int = 1) -> list[int]:
-    """
-    Bytes of memory that a process needs at least: for weights and all that belongs to them, and for activations.
-
-    Args:
-        setup ([`Setup`]): What its flags come to.
-        objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
-        num_shards (`int`, defaults to `1`): Among how many processes the weights are shared out.
-    """
-    args, transformer = setup.args, objective.transformer
-    config, width = transformer.config, transformer.inner_dim
-    tokens = (config.sample_size // config.patch_size) ** 2
-    parameters = sum(p.numel() for p in transformer.parameters())
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    encoder = setup.encoder.model if setup.encoder is not None else None
-    teacher = setup.teacher.transformer if setup.teacher is not None else None
-    frozen = [model for model in (setup.vae, encoder, teacher) if model is not None]
-    frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
-    # Weights in float32, and of what is trained gradients, AdamW's two moments and the average. A block keeps about 34
-    # values per token and channel for its backward pass (arXiv 2205.05198, without dropout and with fused attention),
-    # in the dtype of the computation; with gradient checkpointing one block keeps them, and the others their input.
-    # Measured on a CPU, a step takes a third more.
-    copies = (4 if args.use_ema else 3) + len(args.post_hoc_ema_sigmas or ())
-    state = 4 * ((parameters + trained * copies) // num_shards + frozen_parameters)
-    blocks = config.num_layers + (0 if args.no_lsep else args.probe_depth)
-    values = args.train_batch_size * tokens * width * (34 + blocks if args.gradient_checkpointing else 34 * blocks)
-    return [state, values * (4 if args.mixed_precision == "no" else 2) // 2]
 
 
 def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, num_processes: int) -> str | None:
@@ -143,14 +120,15 @@ def describe_snapshots(args: argparse.Namespace, num_parameters: int) -> str:
     )
 
 
-def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
+def describe(setup: Setup, objective: LSEPObjective, needed: list[int], compiles: bool) -> str:
     """
     What a run comes to, for the user.
 
     Args:
         setup ([`Setup`]): What its flags come to.
         objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
-        needed (`list[int]`): Its memory, by [`memory_needed`].
+        needed (`list[int]`): Its memory, for state and for activations.
+        compiles (`bool`): Whether the step is compiled.
     """
     args, data, transformer = setup.args, setup.data, objective.transformer
     config = transformer.config
@@ -158,6 +136,8 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     held_out = len(data.held_out.labels) if data.held_out is not None else 0
     state, activations = (value / 1e9 for value in needed)
+    how = "compiled" if compiles else "not compiled"
+    how += ", with gradient checkpointing" if args.gradient_checkpointing else ""
     classes = f"{len(data.names)} classes"
     if args.unconditional:
         classes = "without labels: all are the null class, and LSEP, which needs classes, is off"
@@ -169,7 +149,7 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int]) -> str:
         f"images: {len(data.source.labels):,} to train on, {held_out:,} held out, {classes}",
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
         f"average of the weights: {average}",
-        f"memory per process, roughly: {state:.2f} GB of state, {activations:.2f} GB of activations",
+        f"memory per process, at least: {state:.2f} GB of state, {activations:.2f} GB of activations ({how})",
         f"settings that are not the defaults: {describe_settings(args)}",
     ]
     if args.post_hoc_ema_sigmas is not None:

@@ -1,0 +1,92 @@
+# Copyright 2026 The diffusers_lsep authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks for GPUs run to their end without one, and their counts are right."""
+
+import json
+
+import pytest
+import torch
+from roofline import DEVICES, Shape, compiled_kernels, count_flops, eager_kernels, formula_flops
+
+
+TINY = {"patch_size": 2, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
+
+
+@pytest.mark.parametrize("batch_size", [4, 11])
+def test_counted_operations_equal_the_formula(batch_size):
+    shape = Shape(TINY, sample_size=8, batch_size=batch_size, probe_depth=2, classes=10)
+    assert count_flops(shape) == formula_flops(shape)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+def test_kernels_of_a_step():
+    shape = Shape(TINY, sample_size=8, batch_size=6, probe_depth=2, classes=10)
+    kernels = {"eager": eager_kernels(shape)["model"], "compiled": compiled_kernels(shape)}
+    kernels["concatenated"] = compiled_kernels(shape, concatenates=True)
+    # Whoever starts them, the products are the same; those outside of the blocks are not compiled here.
+    of = {name: sum(kernel.flops for kernel in found) for name, found in kernels.items()}
+    assert of["eager"] == formula_flops(shape)
+    assert of["compiled"] == of["concatenated"] < of["eager"]
+    products = {name: sum(kernel.kind == "product" for kernel in found) for name, found in kernels.items()}
+    assert (products["compiled"], products["concatenated"]) == (3 * 21, 3 * 15)
+    assert sum(kernel.bytes for kernel in kernels["compiled"]) < sum(kernel.bytes for kernel in kernels["eager"])
+    assert len(kernels["concatenated"]) < len(kernels["compiled"]) < len(kernels["eager"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+def test_roofline(load_example, tmp_path, capsys):
+    script = load_example("roofline", "benchmarks")
+    script.main(["--preset", "SiT-S/8", "--batch_sizes", "4", "--output", str(tmp_path / "roofline.json")])
+    results = json.loads((tmp_path / "roofline.json").read_text())
+    (shape,) = results["shapes"]
+    assert shape["gflop_per_image"] == pytest.approx(
+        formula_flops(Shape(script.SIT_PRESETS["SiT-S/8"], 32, 4, 4)) / 4e9
+    )
+    eager, *others = shape["ways"]
+    assert len(others) == 3 and all(eager[name] < row[name] < 1 for row in others for name in DEVICES)
+    table = (tmp_path / "roofline.md").read_text()
+    assert table in capsys.readouterr().out and all(row["way"] in table for row in shape["ways"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+def test_throughput_runs_to_its_end(load_example, tmp_path):
+    script = load_example("throughput", "benchmarks")
+    sizes = ("--preset", "SiT-S/8", "--batch_sizes", "4", "--sampling_batch_size", "2", "--sampling_steps", "3")
+    output = ("--run_steps", "2", "--output", str(tmp_path / "throughput.json"))
+    script.main(["--simulate", *sizes, *output])
+    results = json.loads((tmp_path / "throughput.json").read_text())
+    assert results["device"] == "simulated: NVIDIA H100 80GB HBM3" and results["peak_tflops"] == 989
+    assert [row["way"] for row in results["training"]] == list(script.WAYS)
+    assert not any("error" in row for part in ("training", "sampling", "run") for row in results[part])
+    assert results["run"][0]["images_per_second"] > 0
+    native = [row for row in results["attention"] if row["backend"].startswith("native")]
+    assert len(native) > 3 and not any("error" in row for row in native)
+    assert json.loads((tmp_path / "throughput.trace.json").read_text())["traceEvents"]
+
+
+def test_rows_are_written_one_by_one_and_errors_are_rows(load_example, tmp_path):
+    script = load_example("throughput", "benchmarks")
+    report = script.Report(tmp_path / "results.json", {"device": "none"})
+
+    def fail(message):
+        raise RuntimeError(message)
+
+    report.measure("training", {"way": "a"}, lambda: {"images_per_second": 5.0})
+    assert json.loads((tmp_path / "results.json").read_text())["training"] == [{"way": "a", "images_per_second": 5.0}]
+    for message in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        report.measure("training", {"way": "b"}, lambda message=message: fail(message))
+    report.measure("training", {"way": "c"}, lambda: fail("something else"))
+    errors = [row.get("error") for row in json.loads((tmp_path / "results.json").read_text())["training"]]
+    assert errors == [None, "out of memory", "out of memory", "RuntimeError: something else"]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA L40S", 362)],
+)
+def test_peaks_by_name(load_example, name, peak):
+    assert load_example("throughput", "benchmarks").find_peak(name) == peak
+    assert load_example("throughput", "benchmarks").find_peak("a toaster") is None
