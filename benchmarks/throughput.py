@@ -367,7 +367,7 @@ def measure_run(bench: Bench, report: Report, batch_size: int, steps: int):
             AutoencoderKL(3, 3, *blocks, (8, 8, 8, 8), latent_channels=4, norm_num_groups=8).save_pretrained(
                 folder / "vae"
             )
-            launcher = ["-m", "torch.distributed.run", "--nproc_per_node", max(1, num_gpus), "--master_port", 0]
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", max(1, num_gpus)]
             command = [sys.executable, *launcher, EXAMPLES / "train_lsep.py", "--preset", bench.name]
             command += ["--latents_dir", folder / "latents", "--pretrained_vae_model_name_or_path", folder / "vae"]
             command += ["--output_dir", folder / "run", "--train_batch_size", batch_size, "--max_train_steps", steps]
