@@ -126,6 +126,13 @@ def test_an_installed_package_trains_and_draws_without_a_clone(tmp_path):
     )
     assert trained.returncode == 0, trained.stderr
     assert "1,437 to train on" in trained.stdout
+    assert '"num_layers"' not in trained.stdout, "the settings as JSON are for --dry_run and for the file"
+    assert "settings that are not the defaults: " in trained.stdout
+    for command in (
+        "diffusers-lsep sample --pretrained_model_name_or_path lsep-digits",
+        "diffusers-lsep probe lsep-digits",
+    ):
+        assert f"  {command} " in trained.stdout
     model = ["--pretrained_model_name_or_path", "lsep-digits", "--num_inference_steps", "1"]
     drawn = run("sample", *model, "--class_labels", "3", "--output_dir", "drawn")
     assert drawn.returncode == 0 and (tmp_path / "empty" / "drawn" / "grid.png").is_file(), drawn.stderr
