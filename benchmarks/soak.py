@@ -7,8 +7,8 @@
 
 The run is a small one on the bundled digits that writes a checkpoint every 50 steps and keeps two, validates, draws
 samples and logs to tensorboard: whatever a long run does, often. Measured every ten seconds, over all processes of the
-run: resident memory without what they share, file descriptors, threads. The beginning, in which buffers grow to their
-size, is left out: a tenth of the time.
+run: resident memory (what several share counts once), file descriptors, threads. The beginning, in which buffers grow
+to their size, is left out: a tenth of the time. Linux only.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def measure(root: psutil.Process, folder: Path) -> dict[str, float]:
     memory = descriptors = threads = count = 0
     for process in [root, *root.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            memory += process.memory_full_info().uss
+            memory += process.memory_full_info().pss
             descriptors += process.num_fds()
             threads += process.num_threads()
             count += 1
