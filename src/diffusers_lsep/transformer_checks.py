@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a [`SiTTransformer2DModel`] is made of, and what it is called with, before anything is computed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 
 from .argument_checks import (
+    MAX_COUNT,
     can_be_seen,
     check_count,
     check_flag,
@@ -79,6 +81,32 @@ def check_config(model: ConfigMixin):
         f"lie between 1 / {width}, one unit, and 1,024",
         lambda ratio: ratio <= 1_024 and int(width * ratio) >= 1,
     )
+
+
+def check_states(hidden_states: Any, config: Any, class_labels: Any = None):
+    """Raises a `ValueError` if these are no latents of a batch, or if there is not one class for each of them."""
+    check_tensor("hidden_states", hidden_states)
+    expected = (config.in_channels, config.sample_size, config.sample_size)
+    if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
+        raise ValueError(
+            f"`hidden_states` has to be of shape [batch, {', '.join(map(str, expected))}], but is of shape"
+            f" {list(hidden_states.shape)}. For another size load the model with"
+            " `from_pretrained(..., sample_size=...)`."
+        )
+    if class_labels is not None:
+        check_tensor("class_labels", class_labels, (hidden_states.shape[0],), "integers")
+
+
+def check_depths(num_layers: Sequence[Any], depth: int) -> list[int]:
+    """Raises a `ValueError` if these are no depths of a model, from 0 on."""
+    depths = [check_count("num_layers", layer, low=-MAX_COUNT) for layer in num_layers]
+    for layer in depths:
+        if not 0 <= layer <= depth:
+            raise ValueError(
+                f"`num_layers` has to lie between 0 and the model's {depth} blocks, but is"
+                f" {layer if len(depths) == 1 else depths}."
+            )
+    return depths
 
 
 def check_condition(timestep: Any, class_labels: Any, num_classes: int, argument: str):

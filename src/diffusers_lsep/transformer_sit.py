@@ -18,12 +18,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from diffusers.utils import apply_lora_scale
 
-from .argument_checks import MAX_COUNT, check_count, check_tensor
 from .auto_map import AutoMapMixin
 from .caches import SiTCacheMixin
 from .registration import register_with_hooks
 from .single_file import SiTSingleFileMixin
-from .transformer_checks import check_condition, check_config
+from .transformer_checks import check_condition, check_config, check_depths, check_states
 
 
 @dataclass
@@ -306,14 +305,7 @@ class SiTTransformer2DModel(
         Raises:
             `ValueError`: if the shape is not the one that the model was built for.
         """
-        check_tensor("hidden_states", hidden_states)
-        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
-        if tuple(hidden_states.shape[1:]) != expected:
-            raise ValueError(
-                f"`hidden_states` has to be of shape [batch, {', '.join(map(str, expected))}], but is of shape"
-                f" {list(hidden_states.shape)}. For another size load the model with"
-                " `from_pretrained(..., sample_size=...)`."
-            )
+        check_states(hidden_states, self.config)
         return self.pos_embed(hidden_states)
 
     def embed_condition(
@@ -349,13 +341,8 @@ class SiTTransformer2DModel(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens `[B, N, D]` and their condition `[B, D]`."""
-        check_tensor("hidden_states", hidden_states)
+        check_states(hidden_states, self.config, class_labels)
         temb = self.embed_condition(timestep, class_labels, dtype=hidden_states.dtype)
-        if len(temb) != len(hidden_states):
-            raise ValueError(
-                f"`class_labels` has to be one class for each of the {len(hidden_states)} `hidden_states`, but is of"
-                f" shape {list(class_labels.shape)}."
-            )
         return self.embed_patches(hidden_states), temb
 
     def apply_blocks(
@@ -496,13 +483,7 @@ class SiTTransformer2DModel(
         """
         is_list = isinstance(num_layers, (list, tuple, range))
         given: Any = num_layers if is_list else [num_layers]
-        depths = [check_count("num_layers", depth, low=-MAX_COUNT) for depth in given]
-        for depth in depths:
-            if not 0 <= depth <= self.config.num_layers:
-                raise ValueError(
-                    f"`num_layers` has to lie between 0 and the model's {self.config.num_layers} blocks, but is"
-                    f" {num_layers}."
-                )
+        depths = check_depths(given, self.config.num_layers)
 
         hidden_states, temb = self._embed(hidden_states, timestep, class_labels)
         tokens, start = {}, 0
