@@ -137,7 +137,17 @@ FORMATS = st.sampled_from([list, tuple, np.array, lambda x: torch.tensor(x, dtyp
 WRONG_GRIDS = st.one_of(
     st.lists(st.floats(-0.5, 1.5) | st.sampled_from([math.nan, math.inf, 0.0, 1.0, 1e-300, 5e-324]), max_size=5),
     st.lists(st.floats(1e-3, 1, allow_nan=False), max_size=5).map(lambda x: sorted(x, reverse=True)),
-    st.sampled_from([[0.5, math.nan], [math.nan], [math.nan, 0.0], [0.5, 0.5 - 1e-12], [1e-300], [1.0, 1e-15]]),
+    st.sampled_from(
+        [
+            [0.9, math.nan, 0.2],
+            [0.5, math.nan],
+            [math.nan],
+            [math.nan, 0.0],
+            [0.5, 0.5 - 1e-12],
+            [1e-300],
+            [1.0, 1e-15],
+        ]
+    ),
 )
 
 
