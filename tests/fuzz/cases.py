@@ -88,7 +88,6 @@ def judge(case: Case) -> tuple[str, str]:
     try:
         with time_limit():
             result = case.call()
-            problem = None if case.bad else case.check(result)
     except Hung:
         return HUNG, "".join(traceback.format_stack(limit=3))
     except (ValueError, TypeError, *case.errors) as error:
@@ -97,6 +96,13 @@ def judge(case: Case) -> tuple[str, str]:
         return RAW, _describe(error)
     if case.bad:
         return SILENT, f"{case.bad} accepted"
+    try:
+        with time_limit():
+            problem = case.check(result)
+    except Hung:
+        return HUNG, "".join(traceback.format_stack(limit=3))
+    except Exception as error:  # what was accepted does not work
+        problem = _describe(error)
     return (SILENT, problem) if problem else (WORKED, "")
 
 
