@@ -13,10 +13,12 @@ weights or settings have changed.
 
 import argparse
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 
 import diffusers_lsep
@@ -138,7 +140,8 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, pipe: LSEPPipeline,
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    accelerator = Accelerator()
+    # Others wait while one writes what may be 40 GB, for which ten minutes can be too few.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
     output_dir = Path(args.output_dir)
     check_writable("--output_dir", output_dir)
     result = output_dir / ("samples.npz" if args.num_images is not None else "grid.png")
@@ -200,13 +203,14 @@ def main(argv: list[str] | None = None):
     accelerator.wait_for_everyone()
     draw(args, accelerator, pipe, store, class_ids)
 
-    # 4. Results
+    # 4. Results. The processes share the PNGs, which take longest: minutes for 50,000 of them
+    if args.num_images is None or args.save_images:
+        share = (accelerator.process_index, accelerator.num_processes)
+        paths = write_pngs(output_dir / "images", store.read(), class_ids, *share)
+        accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        images = store.read()
         if args.num_images is not None:
-            write_npz(result, images, class_ids)
-        if args.num_images is None or args.save_images:
-            paths = write_pngs(output_dir / "images", images, class_ids)
+            write_npz(result, store.read(), class_ids)
         write_text(settings_file, json.dumps(settings, indent=2) + "\n")
         if args.num_images is None:
             captions = [id2label.get(class_id, str(class_id)).split(",")[0] for class_id in class_ids.tolist()]

@@ -165,7 +165,7 @@ def test_seeds_differ_and_batch_size_hardly_matters(run):
 
 @pytest.mark.slow
 def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeline_dir, tmp_path):
-    arguments = ["--num_images", 11, "--batch_size", 2]
+    arguments = ["--num_images", 11, "--batch_size", 2, "--save_images"]
     expected = run("whole", *arguments)
 
     # Killed after two batches, and gone on with by two processes.
@@ -184,6 +184,10 @@ def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeli
     found = tmp_path / "interrupted"
     assert (found / "samples.npz").read_bytes() == (expected / "samples.npz").read_bytes()
     assert (found / "samples.json").read_text() == (expected / "samples.json").read_text()
+    pictures = [
+        {path.name: path.read_bytes() for path in (folder / "images").iterdir()} for folder in (found, expected)
+    ]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 11
     assert not (found / ".unfinished").exists()
 
 

@@ -149,13 +149,27 @@ def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
                     file.write(np.ascontiguousarray(array[start : start + 256]).tobytes())
 
 
-def write_pngs(folder: Path, images: np.ndarray, class_ids: np.ndarray) -> list[Path]:
-    """Writes images, uint8 `[N, H, W, C]`, as `INDEX-class-ID.png` each, whole or not at all; returns their paths."""
+def write_pngs(
+    folder: Path, images: np.ndarray, class_ids: np.ndarray, process_index: int = 0, num_processes: int = 1
+) -> list[Path]:
+    """
+    Writes images as `INDEX-class-ID.png` each, whole or not at all.
+
+    Args:
+        folder (`Path`): Where.
+        images (`np.ndarray`): uint8 `[N, H, W, C]`, memory-mapped for example.
+        class_ids (`np.ndarray`): int64 `[N]`.
+        process_index, num_processes (`int`): This process among those that share the work.
+
+    Returns:
+        `list[Path]`: the paths of all of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     digits = len(str(len(images) - 1))
     paths = [folder / f"{index:0{digits}d}-class-{class_id}.png" for index, class_id in enumerate(class_ids)]
-    for path, image in zip(paths, images):
-        write_png(path, Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
+    for index in range(process_index, len(images), num_processes):
+        image = images[index]
+        write_png(paths[index], Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
     return paths
 
 

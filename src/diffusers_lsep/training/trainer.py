@@ -334,6 +334,9 @@ class Trainer:
         self.report(metrics)
         shown = {"loss": "loss", "probe_loss": "probe", "probe_accuracy": "accuracy"}
         values = {label: f"{metrics[key]:.3f}" for key, label in shown.items() if key in metrics}
+        values["images/s"] = f"{metrics['images_per_second']:.4g}"
+        values["waits"] = f"{metrics['data_wait']:.0%}"  # for data
+        values["GB"] = f"{metrics['memory_gb']:.1f}"
         self.progress.set_postfix(values, refresh=False)
 
     def count_unreadable(self):
