@@ -267,8 +267,8 @@ class LSEPObjective(nn.Module):
         self, class_dropout_mask: torch.Tensor, probe_dropout_mask: torch.Tensor
     ) -> torch.Tensor | None:
         """
-        The `separate_rows` of `forward` where the masks are given. None, which is all, where to find their number
-        would make the host wait for a device, or the compiler give up on one graph for all batches.
+        The samples on which the masks differ. None if all do, or where to find their number would make the host wait
+        for a device, or the compiler give up on one graph for all batches.
         """
         if class_dropout_mask.device.type != "cpu" or torch.compiler.is_compiling():
             return None
@@ -362,8 +362,9 @@ class LSEPObjective(nn.Module):
             class_dropout_mask = torch.rand(batch_size, generator=generator, device=device) < self.class_dropout_prob
         if probe_dropout_mask is None and self.probe is not None:
             probe_dropout_mask = torch.rand(batch_size, generator=generator, device=device) < self.probe_dropout_prob
-        if share and separate_rows is None and probe_dropout_mask is not None:
-            separate_rows = self.find_separate_rows(class_dropout_mask, probe_dropout_mask)
+        if share and probe_dropout_mask is not None:
+            found = self.find_separate_rows(class_dropout_mask, probe_dropout_mask)
+            separate_rows = found if found is not None else separate_rows
         if crop_window is None and self.crop_size is not None and self.probe is not None:
             crop_window = self.draw_crop_window(batch_size, device, generator)
 
