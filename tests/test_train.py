@@ -587,7 +587,7 @@ def test_the_card_of_a_new_run_says_nothing_of_the_old_one(tmp_path):
         text = card.content.replace("\nlibrary_name", "\nlanguage: en\nlibrary_name")
         (run / "README.md").write_text(text + "\nWritten by hand.\n")
         new = train("--overwrite_output_dir", "--no_lsep", "--pretrained_model_name_or_path", "lsep/digits")
-    for text in ("cc-by-4.0", "5.7", "Trained with LSEP", "yun2025lsep"):
+    for text in ("license: cc-by-4.0", "5.7", "Trained with LSEP", "yun2025lsep"):
         assert text not in new.content
     assert new.data.eval_results is None and new.data.license is None and new.data.base_model == "lsep/digits"
     assert new.data.tags == ["class-conditional", "sit", "arxiv:2401.08740"] and new.data.language == "en"
