@@ -30,7 +30,7 @@ PAIRED = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
 # Scripts with reports of their own
 SCRIPTS = [
     *("throughput", "growth", "read_latents", "processes", "convert_full_size", "soak", "solver_order"),
-    *("digits_ablation", "digits_fine_tuning", "gradient_variance"),
+    *("digits_ablation", "digits_fine_tuning", "gradient_variance", "few_steps"),
 ]
 
 

@@ -6,6 +6,7 @@
     python benchmarks/solver_order.py --schedulers "SDE order 1" "SDE order 2" --evaluations 64 250 \\
         --num_samples 1048576 --output_dir precise
     python benchmarks/solver_order.py --pretrained_model_name_or_path lsep-digits
+    python benchmarks/solver_order.py --pretrained_model_name_or_path lsep-digits-map --evaluations 1 2 4 8 64
 
 Without a model: mixtures of Gaussians in the plane, of which the velocity is known exactly, so that all of the error
 is the scheduler's. With one that was trained on the bundled digits: the Frechet distance, on pixels, to the training
@@ -35,6 +36,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 from diffusers_lsep import (
+    FlowMapScheduler,
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
@@ -54,6 +56,8 @@ SCHEDULERS = {
     "SDE order 2, last step 0.005": lambda: FlowMatchSDEMultistepScheduler(last_step_size=0.005),
     "ODE Euler": lambda: FlowMatchSDEScheduler(diffusion_form="none"),
     "ODE Heun": lambda: FlowMatchHeunODEScheduler(),
+    "flow map": lambda: FlowMapScheduler(),
+    "flow map, renoising 1": lambda: FlowMapScheduler(renoising=1.0),
     "diffusers FlowMatchEuler": lambda: FlowMatchEulerDiscreteScheduler(),
     "diffusers FlowMatchHeun": lambda: FlowMatchHeunDiscreteScheduler(),
     "diffusers DPM++ 2M": lambda: DPMSolverMultistepScheduler(**FLOW),
@@ -62,6 +66,7 @@ SCHEDULERS = {
     "diffusers SA-Solver": lambda: SASolverScheduler(**FLOW),
     "diffusers DEIS": lambda: DEISMultistepScheduler(**FLOW),
 }
+OF_FLOW_MAPS = ("flow map", "flow map, renoising 1")  # and of no model that gives velocities
 EVALUATIONS = [8, 16, 32, 64, 128, 250]
 # What the figure shows, best seen apart: two schedulers of a kind are no more than two labels on one curve.
 SHOWN = {
@@ -189,7 +194,7 @@ def run_mixture(args: argparse.Namespace, mixture: str) -> list[dict]:
     rows = [{"data": mixture, "scheduler": EXACT, **floor}]
     report(rows[0])
 
-    for name in args.schedulers:
+    for name in [name for name in args.schedulers if name not in OF_FLOW_MAPS]:
         for evaluations in args.evaluations:
             flow.evaluations = 0
             states = draw(pipe, name, evaluations, [0], args.seed)
@@ -234,7 +239,8 @@ def run_digits(args: argparse.Namespace) -> list[dict]:
     # As often as in the data.
     labels = np.resize(data["label"], args.num_images)
     rows = []
-    for name in args.schedulers:
+    is_flow_map = pipe.transformer.config.flow_map_depth is not None
+    for name in [name for name in args.schedulers if is_flow_map or name not in OF_FLOW_MAPS]:
         for evaluations in args.evaluations:
             distances = []
             for seed in range(args.seed, args.seed + args.num_seeds):

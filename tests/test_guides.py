@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the commands of the guides in their order: ImageNet from the archive to the numbers, and fine-tuning."""
+"""Runs the commands of the guides in their order: ImageNet from the archive to the numbers, fine-tuning, few steps."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from image_folders import save_class_folders
 from PIL import Image
-from tiny_models import make_dinov2, make_vae
+from tiny_models import make_dinov2, make_pipeline, make_vae
 
 from diffusers_lsep.data.moments import MomentsDataset
 from diffusers_lsep.files import hash_saved_weights, hash_weights
@@ -53,6 +53,11 @@ FINE_TUNING = {
     ),
     "--num_inference_steps 100": "--num_inference_steps 2 --num_images_per_class 1",
     "num_inference_steps=50": "num_inference_steps=2",
+}
+FEW_STEPS = {
+    "accelerate launch": "python",
+    "@examples/configs/digits": "",
+    "@examples/configs/few-steps/flow-map": f"@examples/configs/few-steps/flow-map{SHORT}",
 }
 
 
@@ -161,3 +166,12 @@ def test_after_training(folder, environment):
     assert {result["guidance"] for result in sweep} == {"classifier-free", "autoguidance"}
     assert json.loads((folder / "likelihood" / "likelihood_results.json").read_text())["dimensions"] == 64
     assert "accuracy" in json.loads((folder / "zero-shot" / "likelihood_results.json").read_text())["classifier"]
+
+
+@pytest.mark.slow
+def test_few_steps(tmp_path, environment):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    make_pipeline(in_channels=1, num_layers=3).save_pretrained(tmp_path / "lsep-digits")
+    run_blocks(read_blocks("docs/few-steps.md"), tmp_path, environment, FEW_STEPS)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "lsep-digits-map")
+    assert pipe.transformer.config.flow_map_depth == 2

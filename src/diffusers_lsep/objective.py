@@ -290,6 +290,8 @@ class LSEPObjective(nn.Module):
         separate_rows: torch.Tensor | None = None,
         probe_rows: torch.Tensor | None = None,
         regularizer_weights: dict[str, torch.Tensor] | None = None,
+        r_timesteps: torch.Tensor | None = None,
+        target_velocity: torch.Tensor | None = None,
     ) -> LSEPObjectiveOutput:
         """
         Computes the loss of a batch. Whatever is random can be given; what is not given is drawn.
@@ -326,6 +328,10 @@ class LSEPObjective(nn.Module):
             regularizer_weights (`dict[str, torch.Tensor]`, *optional*):
                 Factors of the regularizers' losses, by their names, where they change over the steps; each one's
                 `weight` if not given.
+            r_timesteps, target_velocity (`torch.Tensor`, *optional*):
+                Of a flow map, the times in [0, t] to go to, `[B]`, and what is to be predicted, `[B, C, S, S]` (see
+                [`~flow_map.mean_velocity_target`]). Its `loss` has `log(|u - target|^2 + 0.001)`, as in arXiv
+                2510.24474, for `denoising_loss`.
 
         Returns:
             [`LSEPObjectiveOutput`]
@@ -337,6 +343,7 @@ class LSEPObjective(nn.Module):
         if not torch.compiler.is_compiling():
             draws = {"noise": noise, "timesteps": timesteps, "crop_window": crop_window}
             draws |= {"class_dropout_mask": class_dropout_mask, "probe_dropout_mask": probe_dropout_mask}
+            draws |= {"r_timesteps": r_timesteps, "target_velocity": target_velocity}
             check_batch(self, latents, class_labels, draws, {"separate_rows": separate_rows, "probe_rows": probe_rows})
             probe_weight_scale = check_factor("probe_weight_scale", probe_weight_scale)
             check_type("generator", generator, torch.Generator, "a `torch.Generator`")
@@ -372,7 +379,7 @@ class LSEPObjective(nn.Module):
         time = timesteps.view(-1, 1, 1, 1)
         latents, noise = latents.float(), noise.float()
         noisy_latents = self.path.interpolate(latents, noise, time)
-        target = self.path.velocity(latents, noise, time)
+        target = self.path.velocity(latents, noise, time) if target_velocity is None else target_velocity
 
         # 3. Network
         null_class = self.transformer.config.num_classes
@@ -380,7 +387,7 @@ class LSEPObjective(nn.Module):
         if self.probe is not None and probe_dropout_mask is not None:
             probe_labels = torch.where(probe_dropout_mask, null_class, class_labels)
         velocity, tokens_at, probe_tokens, known = self._forward_streams(
-            noisy_latents, timesteps, labels, probe_labels, separate_rows
+            noisy_latents, timesteps, labels, probe_labels, separate_rows, r_timesteps
         )
         # Not by `|=`, which dynamo of torch 2.6 does not know
         known.update(latents=latents, noise=noise, noisy_latents=noisy_latents, timesteps=timesteps, path=self.path)
@@ -388,8 +395,11 @@ class LSEPObjective(nn.Module):
         known.update(velocity=target, prediction=velocity, probe_tokens=probe_tokens)
 
         # 4. Losses, in float32
-        denoising_losses = (velocity.float() - target).square().flatten(1).mean(dim=1)
+        squares = (velocity.float() - target).square().flatten(1)
+        denoising_losses = squares.mean(dim=1)
         loss = denoising_loss = denoising_losses.mean()
+        if r_timesteps is not None:
+            loss = (squares.sum(dim=1) + 1e-3).log().mean()
         probe_loss, probe_losses, probe_accuracy = torch.zeros_like(denoising_loss), None, None
         if self.probe is not None and probe_tokens is not None:
             if probe_rows is not None:
@@ -448,12 +458,15 @@ class LSEPObjective(nn.Module):
         labels: torch.Tensor,
         probe_labels: torch.Tensor | None,
         separate_rows: torch.Tensor | None,
+        r_timesteps: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None, dict[str, Any]]:
         """
         One pass through the network. Returns the velocity, the main stream's tokens after each depth that something
         reads, the probe's tokens, and what else regularizers may read of the network.
         """
-        transformer, batch_size = self.transformer, noisy_latents.shape[0]
+        transformer, batch_size, r_temb = self.transformer, noisy_latents.shape[0], None
+        if r_timesteps is not None:
+            r_temb = transformer.embed_condition(r_timesteps, labels, dtype=noisy_latents.dtype)
 
         # Both streams are one batch as far as the probe's goes, and their patches are the same.
         tokens = transformer.embed_patches(noisy_latents)
@@ -474,7 +487,7 @@ class LSEPObjective(nn.Module):
             depths.add(internal_depth)
         tokens_at, probe_tokens, start = {}, None, 0
         for depth in sorted(depths):
-            tokens = transformer.apply_blocks(tokens, temb, start, depth)
+            tokens = transformer.apply_blocks(tokens, temb, start, depth, r_temb)
             if self.probe is not None and depth == self.probe_depth:
                 tokens, probe_tokens = tokens[:batch_size], tokens[batch_size:]
                 if separate_rows is not None:
@@ -484,4 +497,4 @@ class LSEPObjective(nn.Module):
         known = {"condition": temb[:batch_size]}
         if internal_depth is not None:
             known["internal_prediction"] = transformer.project_out(tokens_at[internal_depth], temb, internal=True)
-        return transformer.project_out(tokens, temb), tokens_at, probe_tokens, known
+        return transformer.project_out(tokens, temb if r_temb is None else r_temb), tokens_at, probe_tokens, known

@@ -82,6 +82,12 @@ def check_objective(objective: Any, probe_weight_start: float, probe_weight_end:
             raise ValueError(
                 f"{what} has to lie in 1..{config.num_layers}, the number of blocks of `transformer`, but is {depth}."
             )
+    flow_map_depth = config.get("flow_map_depth")
+    if objective.probe is not None and flow_map_depth is not None and objective.probe_depth > flow_map_depth:
+        raise ValueError(
+            f"`probe_depth` has to be at most {flow_map_depth}, the `flow_map_depth` of `transformer`, as there is"
+            f" another time behind it, but is {objective.probe_depth}."
+        )
     if objective.probe is not None:
         _check_probe(objective.probe, objective.crop_size, config)
 
@@ -128,10 +134,14 @@ def check_batch(objective: Any, latents: Any, class_labels: Any, draws: Mapping[
         "class_dropout_mask": ((batch_size,), "booleans"),
         "probe_dropout_mask": ((batch_size,), "booleans"),
         "crop_window": ((batch_size, 3), "integers"),
+        "r_timesteps": ((batch_size,), "floating-point numbers"),
+        "target_velocity": (tuple(latents.shape), "floating-point numbers"),
     }
     for name, value in draws.items():
         if value is not None:
             check_tensor(name, value, *expected[name])
+    if draws["r_timesteps"] is not None and config.get("flow_map_depth") is None:
+        raise ValueError("`r_timesteps` has to be None for a `transformer` without `flow_map_depth`, but is given.")
     if draws["timesteps"] is not None:
         check_values("timesteps", draws["timesteps"], 0, 1)
     if draws["crop_window"] is not None:

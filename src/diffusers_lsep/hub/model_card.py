@@ -199,6 +199,7 @@ def write_model_card(
             *(TAGS[1:] if pipeline.is_unconditional else TAGS),
             *METHOD_TAGS[method],
             *(f"arxiv:{loss.paper}" for loss in losses),
+            *(["flow-map", "arxiv:2510.24474"] if flags.get("flow_map") else []),
         ],
         datasets=[dataset] if dataset is not None else None,
         base_model=None if _is_local(base_model) else base_model,
@@ -445,6 +446,7 @@ def _flags_to_show(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags of a run that had an effect, without secrets, sorted."""
     unused = ["probe_", "num_probe_weights", "crop_size_min", "coupled_dropout"] if flags.get("no_lsep") else []
     unused += [] if flags.get("repa_encoder") else ["repa_"]
+    unused += [] if flags.get("flow_map") else ["flow_map"]
     unused += [f"{regularizer_key(name)}_" for name in REGULARIZERS if name not in (flags.get("regularizers") or ())]
     return {
         key: value

@@ -22,7 +22,7 @@ from .regularizer import RegularizerContext
 
 class Teacher:
     """
-    The tokens of a transformer, without gradient.
+    What a transformer says, without gradient.
 
     Args:
         transformer ([`SiTTransformer2DModel`]): The model.
@@ -45,10 +45,22 @@ class Teacher:
         assert isinstance(tokens, torch.Tensor)  # a list for several depths
         return tokens
 
+    @torch.no_grad()
+    def velocity(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor,
+        r_timesteps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The velocity `[B, C, S, S]`; of a flow map, the mean one between two times if there is a second."""
+        options = {} if r_timesteps is None else {"r_timestep": r_timesteps}
+        return self.transformer(noisy_latents, timesteps, class_labels, **options).sample
 
-class AverageTeacher(Teacher):
+
+class WeightsTeacher(Teacher):
     """
-    The tokens that a transformer in training has with the average of its weights. It keeps no copy of these. Where
+    What a transformer in training says with given weights, such as their average. It keeps no copy of these. Where
     they are sharded, those that are needed are put together for each call, by all processes in step.
 
     Args:
@@ -70,13 +82,29 @@ class AverageTeacher(Teacher):
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor, depth: int
     ) -> torch.Tensor:
         unused = tuple(f"transformer_blocks.{i}." for i in range(depth, self.transformer.config.num_layers))
-        weights = {
-            f"transformer.{name}": weight.full_tensor() if isinstance(weight, DTensor) else weight
-            for name, weight in self.weights().items()
-            if not name.startswith((*unused, "norm_out.", "proj_out."))
-        }
+        weights = {f"transformer.{k}": v for k, v in self._gather((*unused, "norm_out.", "proj_out.")).items()}
         inputs = (noisy_latents, timesteps, class_labels, depth)
         return torch.func.functional_call(_TokensOf(self.transformer), weights, inputs)
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor,
+        r_timesteps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        options = {} if r_timesteps is None else {"r_timestep": r_timesteps}
+        inputs = (noisy_latents, timesteps, class_labels)
+        return torch.func.functional_call(self.transformer, self._gather(), inputs, options).sample
+
+    def _gather(self, but_for: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+        """Whole weights, without those whose names begin like this."""
+        return {
+            name: weight.full_tensor() if isinstance(weight, DTensor) else weight
+            for name, weight in self.weights().items()
+            if not name.startswith(but_for)
+        }
 
 
 class _TokensOf(nn.Module):

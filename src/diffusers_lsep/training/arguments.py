@@ -16,6 +16,7 @@ from ..presets import SIT_PRESETS
 from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS
 from .flags import Flags
+from .flow_map import add_flow_map_flags, check_flow_map_flags
 from .post_hoc_ema import add_post_hoc_ema_flags, check_post_hoc_ema
 from .recipes import choose_recipe
 
@@ -46,6 +47,7 @@ def build_parser(description: str) -> ArgumentParser:
     add_model_flags(Flags(parser, "model"))
     add_method_flags(Flags(parser, "method"))
     add_regularizer_flags(Flags(parser, "other losses"))
+    add_flow_map_flags(Flags(parser, "flow maps"))
     add_optimisation_flags(Flags(parser, "optimisation"))
     add_post_hoc_ema_flags(Flags(parser, "averages of other lengths"))
     add_output_flags(Flags(parser, "output"))
@@ -485,6 +487,7 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
                 parser.error(f"--unconditional trains without classes: leave out --{flag}")
         args.no_lsep = True
         args.validation_guidance_scale = 1.0  # nothing to be guided to
+    check_flow_map_flags(args, parser)
     averaging = [name for name in args.regularizers if REGULARIZERS[name].teacher == "average"]
     if averaging and not args.use_ema:
         parser.error(f"--regularizers {averaging[0]} needs the average of the weights: leave out --no-use_ema")

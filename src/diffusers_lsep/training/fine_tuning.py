@@ -98,6 +98,9 @@ class Start:
                     f"class {row} is {pretrained.names[row]!r} there and {self.names[row]!r} here: if these are not"
                     " the same classes in the same order, give `--new_classes`"
                 )
+        depth = self.config["flow_map_depth"]
+        if depth is not None and pretrained.config.get("flow_map_depth") is None:
+            lines.append(f"the blocks after the {depth}th see the time to go to, which makes a flow map of it")
         before, now = (c["sample_size"] // c["patch_size"] for c in (pretrained.config, config))
         if before != now:
             lines.append(f"the position table is made anew for {now} x {now} tokens in place of {before} x {before}")
@@ -113,7 +116,11 @@ class Start:
         name_or_path, size = self.pretrained.name_or_path, self.config["sample_size"]
         try:
             transformer = SiTTransformer2DModel.from_pretrained(
-                name_or_path, subfolder="transformer", sample_size=size, use_safetensors=True
+                name_or_path,
+                subfolder="transformer",
+                sample_size=size,
+                flow_map_depth=self.config["flow_map_depth"],
+                use_safetensors=True,
             ).float()
             probe = None
             if self.pretrained.has_probe and not self.new_classes:

@@ -35,6 +35,7 @@ from ..regularizers.teachers import Teacher
 from ..transformer_sit import SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
 from .fine_tuning import PretrainedPipeline, Start, add_lora, read_pretrained
+from .flow_map import choose_flow_map_flags, open_flow_map_teacher
 from .regularizer_flags import build_regularizers, choose_regularizer_flags, open_teacher
 
 
@@ -105,6 +106,8 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
             "`--regularizers` has to name internal-guidance for a model with `internal_guidance_depth="
             f"{config['internal_guidance_depth']}`, but is {args.regularizers}."
         )
+    method |= choose_flow_map_flags(args, config)
+    config["flow_map_depth"] = method.get("flow_map_depth")
     start = None
     if pretrained is not None:
         check_fit(args, config, pretrained.config, pretrained.path_type)
@@ -114,7 +117,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     encoder = None
     if args.repa_encoder is not None:
         encoder = REPAEncoder(args.repa_encoder, config["sample_size"] // config["patch_size"])
-    teacher = open_teacher(with_values(args, **method), config)
+    teacher = open_teacher(with_values(args, **method), config) or open_flow_map_teacher(with_values(args, **method))
 
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     args = with_values(
@@ -393,6 +396,8 @@ def follows_length(settings: dict[str, Any]) -> bool:
 def check_fit(args: argparse.Namespace, config: dict[str, Any], pretrained: dict[str, Any], path_type: str):
     """Whether the weights of another transformer fit the one that the flags and the data ask for."""
     for name, value in pretrained.items():
+        if name == "flow_map_depth" and value is None:  # any model may become a flow map
+            continue
         if name not in ("sample_size", "num_classes") and config.get(name) != value:
             raise ValueError(
                 f"`--pretrained_model_name_or_path` is a model with `{name}={value}`, but flags or data ask for"

@@ -31,14 +31,16 @@ from ..files import whole_folder, write_text
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
 from ..progress import make_progress_bar
-from ..regularizers.teachers import AverageTeacher, Teacher
+from ..regularizers.teachers import Teacher
+from ..scheduling_flow_map import FlowMapScheduler
 from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
 from ..transformer_sit import SiTTransformer2DModel
 from .average import WeightAverage
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import checkpoint_tensors, load_checkpoint, named_averages, read_state, whole_tensors
 from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
-from .inputs import objective_inputs
+from .flow_map import NUM_DRAWS
+from .inputs import make_teachers, objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
 from .non_finite import NonFiniteSteps
 from .post_hoc_ema import PowerFunctionEMA
@@ -100,7 +102,8 @@ class Trainer:
             "random_flip": args.random_flip,
             "posterior_noise": setup.vae is not None,
             "replace_unreadable": args.max_errors > 0,
-            "num_regularizer_draws": sum(module.num_draws for module in self.objective.regularizers.values()),
+            "num_regularizer_draws": sum(module.num_draws for module in self.objective.regularizers.values())
+            + (NUM_DRAWS if args.flow_map else 0),
         }
         make_stream = StreamedSamples if args.streaming else SampleStream
         self.stream = make_stream(data.source, **stream_options, image_source=data.images)
@@ -115,8 +118,7 @@ class Trainer:
         """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
         args, accelerator, objective = self.args, self.accelerator, self.objective
         objective.to(accelerator.device)
-        asks = any(module.teacher == "average" for module in objective.regularizers.values())
-        self.average_teacher = AverageTeacher(objective.transformer, self.averaged_weights) if asks else None
+        self.teachers = make_teachers(objective, args.flow_map, lambda: self.ema)
         parameters = [*objective.transformer.parameters(), *objective.regularizers.parameters()]
         groups = [{"params": [p for p in parameters if p.requires_grad], "lr": args.learning_rate}]
         if objective.probe is not None:
@@ -208,13 +210,9 @@ class Trainer:
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
-    def averaged_weights(self) -> dict[str, torch.Tensor]:
-        """The weights of the transformer, by name, with the average of those that are trained."""
-        assert self.ema is not None  # `parse_args` sees to it
-        weights = dict(self.objective.named_parameters()) | named_averages(self.objective, self.ema)
-        return {k.removeprefix("transformer."): v for k, v in weights.items() if k.startswith("transformer.")}
-
-    def inputs(self, batch: dict[str, Any], average: Teacher | None, idle: Collection[str] = ()) -> dict[str, Any]:
+    def inputs(
+        self, batch: dict[str, Any], teachers: dict[str, Teacher], idle: Collection[str] = ()
+    ) -> dict[str, Any]:
         """[`objective_inputs`] for a batch."""
         self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
         if self.compiled:
@@ -222,7 +220,7 @@ class Trainer:
             for name in ("separate_rows", "probe_rows"):
                 if name in batch:
                     torch._dynamo.maybe_mark_dynamic(batch[name], 0)
-        options = (self.objective, self.setup, self.normalization, average, idle, self.accelerator.autocast)
+        options = (self.objective, self.setup, self.normalization, teachers, idle, self.accelerator.autocast)
         return objective_inputs(batch, *options)
 
     def train(self) -> bool:
@@ -298,7 +296,7 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():  # accelerate forgets it with FSDP2
                     output = self.model(
-                        **self.inputs(batch, self.average_teacher, idle),
+                        **self.inputs(batch, self.teachers, idle),
                         probe_weight_scale=self.probe_weight_scale,
                         regularizer_weights=self.regularizer_weights,
                     )
@@ -424,17 +422,19 @@ class Trainer:
         for first in range(0, len(rows), args.train_batch_size):
             batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
             batch = send_to_device(batch, accelerator.device)
+            teachers = dict.fromkeys(("average", "student"), Teacher(objective.transformer))
             with accelerator.autocast():  # as in training: with FSDP2 this objective is none that accelerate knows
-                output = objective(**self.inputs(batch, Teacher(objective.transformer)))
+                output = objective(**self.inputs(batch, teachers))
             means = batch_means(output)
             sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def make_pipeline(self, transformer: SiTTransformer2DModel) -> LSEPPipeline:
+        scheduler_class = FlowMapScheduler if self.args.flow_map else FlowMatchSDEScheduler
         pipeline = LSEPPipeline(
             transformer=transformer,
-            scheduler=FlowMatchSDEScheduler(path_type=self.args.path_type),
+            scheduler=scheduler_class(path_type=self.args.path_type),
             vae=self.setup.vae,
             id2label=dict(enumerate(self.setup.data.names)),
         )
