@@ -42,6 +42,7 @@ from diffusers_lsep import FlowMatchSDEMultistepScheduler
 from diffusers_lsep.data.images import load_image_dataset, open_images
 from diffusers_lsep.evaluation.linear_probing import probe_layers
 from diffusers_lsep.evaluation.metrics import feature_statistics, frechet_distance, precision_recall
+from diffusers_lsep.figures import COLOURS, MARKERS, figure_style, save_figure
 from diffusers_lsep.files import whole_folder, write_text
 from diffusers_lsep.training.log import read_metrics
 from diffusers_lsep.training.post_hoc_ema import reconstruct_average
@@ -83,6 +84,7 @@ CHOICES: dict[str, list[object]] = {
 SEEDS, PAIR_SEEDS, CHOICE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4), (100, 101)
 WRONG, COARSE = "wrong labels", "coarse labels"
 KINDS = ("labels", WRONG, COARSE)
+METHOD_COLOURS = (*COLOURS, "0.55")
 # 97.5 % quantiles of Student's distribution by its degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # The numbers of a run that the tables have, at its end.
@@ -228,26 +230,26 @@ def judge_lengths(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -
     return json.loads(result.read_text())
 
 
+@figure_style()
 def draw_lengths(results: list[dict], path: Path):
     """The distance against the length of the average; the ordinary one as a line across."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4))
     axis = figure.subplots()
     for index, result in enumerate(results):
         ordinary, *points = result["lengths"]
         values = [[point[name] for point in points] for name in ("sigma_rel", "frechet_distance")]
-        axis.plot(*values, label=result["method"], color=f"C{index}", marker="osD^vP*X"[index % 8])
-        axis.axhline(ordinary["frechet_distance"], color=f"C{index}", linestyle=":", linewidth=1)
+        axis.plot(*values, label=result["method"], color=METHOD_COLOURS[index], marker=MARKERS[index])
+        axis.axhline(ordinary["frechet_distance"], color=METHOD_COLOURS[index], linestyle=":", linewidth=1)
     axis.set(
         xlabel="length of the average, sigma_rel (dotted: the ordinary average)",
         ylabel="Fréchet distance to the training images",
         xscale="log",
         yscale="log",
     )
-    axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def make_length_table(results: list[dict]) -> str:
@@ -287,17 +289,21 @@ def make_table(title: str, results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@figure_style()
 def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: Path):
     """The distance against steps and, where the costs are known, against the time of a core."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.6))
     axes = figure.subplots(1, 2, sharey=True)
     seconds = statistics.median(cost["seconds_of_sit"] for cost in costs.values()) if costs else math.nan
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
         runs = [[point["frechet_distance"] for point in r["curve"]] for r in results if r["method"] == method]
         steps = np.array([p["step"] for p in next(r for r in results if r["method"] == method)["curve"]])
-        mean, style = np.mean(runs, axis=0), {"label": method, "color": f"C{index}", "marker": "osD^vP*X"[index % 8]}
+        mean, style = (
+            np.mean(runs, axis=0),
+            {"label": method, "color": METHOD_COLOURS[index], "marker": MARKERS[index]},
+        )
         spread = np.std(runs, axis=0, ddof=1) if len(runs) > 1 else None
         axes[0].errorbar(steps, mean, yerr=spread, capsize=2, **style)
         ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
@@ -305,38 +311,37 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
         axes[1].errorbar((steps + before) * ratio * seconds / 60, mean, yerr=spread, capsize=2, **style)
     axes[0].set(xlabel="steps of 64 images", ylabel="Fréchet distance to the training images", yscale="log")
     axes[1].set(xlabel="minutes of one core")
-    for axis in axes:
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axes[0].legend()
+    save_figure(path, figure)
 
 
+@figure_style()
 def draw_accuracy(results: list[dict], path: Path):
     """What linear probes know of the layers against the distance, a point for each run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 4.5))
     axis = figure.subplots()
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
         runs = [result for result in results if result["method"] == method]
         names = ("Fréchet distance", "accuracy of linear probes")
         points = np.array([[MEASURES[name](run) for name in names] for run in runs])
-        axis.scatter(*points.T, label=method, color=f"C{index}", marker="osD^vP*X"[index % 8])
+        axis.scatter(*points.T, label=method, color=METHOD_COLOURS[index], marker=MARKERS[index])
     axis.set(
         xlabel="Fréchet distance to the training images", ylabel="accuracy of linear probes, mean of blocks and times"
     )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axis.legend()
+    save_figure(path, figure)
 
 
+@figure_style()
 def draw_samples(runs: list[Run], output_dir: Path, path: Path):
     """Two digits of every class by each method, of the same noise, from the runs that are still there."""
     from matplotlib.figure import Figure
 
     folders = {run.method: output_dir / run.name / f"checkpoint-{run.steps}" / "pipeline" for run in runs}
     folders = {method: folder for method, folder in folders.items() if folder.is_dir()}
-    figure = Figure(figsize=(8, 0.85 * len(folders) + 0.1), layout="constrained")
+    figure = Figure(figsize=(8, 0.85 * len(folders) + 0.1))
     axes = np.atleast_1d(figure.subplots(len(folders), 1))
     for axis, (method, folder) in zip(axes, folders.items()):
         pipe = load_for_sampling(folder)
@@ -345,7 +350,7 @@ def draw_samples(runs: list[Run], output_dir: Path, path: Path):
         axis.imshow(row, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_ylabel(method, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[], frame_on=False)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def load_for_sampling(folder: Path) -> DiffusionPipeline:
