@@ -657,7 +657,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
     def test_pipelines_that_are_refused(self, images, tmp_path):
         from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-        data = ("--data", str(images))
+        data = ("--data", str(images), "--output_dir", str(tmp_path / "out"))
         with pytest.raises(ValueError, match="`PIPELINE` .*absent' cannot be loaded"):
             main(["probe", str(tmp_path / "absent"), *data])
         blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}

@@ -243,6 +243,7 @@ def make_repa_batch(seed=0, batch_size=5):
 @pytest.mark.parametrize("depths", [(1, 2, 2), (2, 2, 2), (4, 1, 3), (3, 4, 4)])
 def test_regularizers_read_the_main_stream_in_the_one_pass(tiny_transformer, with_probe, depths):
     objective = make_objective(tiny_transformer, with_probe, *depths)
+    objective.share_streams = False
     batch = make_repa_batch()
     calls = []
     for block in objective.transformer.transformer_blocks:

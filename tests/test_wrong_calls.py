@@ -115,7 +115,7 @@ CALLS = {
         ("--train_data_dir {root}/empty", "empty"),
         ("--train_data_dir {root}/file", "file"),
         ("--train_data_dir {root}/flat --resolution 8", "label"),
-        ("--train_data_dir {root}/broken_images --resolution 8 --patch_size 2", "cannot be read"),
+        ("--train_data_dir {root}/broken_images --resolution 8 --preset SiT-S/2", "cannot be read"),
         ("--train_data_dir {root}/images --latents_dir {root}/vae-sd", "only one source of data can be given"),
         ("--train_data_dir {root}/images --resolution 7", "`--resolution` has to be divisible by"),
         ("--train_data_dir {root}/images --resolution 8 --image_channels 2", "argument --image_channels"),

@@ -181,7 +181,7 @@ def check_regularizer_weights(regularizers: nn.ModuleDict, weights: Any) -> dict
     """Raises a `ValueError` if the `regularizer_weights` are not one factor for each regularizer."""
     if weights is None:
         return None
-    if not isinstance(weights, Mapping) or weights.keys() != {*regularizers}:
+    if not isinstance(weights, Mapping) or weights.keys() != set(regularizers.keys()):
         raise ValueError(
             f"`regularizer_weights` has to be a dict of one factor for each of {[*regularizers]}, but is"
             f" {describe(weights)}."
