@@ -249,7 +249,7 @@ def browser(tmp_path):
 @pytest.mark.slow
 def test_in_a_browser(browser):
     """A class is searched by a part of its name and drawn; the strip fills; an error is shown as it is."""
-    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -262,6 +262,13 @@ def test_in_a_browser(browser):
         changing = WebDriverWait(browser, 120, 0.05, [StaleElementReferenceException])
         return changing.until(lambda _: condition())
 
+    def soon(condition):
+        changing = WebDriverWait(browser, 5, 0.05, [StaleElementReferenceException])
+        try:
+            return changing.until(lambda _: condition())
+        except TimeoutException:
+            return False
+
     def press(name):
         wait(lambda: find("button", name).click() or True)
 
@@ -273,11 +280,15 @@ def test_in_a_browser(browser):
             box.send_keys(text, *([key] if key else []))
             return True
 
-        wait(type_it)
-        if key is None:
-            option = "[role=option]"
-            wait(lambda: [found.text for found in browser.find_elements("css selector", option)] == ["seven"])
-            wait(lambda: find(option).click() or True)
+        def offers():
+            return [found.text for found in browser.find_elements("css selector", "[role=option]")]
+
+        if key is not None:
+            wait(type_it)
+            return
+        # A page that is still filling its list may drop what is typed.
+        wait(lambda: type_it() and soon(lambda: offers() == ["seven"]))
+        wait(lambda: find("[role=option]").click() or True)
 
     def pixels(selector):
         """An image of the page, as the browser has it."""

@@ -5,6 +5,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -500,7 +501,7 @@ main(sys.argv[1:])
         [*command_line, *argv], env=environment, timeout=300, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    told = sorted(line for line in finished.stdout.splitlines() if line.startswith("process"))
+    told = sorted(re.findall(r"process \d of 2: \d+ images", finished.stdout))  # which may come in one line
     assert told == [
         "process 0 of 2: 4 images",
         "process 0 of 2: 4 images",

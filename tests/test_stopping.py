@@ -4,6 +4,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def test_a_signal_to_the_launcher(tmp_path, started_by, number, to_group, worker
         for process in processes_of(run):
             process.kill()
     said = (tmp_path / "log").read_text()
-    assert f"Stopped by {stopped_by} after step" in said, said[-3000:]
+    # The process that tells it may hear of the signal from another one first.
+    assert re.search(f"Stopped by ({stopped_by}|a signal) after step", said), said[-3000:]
     [(step, checkpoint)] = list_checkpoints(run)
     assert step > 0 and find_damage(checkpoint) is None
     assert sorted(path.name for path in run.glob(".*")) == []

@@ -1019,6 +1019,7 @@ def test_memory_and_cores_on_macos(monkeypatch):
 def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     log = trainer.Trainer.log
     before = signal.getsignal(signal.SIGINT)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 
     def log_and_signal(trainer):
         log(trainer)
@@ -1033,6 +1034,7 @@ def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     )
     assert not (tmp_path / "run" / "model_index.json").exists()
     assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGHUP, hangup)
     assert train(*flags, "--resume_from_checkpoint", "latest") == 0
     train(*flags, output_dir=tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
