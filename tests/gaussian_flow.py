@@ -6,6 +6,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
+from diffusers_lsep.argument_checks import can_be_seen
 from diffusers_lsep.interpolants import get_interpolant
 
 
@@ -35,7 +36,8 @@ class GaussianFlow(ModelMixin, ConfigMixin):
         return r_mean + r_std / std * (sample - mean)
 
     def forward(self, hidden_states, timestep, class_labels, return_dict=True, r_timestep=None):
-        self.times += timestep.detach()[:1].tolist()
+        if can_be_seen(timestep):
+            self.times += timestep.detach()[:1].tolist()
         path, t = self.path, timestep.double()[:, None, None, None]
         mean, std = self.moments(t)
         slope = (STD**2 * path.alpha(t) * path.d_alpha(t) + path.sigma(t) * path.d_sigma(t)) / std**2

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.utils import is_torch_version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -57,8 +58,10 @@ def activations_needed(setup: Setup, compiles: bool) -> int:
     p, q = args.class_dropout_prob, args.probe_dropout_prob
     differ = abs(p - q) if args.coupled_dropout else p + q - 2 * p * q
     num_separate = math.ceil(args.train_batch_size * args.probe_fraction * differ)
-    # Autocast on GPUs keeps LayerNorms in float32, on CPUs not.
-    device_type = "cuda" if torch.backends.cuda.is_built() and not compiles else "cpu"
+    # Autocast on GPUs keeps LayerNorms in float32, on CPUs not. Old versions abort at tensors on a GPU that is not
+    # there.
+    simulates = torch.cuda.is_available() or is_torch_version(">=", "2.15.0")
+    device_type = "cuda" if torch.backends.cuda.is_built() and simulates and not compiles else "cpu"
     with torch.device("meta"):
         objective = build_objective(setup, load=False)
     objective.regularizers = nn.ModuleDict()
