@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import peek_interpreter_stack
 
 
 MAX_COUNT = 1_000_000  # of steps, images and classes: more are a mistake, and would end in a want of memory
@@ -144,7 +144,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str] | None = None
 def can_be_seen(tensor: torch.Tensor) -> bool:
     """Whether looking at numbers costs nothing: an accelerator has to be waited for, a compiler has none to show."""
     is_plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not torch.compiler.is_compiling()
-    return is_plain and tensor.device.type == "cpu" and not is_functorch_wrapped_tensor(tensor)
+    return is_plain and tensor.device.type == "cpu" and peek_interpreter_stack() is None
 
 
 def check_values(name: str, tensor: torch.Tensor, low: float, high: float):
