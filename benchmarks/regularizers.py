@@ -215,8 +215,7 @@ def judge_lengths(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -
     if not result.is_file():
         folder, asked_for, points = output_dir / f"{run.name}-lengths", np.arange(NUM_SAMPLES) % 10, []
         train_run(folder, MNIST, [*run.flags, "--post_hoc_ema_sigmas", *STORED_LENGTHS], run.steps, run.seed)
-        pipe = DiffusionPipeline.from_pretrained(folder / f"checkpoint-{run.steps}" / "pipeline")
-        pipe.scheduler = FlowMatchSDEMultistepScheduler.from_config(pipe.scheduler.config)
+        pipe = load_for_sampling(folder / f"checkpoint-{run.steps}" / "pipeline")
         for sigma_rel in (None, *LENGTHS):
             facts = {"sigma_rel": sigma_rel}
             if sigma_rel is not None:
@@ -341,6 +340,8 @@ def draw_samples(runs: list[Run], output_dir: Path, path: Path):
 
     folders = {run.method: output_dir / run.name / f"checkpoint-{run.steps}" / "pipeline" for run in runs}
     folders = {method: folder for method, folder in folders.items() if folder.is_dir()}
+    if not folders:  # all results are from elsewhere
+        return
     figure = Figure(figsize=(8, 0.85 * len(folders) + 0.1))
     axes = np.atleast_1d(figure.subplots(len(folders), 1))
     for axis, (method, folder) in zip(axes, folders.items()):
@@ -417,8 +418,8 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         seeds = LENGTH_SEEDS if args.seeds is None else args.seeds
         names = [name for name in ("SiT", "LSEP") if name in args.methods and args.study in ("all", "lengths")]
-        runs = [Run(name, seed, flags=METHODS[name]) for name in names for seed in seeds]
-        lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), runs))
+        of_lengths = [Run(name, seed, flags=METHODS[name]) for name in names for seed in seeds]
+        lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), of_lengths))
     parts = [make_table("choice of LSEP's settings", [r for r in results if r["steps"] == CHOICE_STEPS])]
     parts += [make_table(kind, [r for r in results if r["steps"] == STEPS and r["data"] == kind]) for kind in KINDS]
     if lengths:

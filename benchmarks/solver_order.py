@@ -34,6 +34,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from digits_runs import pixel_distance, read_digits
 
 from diffusers_lsep import (
     FlowMapScheduler,
@@ -229,15 +230,11 @@ def average(rows: list[dict]) -> list[dict]:
 
 
 def run_digits(args: argparse.Namespace) -> list[dict]:
-    from datasets import load_dataset
-
-    digits = Path(__file__).parents[1] / "examples" / "digits" / "train.parquet"
-    data = load_dataset("parquet", data_files=str(digits), split="train").with_format("numpy")[:]
-    reference = feature_statistics(data["image"].reshape(len(data["image"]), -1) / 127.5 - 1)
+    real, classes = read_digits()["train"]
     pipe = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
     pipe.set_progress_bar_config(disable=True)
     # As often as in the data.
-    labels = np.resize(data["label"], args.num_images)
+    labels = np.resize(classes, args.num_images)
     rows = []
     is_flow_map = pipe.transformer.config.flow_map_depth is not None
     for name in [name for name in args.schedulers if is_flow_map or name not in OF_FLOW_MAPS]:
@@ -245,8 +242,7 @@ def run_digits(args: argparse.Namespace) -> list[dict]:
             distances = []
             for seed in range(args.seed, args.seed + args.num_seeds):
                 samples = draw(pipe, name, evaluations, labels, seed)[-1]
-                pixels = samples.clamp(-1, 1).flatten(1).double().numpy()
-                distances.append(frechet_distance(*feature_statistics(pixels), *reference))
+                distances.append(pixel_distance((samples.clamp(-1, 1).flatten(1).double().numpy() + 1) / 2, real))
             errors = {"Frechet distance": float(np.mean(distances)), "deviation of a seed": float(np.std(distances))}
             rows.append({"data": "digits", "scheduler": name, "evaluations": evaluations, PLACES[1]: errors})
             report(rows[-1])

@@ -85,7 +85,7 @@ def draw_weights(path: Path):
     weights = LSEPObjective(transformer, LinearProbe(8, 1000)).probe_weights
     figure = Figure(figsize=(6, 2.8))
     axis = figure.subplots()
-    axis.stairs(weights.numpy(), np.linspace(0, 1, len(weights) + 1), color=GREEN, linewidth=2)
+    axis.stairs(weights.numpy(), np.linspace(0, 1, len(weights) + 1), color=GREEN, linewidth=2, baseline=None)
     axis.set(xlabel="time t (0: picture, 1: noise)", ylabel="weight w(t)", xlim=(0, 1), ylim=(0, 0.033))
     save_figure(path, figure)
 

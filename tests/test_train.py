@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1016,10 +1017,11 @@ def test_memory_and_cores_on_macos(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
-def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
+def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, request, name):
     log = trainer.Trainer.log
     before = signal.getsignal(signal.SIGINT)
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+    with_hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, with_hangup))
 
     def log_and_signal(trainer):
         log(trainer)
@@ -1034,7 +1036,6 @@ def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, name):
     )
     assert not (tmp_path / "run" / "model_index.json").exists()
     assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGHUP, hangup)
     assert train(*flags, "--resume_from_checkpoint", "latest") == 0
     train(*flags, output_dir=tmp_path / "whole")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
@@ -1122,6 +1123,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(train, tmp_path, monkeypa
     def log_and_fill(trainer):
         log(trainer)
         if trainer.step == 3:
+            while not (tmp_path / "run" / "checkpoint-2").exists():  # It is written meanwhile.
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
 
     monkeypatch.setattr(trainer.Trainer, "log", log_and_fill)
@@ -1175,9 +1178,12 @@ def test_unreadable_images_are_replaced_and_listed(train, coloured_images, tmp_p
     # the same weights after an interruption
     parts = tmp_path / "parts"
     train(*flags, "--max_errors", 3, "--max_train_steps", 2, output_dir=parts)
-    train(*flags, "--max_errors", 3, "--resume_from_checkpoint", "latest", output_dir=parts)
+    with open(parts / "unreadable.jsonl", "a") as file:  # one that the rest of the run does not meet
+        file.write('{"id": "another", "error": "truncated"}\n')
+    train(*flags, "--max_errors", 4, "--resume_from_checkpoint", "latest", output_dir=parts)
     assert_same_weights(run, parts)
-    assert len((parts / "unreadable.jsonl").read_text().splitlines()) == 3
+    listed = [json.loads(line)["id"] for line in (parts / "unreadable.jsonl").read_text().splitlines()]
+    assert len(listed) == 4 and "another" in listed
     train(*flags, "--max_errors", 4, "--max_train_steps", 1, "--overwrite_output_dir")
 
 

@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """What the calls below name: in braces."""
-    root = tmp_path_factory.mktemp("files")
+    root = tmp_path_factory.mktemp("wrong_calls")
     pipeline = make_pipeline(in_channels=3, id2label=dict(enumerate("abcdefghij")))
     pipeline.save_pretrained(root / "pipe")
     LinearProbe(32, 10).save_pretrained(root / "other")
@@ -79,12 +79,12 @@ CALLS = {
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --label_sampling none", "--label_sampling goes with"),
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --seed -1", "argument --seed: has to be at least 0"),
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --variant fp16", "fp16"),
-        (f"{PIPE} --output_dir {{root}}/file --class_labels 1", "file"),
-        (f"{PIPE} --output_dir {{root}}/file/under --class_labels 1", "file"),
+        (f"{PIPE} --output_dir {{root}}/file --class_labels 1", "cannot be written"),
+        (f"{PIPE} --output_dir {{root}}/file/under --class_labels 1", "cannot be written"),
         (f"{PIPE} --output_dir {{root}}/grid --class_labels 1", "already has grid.png"),
         ("--pretrained_model_name_or_path {root}/absent --output_dir {out} --class_labels 1", "absent"),
         ("--pretrained_model_name_or_path {root}/empty --output_dir {out} --class_labels 1", "empty"),
-        ("--pretrained_model_name_or_path {root}/file --output_dir {out} --class_labels 1", "file"),
+        ("--pretrained_model_name_or_path {root}/file --output_dir {out} --class_labels 1", "/file' cannot be loaded"),
         ("--pretrained_model_name_or_path {root}/other --output_dir {out} --class_labels 1", "other"),
         ("--pretrained_model_name_or_path no/such/id --output_dir {out} --class_labels 1", "no/such/id"),
         ("--pretrained_model_name_or_path ?? --output_dir {out} --class_labels 1", "??"),
@@ -93,12 +93,15 @@ CALLS = {
         ("", "FIGURE"),
         ("fancy-figure", "invalid choice: 'fancy-figure'"),
         (f"denoising-strip {PIPE} --output_dir {{out}}", "--class_labels"),
-        (f"denoising-strip {PIPE} --output_dir {{out}} --class_labels 10", "10"),
+        (f"denoising-strip {PIPE} --output_dir {{out}} --class_labels 10", "`--class_labels` has to lie in 0..9"),
         (f"denoising-strip {PIPE} --output_dir {{out}} --class_labels 1 --num_columns 1", "argument --num_columns"),
         (f"denoising-strip {PIPE} --output_dir {{out}} --class_labels 1 --guidance_scale inf", "guidance_scale"),
         (f"guidance-sweep {PIPE} --output_dir {{out}} --reference {{root}}/absent", "absent"),
         (f"guidance-sweep {PIPE} --output_dir {{out}} --reference {{root}}/junk.npz --features pixels", "junk.npz"),
-        (f"guidance-sweep {PIPE} --output_dir {{out}} --reference {{root}}/small.npz --features pixels", "4"),
+        (
+            f"guidance-sweep {PIPE} --output_dir {{out}} --reference {{root}}/small.npz --features pixels",
+            "but they are 4 x 4",
+        ),
         (f"guidance-sweep {PIPE} --output_dir {{root}}/grid --reference {{root}}/samples.npz", "already has"),
         (f"guidance-sweep {PIPE} --output_dir {{out}} --reference {{root}}/samples.npz --num_images 2", "num_images"),
         (f"cache-sweep {PIPE} --output_dir {{out}} --reference {{root}}/samples.npz --cache NoCache 1", "NoCache"),
@@ -113,7 +116,7 @@ CALLS = {
     "train_lsep.py": [
         ("--train_data_dir {root}/absent", "absent"),
         ("--train_data_dir {root}/empty", "empty"),
-        ("--train_data_dir {root}/file", "file"),
+        ("--train_data_dir {root}/file", "`train_data_dir` has to be a folder"),
         ("--train_data_dir {root}/flat --resolution 8", "label"),
         ("--train_data_dir {root}/broken_images --resolution 8 --preset SiT-S/2", "cannot be read"),
         ("--train_data_dir {root}/images --latents_dir {root}/vae-sd", "only one source of data can be given"),
@@ -123,7 +126,7 @@ CALLS = {
         ("--train_data_dir {root}/images --resolution 8 --image_column photo", "photo"),
         ("--train_data_dir {root}/images --resolution 8 --num_classes 1", "has to hold labels in 0..0"),
         ("--train_data_dir {root}/images --resolution 8 --validation_split 1.5", "`--validation_split`"),
-        ("--train_data_dir {root}/images --resolution 8 --validation_split test", "test"),
+        ("--train_data_dir {root}/images --resolution 8 --validation_split test", "has no split 'test'"),
         ("--latents_dir {root}/empty", "empty"),
         ("--latents_dir {root}/vae-sd --pretrained_vae_model_name_or_path {root}/vae", "img-mean-std-00000000.npy"),
         ("--latents_dir {root}/vae-sd", "has to hold moments"),
@@ -146,7 +149,7 @@ CALLS = {
         ("--resume_from_checkpoint latest --overwrite_output_dir", "give one of them"),
         ("@{root}/recipe", "is --max_train_stepz meant to be --max_train_steps?"),
         ("@{root}/absent", "absent"),
-        ("--output_dir {root}/file/under", "file"),
+        ("--output_dir {root}/file/under", "cannot be written"),
         ("--output_dir {root}/run", "already holds a run"),
         ("--output_dir {root}/run --resume_from_checkpoint latest", "run"),
     ],

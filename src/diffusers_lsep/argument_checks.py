@@ -151,8 +151,11 @@ def check_values(name: str, tensor: torch.Tensor, low: float, high: float):
     """
     Raises a `ValueError` if a number of the tensor `name` is not in `low..high`, or is NaN, where that `can_be_seen`.
     """
-    if can_be_seen(tensor) and not bool(((tensor >= low) & (tensor <= high)).all()):
-        values = tensor.detach().flatten()[:8].tolist()
+    if not can_be_seen(tensor):
+        return
+    fits = (tensor >= low) & (tensor <= high)
+    if not bool(fits.all()):
+        values = tensor.detach()[~fits][:8].tolist()
         raise ValueError(f"`{name}` has to lie in {low:g}..{high:g}, but holds {describe(values)}.")
 
 

@@ -36,10 +36,11 @@ register_with_hooks(SiTTransformerBlock, SiTConcatenatedAttnProcessor)
 
 def is_plain(projection: Any) -> bool:
     """Whether calling it is the product with its weight, and nothing else."""
-    return (
-        not is_traceable_wrapper_subclass(projection.weight)
-        and type(projection) is nn.Linear
-        and not projection._forward_pre_hooks
-        # Those of accelerate and of diffusers replace `forward`.
-        and "forward" not in vars(projection)
-    )
+    if type(projection) is not nn.Linear:
+        return False
+    weight: Any = projection.weight
+    forward_hooks = projection._forward_pre_hooks or projection._forward_hooks
+    backward_hooks = projection._backward_pre_hooks or projection._backward_hooks
+    # Hooks of accelerate and of diffusers replace `forward`.
+    has_hooks = forward_hooks or backward_hooks or "forward" in vars(projection)
+    return not has_hooks and not is_traceable_wrapper_subclass(weight)

@@ -44,7 +44,8 @@ def check_guidance_transformer(guidance_transformer: Any, transformer: Any):
     if guidance_transformer is None or transformer is None:
         return
     for name in ("in_channels", "out_channels", "sample_size", "num_classes"):
-        needed, found = (model.config.get(name) for model in (transformer, guidance_transformer))
+        # Where `out_channels` is None it is `in_channels`.
+        needed, found = (m.config.get(name) or m.config.in_channels for m in (transformer, guidance_transformer))
         if found != needed:
             raise ValueError(
                 f"`guidance_transformer` has to have the transformer's `{name}`, {needed}, but has {found}."
@@ -252,8 +253,9 @@ class GuidanceMixin:
     def _set_guidance_active(self, is_active: bool, step_index: int):
         """What caches hold is from an interrupted call, or too old once the guidance goes on or off."""
         is_new = step_index == 0 or is_active != self._guidance_active
-        if is_new and hasattr(self.transformer, "_reset_stateful_cache"):
-            self.transformer._reset_stateful_cache()
+        for model in (self.transformer, self.guidance_transformer):
+            if is_new and hasattr(model, "_reset_stateful_cache"):
+                model._reset_stateful_cache()
         self._guidance_active = is_active
 
     def _predict_step(

@@ -151,8 +151,11 @@ def check_batch(objective: Any, latents: Any, class_labels: Any, draws: Mapping[
             continue
         check_tensor(name, value, ("rows",), "integers")
         check_values(name, value, 0, batch_size - 1)
-        if can_be_seen(value) and len(value.unique()) < len(value):
-            raise ValueError(f"`{name}` has to hold each sample once, but is {describe(value.tolist())}.")
+        if can_be_seen(value):
+            samples, counts = value.unique(return_counts=True)
+            if bool((counts > 1).any()):
+                more = samples[counts > 1].tolist()
+                raise ValueError(f"`{name}` has to hold each sample once, but holds {describe(more)} more than once.")
 
 
 def check_factor(name: str, value: Any) -> float | torch.Tensor:
@@ -170,10 +173,11 @@ def check_window(name: str, window: torch.Tensor, grid_size: int):
     if not can_be_seen(window):
         return
     start, size = window[:, :2], window[:, 2:]
-    if not bool(((start >= 0) & (size >= 1) & (start + size <= grid_size)).all()):
+    fits = ((start >= 0) & (size >= 1) & (start + size <= grid_size)).all(dim=1)
+    if not bool(fits.all()):
         raise ValueError(
             f"`{name}` has to be (top, left, size) of windows inside of the grid of {grid_size} x {grid_size} tokens,"
-            f" but is {describe(window.tolist())}."
+            f" but holds {describe(window[~fits].tolist())}."
         )
 
 

@@ -77,7 +77,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             a smaller model.
     """
 
-    model_cpu_offload_seq = "transformer->guidance_transformer->vae"
+    # `guidance_transformer` is called in every step: in the chain, each would push the other off the device.
+    model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "guidance_transformer"]
     _callback_tensor_inputs = [
         "latents",
@@ -440,7 +441,9 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             attention_kwargs,
             autoguidance_scale,
         )
-        self._guidance_scale, self._guidance_interval = float(guidance_scale), guidance_interval
+        self._guidance_scale = float(guidance_scale)
+        low, high = guidance_interval
+        self._guidance_interval = float(low), float(high)
         self._internal_guidance_scale = float(internal_guidance_scale)
         self._autoguidance_scale = float(autoguidance_scale)
         self._guider, self._attention_kwargs = guider, attention_kwargs

@@ -298,14 +298,13 @@ def float32_products(allow_tf32: bool | None) -> Iterator[None]:
     if allow_tf32 is None:
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allow_tf32
     try:
-        # `enabled` is False if it is not given.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow_tf32):
-            yield
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 class DrawnSamples:

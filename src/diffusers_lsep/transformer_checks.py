@@ -43,8 +43,6 @@ def check_config(model: ConfigMixin):
     for name, largest in LARGEST.items():
         check_count(name, config[name], high=largest)
     if config.out_channels is not None:
-        if isinstance(config.out_channels, int) and config.out_channels == 0:
-            raise ValueError("`out_channels` has to be None or at least 1, but is 0.")
         check_count("out_channels", config.out_channels, high=LARGEST["in_channels"])
     check_flag("qk_norm", config.qk_norm)
     check_number("mlp_ratio", config.mlp_ratio)
@@ -123,8 +121,10 @@ def check_condition(timestep: Any, class_labels: Any, num_classes: int, argument
             f"`{argument}` has to be one floating-point number, or one for each of the {batch_size} `class_labels`,"
             f" but is {describe(timestep)}."
         )
-    if can_be_seen(timestep) and not all(map(_is_time, timestep.detach().reshape(-1).tolist())):
-        raise ValueError(f"`{argument}` has to lie in [0, 1], but is {describe(timestep.tolist())}.")
+    if can_be_seen(timestep):
+        outside = [t for t in timestep.detach().reshape(-1).tolist() if not _is_time(t)]
+        if outside:
+            raise ValueError(f"`{argument}` has to lie in [0, 1], but holds {describe(outside)}.")
 
 
 def _is_time(t: float) -> bool:

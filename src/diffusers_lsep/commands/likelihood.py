@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..command_line import check_writable, number
-from ..data.images import ImageSource, read_labels
-from ..data.sources import SampleSource, SourceSubset
+from ..data.sources import SourceSubset
 from ..evaluation.features import process_state
-from ..evaluation.labelled_data import VALIDATION_SPLITS, holds_latents, image_size, load_splits, open_latents
+from ..evaluation.labelled_data import VALIDATION_SPLITS, load_lsep_pipeline, open_validation_data
 from ..evaluation.likelihood import TRACES, measure_likelihood
 from ..files import write_text
 from ..labels import find_class_ids
-from ..pipeline_lsep import LSEPPipeline
+from ..sampling import float32_products
 
 
 RESULTS_FILE = "likelihood_results.json"
@@ -72,14 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--seed", type=number(int, 0), default=0, help="Of the noise and of the images that are drawn."
     )
-    parser.add_argument("--output_dir", default=".", help=f"Folder that {RESULTS_FILE} goes to.")
+    parser.add_argument("--output_dir", required=True, help=f"Folder that {RESULTS_FILE} goes to.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace the results that are there.")
 
 
 def run(args: argparse.Namespace):
     """Does the work of `diffusers-lsep likelihood`."""
-    from diffusers import DiffusionPipeline
-
     # 1. What can be refused at once
     path = Path(args.output_dir) / RESULTS_FILE
     check_writable("--output_dir", args.output_dir)
@@ -92,15 +89,10 @@ def run(args: argparse.Namespace):
         )
 
     # 2. Model and data
-    try:
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`PIPELINE` {args.pipeline!r} cannot be loaded: {error}") from error
-    if not isinstance(pipe, LSEPPipeline):
-        raise ValueError(f"`PIPELINE` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
-    pipe.to(state.device)
+    pipe = load_lsep_pipeline(args.pipeline, state.device)
     pipe.transformer.requires_grad_(False)
-    source, names, split = _open_data(args, pipe)
+    flags = ("--data", args.data, "--split", args.split)
+    source, names, split = open_validation_data(*flags, args.pipeline, pipe, args.image_column, args.label_column)
     num_classes = pipe.transformer.config.num_classes
     class_ids = np.array(find_class_ids(names, pipe.config.id2label, num_classes, "--data"))[source.labels]
     if args.num_images is not None and args.num_images < len(class_ids):
@@ -108,18 +100,19 @@ def run(args: argparse.Namespace):
         source, class_ids = SourceSubset(source, rows), class_ids[rows]
 
     # 3. The work
-    found = measure_likelihood(
-        pipe,
-        source,
-        class_ids,
-        not args.unconditional,
-        args.classify,
-        args.trace,
-        args.num_directions,
-        args.num_steps,
-        args.batch_size,
-        args.seed,
-    )
+    with float32_products(allow_tf32=False):
+        found = measure_likelihood(
+            pipe,
+            source,
+            class_ids,
+            not args.unconditional,
+            args.classify,
+            args.trace,
+            args.num_directions,
+            args.num_steps,
+            args.batch_size,
+            args.seed,
+        )
     results: dict[str, Any] = {"pipeline": args.pipeline, "data": args.data, "split": split, **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(results, indent=2) + "\n")
@@ -137,18 +130,3 @@ def run(args: argparse.Namespace):
             f" {of_classes['cross_entropy']:.4f} nats"
         )
     print(f"written: {path}")
-
-
-def _open_data(args: argparse.Namespace, pipe: LSEPPipeline) -> tuple[SampleSource, list[str], str | None]:
-    """The images or latents, the names of their classes, and of which split they are."""
-    if holds_latents(args.data):
-        if args.split is not None:
-            raise ValueError(f"`--split` is {args.split!r}, but `--data` {args.data!r} holds latents without splits.")
-        return *open_latents("--data", args.data, args.pipeline, pipe), None
-    splits = load_splits(args.data)
-    candidates = [args.split] if args.split else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
-    split = next((name for name in candidates if name in splits), None)
-    if split is None:
-        raise ValueError(f"`--split` has to name a split of `--data`, one of {list(splits)}, but is {args.split!r}.")
-    labels, names = read_labels(splits[split], args.label_column)
-    return ImageSource(splits[split], labels, *image_size(pipe), args.image_column), names, split

@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..command_line import check_writable, number
 from ..data.archives import list_some
-from ..data.images import ImageSource, open_images, read_labels
+from ..data.images import open_images
 from ..data.sources import SampleSource, cut_off, hash_labels
 from ..evaluation.features import process_state
-from ..evaluation.labelled_data import VALIDATION_SPLITS, holds_latents, image_size, load_splits, open_latents
+from ..evaluation.labelled_data import (
+    VALIDATION_SPLITS,
+    holds_latents,
+    image_size,
+    load_lsep_pipeline,
+    load_splits,
+    open_latents,
+    open_validation_data,
+)
 from ..evaluation.linear_probing import DEFAULT_TIMESTEPS, MAE_EPOCHS, METHODS, draw_heat_map, probe_layers
 from ..figures import require_matplotlib
 from ..files import write_text
@@ -117,7 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `diffusers-lsep probe` with the arguments of [`add_arguments`]."""
-    from diffusers import DiffusionPipeline
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # 1. What can be refused at once
@@ -132,14 +138,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`diffusers-lsep probe` has to run in one process, but there are {state.num_processes}.")
 
     # 2. Model and data
-    try:
-        dtypes = {"default": DTYPES[args.dtype], "vae": torch.float32}
-        pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=dtypes)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`PIPELINE` {args.pipeline!r} cannot be loaded: {error}") from error
-    if not isinstance(pipe, LSEPPipeline):
-        raise ValueError(f"`PIPELINE` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
-    pipe.to(state.device)
+    pipe = load_lsep_pipeline(args.pipeline, state.device, DTYPES[args.dtype])
     record = _read_record(args.pipeline)
     train, held_out, names, origin = _open_data(args, pipe, record)
     training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, len(names), record)
@@ -233,25 +232,10 @@ def _parse_split(value: str | None) -> tuple[float | None, str | None]:
 def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: list[str]) -> SampleSource:
     """What to measure on, with the numbers that its classes have in the data that is fitted to."""
     data, split = args.validation_data, args.validation_split
-    source: SampleSource
     if os.path.exists(data) and os.path.exists(args.data) and os.path.samefile(data, args.data):
         raise ValueError(f"`--validation_data` has to be other data than `--data`, but both are {data!r}.")
-    if holds_latents(data):
-        if split is not None:
-            raise ValueError(f"`--validation_split` is {split!r}, but `--validation_data` {data!r} has no splits.")
-        source, own_names = open_latents("--validation_data", data, args.pipeline, pipe)
-    else:
-        splits = load_splits(data)
-        candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
-        name = next((name for name in candidates if name in splits), None)
-        if name is None:
-            raise ValueError(
-                f"`--validation_split` has to name a split of `--validation_data`, one of {list(splits)}, but is"
-                f" {split!r}."
-            )
-        labels, own_names = read_labels(splits[name], args.label_column)
-        source = ImageSource(splits[name], labels, *image_size(pipe), args.image_column)
-
+    flags = ("--validation_data", data, "--validation_split", split)
+    source, own_names, _ = open_validation_data(*flags, args.pipeline, pipe, args.image_column, args.label_column)
     if own_names != names:
         index_of = dict(zip(names, range(len(names))))
         without_names = [n for n in (own_names, names) if n == [str(index) for index in range(len(n))]]

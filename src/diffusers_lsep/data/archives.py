@@ -244,7 +244,7 @@ def walk_files(folder: str | os.PathLike) -> Iterable[str]:
             for entry in entries:
                 if entry.is_dir():
                     yield from walk(entry.path, f"{prefix}{entry.name}/", above | {place})
-                elif entry.is_file():
+                elif entry.is_file() or not os.path.exists(entry.path):  # a broken link, as who reads it will say
                     yield prefix + entry.name
 
     return walk(os.fspath(folder), "", frozenset())

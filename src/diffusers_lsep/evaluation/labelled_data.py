@@ -6,15 +6,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from ..autoencoders import encode_moments, get_image_channels, get_normalization
-from ..data.images import load_image_dataset
+from ..data.images import ImageSource, load_image_dataset, read_labels
 from ..data.moments import METADATA_FILE, MomentsDataset, OriginalMomentsDataset, sample_posterior
 from ..data.sources import SampleSource
 from ..pipeline_lsep import LSEPPipeline
 
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+
+
+def load_lsep_pipeline(pipeline: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> LSEPPipeline:
+    """
+    The argument `PIPELINE` of a command, with its VAE in float32.
+
+    Raises:
+        `ValueError`: if it cannot be loaded, or is another pipeline.
+    """
+    try:
+        pipe = DiffusionPipeline.from_pretrained(pipeline, dtype={"default": dtype, "vae": torch.float32})
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`PIPELINE` {pipeline!r} cannot be loaded: {error}") from error
+    if not isinstance(pipe, LSEPPipeline):
+        raise ValueError(f"`PIPELINE` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
+    return pipe.to(device)
 
 
 def holds_latents(data: str) -> bool:
@@ -53,6 +70,37 @@ def image_size(pipe: LSEPPipeline) -> tuple[int, int]:
     config = pipe.transformer.config
     channels = config.in_channels if pipe.vae is None else get_image_channels(pipe.vae)
     return config.sample_size * pipe.vae_scale_factor, channels
+
+
+def open_validation_data(
+    flag: str,
+    data: str,
+    split_flag: str,
+    split: str | None,
+    pipeline: str,
+    pipe: LSEPPipeline,
+    image_column: str,
+    label_column: str,
+) -> tuple[SampleSource, list[str], str | None]:
+    """
+    Images or latents to measure a pipeline on, the names of their classes, and of which split they are: the one that
+    is asked for, else one of `VALIDATION_SPLITS`, or the only one that there is.
+
+    Raises:
+        `ValueError`: if there is no such split, or if the latents are of another size or VAE, in words with the flags
+        that named them.
+    """
+    if holds_latents(data):
+        if split is not None:
+            raise ValueError(f"`{split_flag}` is {split!r}, but `{flag}` {data!r} has no splits.")
+        return *open_latents(flag, data, pipeline, pipe), None
+    splits = load_splits(data)
+    candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
+    name = next((name for name in candidates if name in splits), None)
+    if name is None:
+        raise ValueError(f"`{split_flag}` has to name a split of `{flag}`, one of {list(splits)}, but is {split!r}.")
+    labels, names = read_labels(splits[name], label_column)
+    return ImageSource(splits[name], labels, *image_size(pipe), image_column), names, name
 
 
 @torch.no_grad()

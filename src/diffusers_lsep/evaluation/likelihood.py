@@ -12,12 +12,18 @@ import torch
 from ..data.draws import Purpose, keyed_generator
 from ..data.sources import SampleSource
 from ..pipeline_lsep import LSEPPipeline
+from ..progress import make_progress_bar
 from .labelled_data import load_latents
 
 
 TRACES = ("hutchinson", "exact")
 # Images have 256 levels, and the model sees them in [-1, 1].
 PIXEL_STEP = 2 / 255
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type in ("mps", "npu") else torch.float64
 
 
 def velocity_and_divergence(
@@ -36,12 +42,13 @@ def velocity_and_divergence(
             arXiv 1810.01367); the exact trace, with a backward pass for each dimension, if not given.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: float64, `[B, C, S, S]` and `[B]`.
+        `tuple[torch.Tensor, torch.Tensor]`: in the dtype of [`exact_dtype`], `[B, C, S, S]` and `[B]`.
     """
+    dtype = exact_dtype(latents.device)
     with torch.enable_grad():
         state = latents.detach().requires_grad_()
         velocity = pipe.predict_velocity(state, t, class_ids)
-        divergence = torch.zeros(len(state), dtype=torch.float64, device=state.device)
+        divergence = torch.zeros(len(state), dtype=dtype, device=state.device)
         if directions is None:
             for index in range(state[0].numel()):
                 output = velocity.flatten(1)[:, index].sum()
@@ -52,7 +59,7 @@ def velocity_and_divergence(
                 output = (velocity * direction).sum()
                 (gradient,) = torch.autograd.grad(output, state, retain_graph=True)
                 divergence += (gradient * direction).flatten(1).sum(dim=1) / len(directions)
-    return velocity.detach().double(), divergence
+    return velocity.detach().to(dtype), divergence
 
 
 def log_likelihood(
@@ -75,9 +82,10 @@ def log_likelihood(
         directions (`torch.Tensor`, *optional*): As for [`velocity_and_divergence`].
 
     Returns:
-        `torch.Tensor`: float64 `[B]`.
+        `torch.Tensor`: `[B]`, in the dtype of [`exact_dtype`].
     """
-    x, change = latents.double(), torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+    x = latents.to(exact_dtype(latents.device))
+    change = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     times = [(i / num_steps) ** 2 for i in range(num_steps + 1)]
     for t, end in zip(times, times[1:]):
         h = end - t
@@ -199,9 +207,8 @@ def measure_likelihood(
 
 
 def _batches(count: int, batch_size: int) -> Iterator[np.ndarray]:
-    from tqdm.auto import tqdm
-
-    for start in tqdm(range(0, count, batch_size), desc="Likelihood", unit="batch", leave=False):
+    starts = range(0, count, batch_size)
+    for start in make_progress_bar(iterable=starts, desc="Likelihood", unit="batch", leave=False):
         yield np.arange(start, min(start + batch_size, count))
 
 

@@ -100,7 +100,7 @@ class Start:
                 )
         depth = self.config["flow_map_depth"]
         if depth is not None and pretrained.config.get("flow_map_depth") is None:
-            lines.append(f"the blocks after the {depth}th see the time to go to, which makes a flow map of it")
+            lines.append(f"from block {depth + 1} on it sees the time to go to, which makes a flow map of it")
         before, now = (c["sample_size"] // c["patch_size"] for c in (pretrained.config, config))
         if before != now:
             lines.append(f"the position table is made anew for {now} x {now} tokens in place of {before} x {before}")

@@ -156,13 +156,18 @@ def is_validation(line: dict[str, Any]) -> bool:
     return any(name.startswith("validation_") for name in line)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without what a killed run or a full disk left between them."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, without what a killed run or a full disk left between them."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
             lines.append(parse_json(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The [`read_lines`] of a `metrics.jsonl`."""
+    return [line for line in read_lines(path) if "step" in line]
 
 
 @figure_style()

@@ -5,6 +5,7 @@
 import argparse
 import math
 import os
+import warnings
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +61,8 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, argparse.N
         tracker.
     """
     tracker = choose_tracker(args.report_to)
+    # The new name, `forward_sync_buffers`, is one that accelerate cannot hand on.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

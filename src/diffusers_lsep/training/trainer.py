@@ -41,7 +41,7 @@ from .checkpoints import checkpoint_tensors, load_checkpoint, named_averages, re
 from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .flow_map import NUM_DRAWS
 from .inputs import make_teachers, objective_inputs
-from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_metrics
+from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_lines
 from .non_finite import NonFiniteSteps
 from .post_hoc_ema import PowerFunctionEMA
 from .results import choose_validation_labels, describe_training, draw_samples, write_cards
@@ -153,7 +153,7 @@ class Trainer:
         # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
         if (self.output_dir / UNREADABLE_FILE).exists():
-            self.unreadable = {entry["id"]: entry for entry in read_metrics(self.output_dir / UNREADABLE_FILE)}
+            self.unreadable = {entry["id"]: entry for entry in read_lines(self.output_dir / UNREADABLE_FILE)}
         # A checkpoint is written before its step is validated, and what comes after it may have been cut off.
         self.owes_validation = checkpoint is not None and self.validates_at(self.step)
         if self.owes_validation:
