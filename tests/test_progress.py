@@ -51,5 +51,5 @@ def test_one_of_many_short_bars_says_nothing(monkeypatch, clock):
 
 
 def test_a_terminal_has_a_bar(monkeypatch):
-    text = draw(monkeypatch, Terminal())
+    text = draw(monkeypatch, Terminal(), mininterval=0)
     assert text.count("\r") > 1 and text.count("\n") == 1
