@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`import diffusers_lsep` against `from diffusers import DiffusionPipeline`, each in a new process."""
+"""`from diffusers_lsep import LSEPPipeline` against `from diffusers import DiffusionPipeline`, each in a new process."""
 
 import subprocess
 import sys
@@ -12,5 +12,6 @@ def run(pairs: int = 9) -> list[dict]:
     def python(code):
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
-    result = paired_ratio(python("import diffusers_lsep"), python("from diffusers import DiffusionPipeline"), pairs)
-    return [{"name": "import diffusers_lsep / diffusers", "target": 1.10, **result}]
+    ours, baseline = "from diffusers_lsep import LSEPPipeline", "from diffusers import DiffusionPipeline"
+    result = paired_ratio(python(ours), python(baseline), pairs)
+    return [{"name": f"{ours} / diffusers", "target": 1.10, **result}]

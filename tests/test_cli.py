@@ -79,6 +79,19 @@ def test_help_of_convert_names_its_flags(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["draw"]], ids=["help", "version", "wrong"])
+def test_what_needs_no_library_imports_none(argv):
+    code = (
+        "import sys; from diffusers_lsep.cli import main\n"
+        f"try: main({argv})\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'numpy', 'diffusers', 'transformers', 'accelerate', 'huggingface_hub'} & {*sys.modules})"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "set()"
+
+
+@pytest.mark.slow
 def test_only_the_module_of_the_command_is_imported():
     code = (
         "import sys; from diffusers_lsep.cli import main\n"

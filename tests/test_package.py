@@ -31,7 +31,7 @@ def imported_modules(statement: str) -> set[str]:
 
 @pytest.mark.slow
 def test_import_loads_no_package_that_diffusers_does_not_load():
-    extra = imported_modules("import diffusers_lsep") - imported_modules("from diffusers import DiffusionPipeline")
+    extra = imported_modules("from diffusers_lsep import *") - imported_modules("from diffusers import DiffusionPipeline")
     packages = {module.partition(".")[0] for module in extra} - set(sys.stdlib_module_names)
     assert "diffusers_lsep" in packages
     # Classes of diffusers itself are what this package is built from; torch may load a part of itself with them.
@@ -53,7 +53,9 @@ def test_exports():
     }
     assert contract <= set(diffusers_lsep.__all__)
     for name in diffusers_lsep.__all__:
-        assert getattr(diffusers_lsep, name) is not None, name
+        assert getattr(diffusers_lsep, name) is not None and name in dir(diffusers_lsep), name
+    with pytest.raises(AttributeError, match="module 'diffusers_lsep' has no attribute 'SiTPipeline'"):
+        _ = diffusers_lsep.SiTPipeline
 
 
 def test_type_hints_are_published():

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .files import check_replaceable
 from .launchers import end_with_launcher
 
 
@@ -101,6 +100,8 @@ def check_output_dir(output_dir: str, overwrite: bool, is_own: Callable[[set[str
     Raises:
         `ValueError`: if it is a file or a mount point, cannot be written, or holds something else.
     """
+    from .files import check_replaceable  # and torch: `diffusers-lsep --help` comes without
+
     folder = Path(output_dir).resolve()
     check_replaceable(folder)
     check_writable("--output_dir", folder.parent)
