@@ -265,6 +265,22 @@ def test_flags_that_do_not_go_together(train, capsys, flags, message):
 
 
 @pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--new_classes"], "its classes are others than those of the data"),
+        (["--num_classes", 12], "its classes are others"),
+        (["--unconditional"], "its classes are others"),
+        (["--resolution", 16], "its `sample_size` is 8, and that of the data 16"),
+    ],
+)
+def test_a_teacher_of_something_else_is_refused(train, teacher, flags, problem):
+    flags = ["--flow_map", "--pretrained_model_name_or_path", teacher, "--train_data_dir", DIGITS, "--dry_run", *flags]
+    with pytest.raises(ValueError, match=f"`--flow_map_velocity` has to be data, but is teacher: .*{problem}"):
+        train(*flags, tiny=FROM_PIPELINE)
+    assert train(*flags, "--flow_map_velocity", "data", tiny=FROM_PIPELINE) == 0
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ([], {"flow_map_velocity": "data", "flow_map_equal_fraction": 0.75, "flow_map_depth": 1}),

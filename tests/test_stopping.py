@@ -3,6 +3,7 @@
 """Signals to what has started a run (a launcher, Slurm, a shell): a checkpoint, and no process left over."""
 
 import importlib.util
+import multiprocessing
 import os
 import re
 import signal
@@ -17,10 +18,13 @@ from tiny_run import TINY_MODEL, TINY_RUN
 from torch.distributed.run import get_args_parser
 
 from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
+from diffusers_lsep.training.stopping import outlive_signals
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"
 LAUNCHERS_MODULE = importlib.util.find_spec("diffusers_lsep").submodule_search_locations[0] + "/launchers.py"
+
+TIME_TO_END = 300  # seconds, on a machine that may be busy
 
 ONE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 STARTED_BY = {
@@ -105,6 +109,45 @@ def test_ctrl_c_also_ends_the_tee_behind_a_run(tmp_path):
         for process in processes_of(run):
             process.kill()
     assert list_checkpoints(run)[-1][0] > 0 and not list(run.glob(".*"))
+
+
+@pytest.mark.slow
+def test_an_error_ends_a_run_with_workers(tmp_path):
+    command = [sys.executable, SCRIPT, *TINY_MODEL, *TINY_RUN, "--max_train_steps", 100_000, "--learning_rate", 1e30]
+    command += ["--dataloader_num_workers", 1, "--output_dir", tmp_path / "run"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    try:
+        result = subprocess.run(
+            list(map(str, command)), env=environment, capture_output=True, text=True, timeout=TIME_TO_END
+        )
+    finally:
+        left = processes_of(tmp_path / "run")
+        for process in left:
+            process.kill()
+    assert result.returncode == 1 and not left
+    assert re.search(r"error: the .* of step \d+ is (inf|nan); the last good checkpoint", result.stderr)
+
+
+def sleep_in_a_worker(ready):
+    outlive_signals(0)
+    ready.set()
+    time.sleep(TIME_TO_END)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who has sent a signal is not known there")
+def test_a_worker_heeds_its_own_run_alone():
+    context = multiprocessing.get_context("fork")  # as loaders of data do
+    ready = context.Event()
+    worker = context.Process(target=sleep_in_a_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(TIME_TO_END)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        subprocess.run(["/bin/sh", "-c", f"kill -{number} {worker.pid}"], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(TIME_TO_END)
+    assert worker.exitcode == 0
 
 
 STARTED = """

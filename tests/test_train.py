@@ -30,10 +30,11 @@ from safetensors.torch import load_file
 from tiny_run import TINY_MODEL, TINY_RUN
 
 from diffusers_lsep import LinearProbe, SiTTransformer2DModel
+from diffusers_lsep.data.fingerprint import Fingerprint
 from diffusers_lsep.files import locked_folder
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 from diffusers_lsep.objective import LSEPObjectiveOutput
-from diffusers_lsep.training import summary, trainer
+from diffusers_lsep.training import output_folder, summary, trainer
 from diffusers_lsep.training.average import WeightAverage
 from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
 from diffusers_lsep.training.log import MetricsFile, StepMetrics, peak_memory, read_metrics
@@ -976,6 +977,21 @@ def test_resuming_before_the_first_checkpoint_starts_anew(train, tmp_path, capsy
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="another method.*seed: 0 -> 3"):
         train("--resume_from_checkpoint", "latest", "--seed", 3)
+
+
+@pytest.mark.parametrize("place", [(Fingerprint, "save"), (output_folder, "write_text")], ids=["data", "settings"])
+def test_a_run_that_is_killed_as_it_begins_can_begin_again(train, tmp_path, monkeypatch, place):
+    """Before either of the first two files that it writes, of which the other may be there."""
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train("--max_train_steps", 1)
+    assert train("--max_train_steps", 1, "--resume_from_checkpoint", "latest") == 0
+    assert (tmp_path / "run" / "fingerprint.npy").is_file()
 
 
 def test_checkpoints_are_limited_and_milestones_stay(train, tmp_path):

@@ -12,6 +12,7 @@ from ..flow_map import DERIVATIVES, guided_velocity, mean_velocity_target
 from ..interpolants import get_interpolant
 from ..objective import timesteps_from_uniform
 from ..regularizers.teachers import Teacher, load_teacher
+from .fine_tuning import Start
 from .flags import Flags
 
 
@@ -32,8 +33,8 @@ def add_flow_map_flags(flags: Flags):
     add(
         "--flow_map_velocity",
         choices=VELOCITIES,
-        help="Which flow it maps: that of --pretrained_model_name_or_path, which stays as it is, or that of the data,"
-        " as published (default: teacher, if there is one).",
+        help="Which flow it maps: that of --pretrained_model_name_or_path, which stays as it is and has to have the"
+        " classes and the size of the data, or that of the data, as published (default: teacher, if there is one).",
     )
     add(
         "--flow_map_guidance_scale",
@@ -108,6 +109,30 @@ def choose_flow_map_flags(args: argparse.Namespace, config: dict[str, Any]) -> d
         "flow_map_velocity": "teacher" if with_teacher else "data",
         "flow_map_equal_fraction": (0.25 if with_teacher else 0.75) if fraction is None else fraction,
     }
+
+
+def check_flow_map_teacher(start: Start):
+    """
+    Refuses a teacher that says nothing about what is trained on.
+
+    Args:
+        start ([`Start`]): From which model the run starts, which is the teacher.
+
+    Raises:
+        `ValueError`: if it knows other classes, or images of another size.
+    """
+    size, now = start.pretrained.config["sample_size"], start.config["sample_size"]
+    problem = None
+    if start.new_classes:
+        problem = "its classes are others than those of the data"
+    elif size != now:
+        problem = f"its `sample_size` is {size}, and that of the data {now}"
+    if problem is not None:
+        raise ValueError(
+            "`--flow_map_velocity` has to be data, but is teacher: `--pretrained_model_name_or_path`"
+            f" {start.pretrained.name_or_path!r} cannot teach what is trained on, since {problem}. (Or fine-tune it to"
+            " them first, and make a flow map of the result.)"
+        )
 
 
 def open_flow_map_teacher(args: argparse.Namespace) -> Teacher | None:

@@ -135,8 +135,9 @@ def own_output_folder(
             remove_old_checkpoints(output_dir, args.checkpoints_total_limit, args.milestone_steps)
         # What a run takes once more, it writes once more.
         remove_snapshots_after(output_dir, 0 if checkpoint is None else read_state(checkpoint)["step"])
-        fingerprint.save(output_dir / FINGERPRINT_FILE)
+        # The settings first, as they say that the folder is a run's.
         write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        fingerprint.save(output_dir / FINGERPRINT_FILE)
         yield
 
 

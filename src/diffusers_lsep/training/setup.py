@@ -35,7 +35,7 @@ from ..regularizers.teachers import Teacher
 from ..transformer_sit import SiTTransformer2DModel
 from .arguments import PAPER_SETTINGS
 from .fine_tuning import PretrainedPipeline, Start, add_lora, read_pretrained
-from .flow_map import choose_flow_map_flags, open_flow_map_teacher
+from .flow_map import check_flow_map_teacher, choose_flow_map_flags, open_flow_map_teacher
 from .regularizer_flags import build_regularizers, choose_regularizer_flags, open_teacher
 
 
@@ -114,6 +114,8 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         new_classes = args.new_classes or len(data.names) != pretrained.config["num_classes"]
         new_classes |= args.unconditional and pretrained.names != data.names
         start = Start(pretrained, config, data.names, new_classes)
+        if method.get("flow_map_velocity") == "teacher":
+            check_flow_map_teacher(start)
     encoder = None
     if args.repa_encoder is not None:
         encoder = REPAEncoder(args.repa_encoder, config["sample_size"] // config["patch_size"])

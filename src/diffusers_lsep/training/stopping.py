@@ -5,6 +5,7 @@
 import os
 import signal
 import sys
+import threading
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
@@ -103,9 +104,20 @@ class LastingOutput:
 def outlive_signals(worker: int):
     """
     For workers that load data: what is to stop the run may reach them too (Ctrl-C and torchrun signal whole groups of
-    processes, Slurm all of a job), and their death would end the run before its checkpoint. A second SIGTERM comes
-    from the run itself, when it ends.
+    processes, Slurm all of a job), and their death would end the run before its checkpoint. A SIGTERM from the run
+    itself, as it ends, does end them.
     """
     for number in stopping_signals():
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # as on macOS: who has sent a signal is not to be learnt
+        return
+    run = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
