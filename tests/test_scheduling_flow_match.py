@@ -8,12 +8,14 @@ off `step` itself, give mean and variance without any sampling error.
 """
 
 import ast
+import fractions
 import inspect
 import json
 import math
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -467,6 +469,27 @@ def test_second_order_sde_forgets_the_run_before():
     for timestep in fresh.timesteps:
         sample = fresh.step(sample.sin(), timestep, sample, generator=generator).prev_sample
     assert torch.equal(results[1], sample) and torch.equal(results[2], sample)
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchSDEScheduler, FlowMatchSDEMultistepScheduler])
+def test_a_single_number_is_a_sample(scheduler_class):
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(4)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    x, one = torch.tensor(0.3), torch.tensor([0.3])
+    alone = scheduler.step(one, scheduler.timesteps[0], one, generator=generators[0]).prev_sample
+    scheduler.set_timesteps(4)
+    found = scheduler.step(x, scheduler.timesteps[0], x, generator=generators[1]).prev_sample
+    assert found.shape == () and found == alone
+
+
+def test_a_timestep_is_found_whatever_its_type():
+    scheduler = FlowMatchSDEScheduler(num_train_timesteps=3)
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    for time in (fractions.Fraction(3, 2), np.float64(1.5), torch.tensor([1.5]), 1.5):
+        assert scheduler.index_for_timestep(time) == 1
+    with pytest.raises(ValueError, match="`timestep` has to be one of the scheduler's `timesteps`, but is 0.333"):
+        scheduler.index_for_timestep(fractions.Fraction(1, 3))
 
 
 def test_given_noise_replaces_the_draw():

@@ -225,7 +225,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             `ValueError`: if it is not in the schedule.
         """
         if not (isinstance(timestep, torch.Tensor) and timestep.numel() == 1):
-            check_number("timestep", timestep)
+            timestep = check_number("timestep", timestep)
         if schedule_timesteps is None:
             schedule_timesteps = self.timesteps
         indices = (schedule_timesteps == timestep).nonzero()
@@ -320,7 +320,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             first = generator[0] if isinstance(generator, list) else generator
             on_host = first is not None and first.device.type == "cpu" and sample.device.type == "cuda"
             device = torch.device("cpu") if on_host else sample.device
-            variance_noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=torch.float32)
+            shape = sample.shape or (1,)  # diffusers looks for a batch
+            variance_noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            variance_noise = variance_noise.reshape(sample.shape)
             if on_host:  # by way of pinned memory, so that the host does not wait for the device at every step
                 variance_noise = variance_noise.pin_memory().to(sample.device, non_blocking=True)
         return variance_noise.to(sample.dtype)

@@ -373,7 +373,11 @@ def rows_argument(batch_size: int) -> Argument:
     return Argument(
         st.one_of(st.none(), values.map(lambda x: torch.tensor(x, dtype=torch.int64))),
         tensor((None,), *INTEGERS, none=GOOD, values=are_rows),
-        st.one_of(near_tensors((batch_size,)), st.sampled_from([torch.tensor([-1]), torch.tensor([0, 0]), [0], 1])),
+        st.one_of(
+            near_tensors((batch_size,)),
+            st.lists(st.integers(-1, batch_size), min_size=2, max_size=3).map(torch.tensor),  # twice, or outside
+            st.sampled_from([torch.tensor([-1]), [0], 1]),
+        ),
     )
 
 
