@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`from diffusers_lsep import LSEPPipeline` against `from diffusers import DiffusionPipeline`, each in a new process."""
+"""`import LSEPPipeline` from this package against `import DiffusionPipeline` from diffusers, each in a new process."""
 
 import subprocess
 import sys

@@ -31,7 +31,8 @@ def imported_modules(statement: str) -> set[str]:
 
 @pytest.mark.slow
 def test_import_loads_no_package_that_diffusers_does_not_load():
-    extra = imported_modules("from diffusers_lsep import *") - imported_modules("from diffusers import DiffusionPipeline")
+    ours, theirs = (f"from {name}" for name in ("diffusers_lsep import *", "diffusers import DiffusionPipeline"))
+    extra = imported_modules(ours) - imported_modules(theirs)
     packages = {module.partition(".")[0] for module in extra} - set(sys.stdlib_module_names)
     assert "diffusers_lsep" in packages
     # Classes of diffusers itself are what this package is built from; torch may load a part of itself with them.
