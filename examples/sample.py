@@ -28,9 +28,9 @@ from diffusers_lsep.command_line import ArgumentParser, check_writable, number, 
 from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.files import write_text
 from diffusers_lsep.guidance import check_autoguidance, check_internal_guidance
-from diffusers_lsep.image_store import ImageStore, list_differences, write_npz, write_png, write_pngs
+from diffusers_lsep.image_store import ImageStore, list_differences, read_npz, write_npz, write_png, write_pngs
 from diffusers_lsep.labels import describe_classes, find_class_ids
-from diffusers_lsep.progress import make_progress_bar
+from diffusers_lsep.progress import make_progress_bar, shows_bars
 from diffusers_lsep.sampling import (
     DTYPES,
     LABEL_SAMPLINGS,
@@ -129,7 +129,8 @@ def draw(args: argparse.Namespace, accelerator: Accelerator, pipe: LSEPPipeline,
     # The others read what is pending too, before anybody changes it.
     accelerator.wait_for_everyone()
     call = {name: getattr(args, name) for name in CALL}
-    pipe.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Steps", leave=False)
+    shows_steps = accelerator.is_main_process and shows_bars()
+    pipe.set_progress_bar_config(disable=not shows_steps, desc="Steps", leave=False)
     for batch in pending[accelerator.process_index :: accelerator.num_processes]:
         images = draw_batch(pipe, class_ids, batch, args.batch_size, args.seed, **call)
         store.write(batch, images)
@@ -187,9 +188,13 @@ def main(argv: list[str] | None = None):
                 f"`--output_dir` {args.output_dir} already has {result.name}, with other settings:"
                 f" {', '.join(differing)}. Choose another folder, or give `--overwrite_output_dir`."
             )
+        share = (accelerator.process_index, accelerator.num_processes)
+        if args.num_images is not None and args.save_images:  # which may not have been asked for before
+            write_pngs(output_dir / "images", read_npz(result)[..., :channels], class_ids, *share)
         if accelerator.is_main_process:
             store.delete()  # of a run that was killed as it ended
             print(f"{len(class_ids)} images with these settings are in {result} already.")
+        accelerator.wait_for_everyone()
         return
     accelerator.wait_for_everyone()  # everybody has seen the same folder before somebody writes to it
     if accelerator.is_main_process:

@@ -50,6 +50,13 @@ def test_one_of_many_short_bars_says_nothing(monkeypatch, clock):
     assert draw(monkeypatch, io.StringIO(), steps=20, disable=True) == ""
 
 
+def test_bars_of_pipelines_are_for_terminals(monkeypatch):
+    """Where each of their states would be kept, there are none."""
+    for stream, expected in ((io.StringIO(), False), (Terminal(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert progress.shows_bars() == expected
+
+
 def test_a_terminal_has_a_bar(monkeypatch):
     text = draw(monkeypatch, Terminal(), mininterval=0)
     assert text.count("\r") > 1 and text.count("\n") == 1

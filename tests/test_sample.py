@@ -135,6 +135,22 @@ def test_images_are_floored_samples_of_the_pipeline(run, pipeline_dir):
     np.testing.assert_array_equal(png, archive["arr_0"][4])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pngs_can_be_asked_for_afterwards(run, save_pipeline, capsys, channels):
+    save_pipeline(in_channels=channels)
+    arguments = ["--num_images", 12, "--batch_size", 5]
+    expected = run("at-once", *arguments, "--save_images") / "images"
+    before = (run("later", *arguments) / "samples.npz").read_bytes()
+    later = run("later", *arguments, "--save_images")
+    printed = capsys.readouterr()
+    assert "12 images with these settings are in" in printed.out
+    assert "Steps" not in printed.err, "bars of single batches are for terminals"
+    assert (later / "samples.npz").read_bytes() == before
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in (later / "images").iterdir()) == names and len(names) == 12
+    assert all((later / "images" / name).read_bytes() == (expected / name).read_bytes() for name in names)
+
+
 def test_labels_are_random_or_balanced_or_none(run, pipeline_dir, capsys):
     random = np.load(run("random", "--num_images", 40) / "samples.npz")["arr_1"]
     balanced = np.load(run("balanced", "--num_images", 40, "--label_sampling", "balanced") / "samples.npz")["arr_1"]

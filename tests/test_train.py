@@ -27,9 +27,10 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from image_folders import save_class_folders
 from safetensors.torch import load_file
+from tiny_models import make_batch, make_transformer
 from tiny_run import TINY_MODEL, TINY_RUN
 
-from diffusers_lsep import LinearProbe, SiTTransformer2DModel
+from diffusers_lsep import LinearProbe, LSEPObjective, SiTTransformer2DModel
 from diffusers_lsep.data.fingerprint import Fingerprint
 from diffusers_lsep.files import locked_folder
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
@@ -488,6 +489,21 @@ def test_metrics_weigh_each_sample_of_the_probe_the_same(train):
     assert found["probe_accuracy"] == pytest.approx(4 / 6)
     expected = [5 / 3] + [None] * 4 + [3 / 2] + [None] * 3 + [2.0]
     assert found["probe_loss_by_time"] == [value and pytest.approx(value) for value in expected]
+
+
+def test_accuracy_is_that_of_the_samples_whose_loss_is_finite(train):
+    objective = LSEPObjective(make_transformer(), LinearProbe(32, 10), probe_depth=1)
+    batch = make_batch()
+    batch["class_labels"][:2] = 0  # the first class, which a row of NaN would be given
+    broken = {**batch, "latents": batch["latents"].clone()}
+    broken["latents"][:2] = torch.nan
+    with torch.no_grad():
+        output = objective(**broken)
+        expected = objective(**{name: value[2:] for name, value in batch.items()}).probe_accuracy
+    metrics = StepMetrics(Accelerator(cpu=True))
+    metrics.add_batch(output, batch["timesteps"], data_wait=0.0)
+    metrics.add_step(torch.ones(()))
+    assert metrics.collect()[0]["probe_accuracy"] == pytest.approx(expected.item())
 
 
 @pytest.mark.slow
@@ -1087,6 +1103,7 @@ def test_samples_that_cannot_be_drawn_cost_no_step(train, tmp_path, monkeypatch,
     assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
     DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert train("--validation_steps", 2, "--resume_from_checkpoint", "latest") == 0
+    assert "Samples" not in capsys.readouterr().err, "bars of the sampler are for terminals"
     assert "samples/step-4.png" in (tmp_path / "run" / "README.md").read_text()
 
 

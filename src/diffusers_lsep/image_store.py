@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,6 +148,17 @@ def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, len(array), 256):
                     file.write(np.ascontiguousarray(array[start : start + 256]).tobytes())
+
+
+def read_npz(path: Path) -> np.ndarray:
+    """The images of a file that [`write_npz`] wrote, as a memory-mapped uint8 array `[N, H, W, 3]`."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member, open(path, "rb") as file:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        start = archive.getinfo("arr_0.npy").header_offset
+        file.seek(start + 26)  # of the two lengths of what lies between the header of the archive and the array's
+        offset = start + 30 + sum(struct.unpack("<HH", file.read(4))) + member.tell()
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 def write_pngs(

@@ -413,7 +413,9 @@ class LSEPObjective(nn.Module):
             cross_entropy = F.cross_entropy(logits.float(), class_labels, reduction="none")
             probe_losses = cross_entropy * weights * probe_weight_scale
             probe_loss = probe_losses.mean()
-            probe_accuracy = (logits.detach().argmax(dim=1) == class_labels).float().mean()
+            # The largest of logits that are NaN is the first.
+            is_correct = (logits.detach().argmax(dim=1) == class_labels) & cross_entropy.detach().isfinite()
+            probe_accuracy = is_correct.float().mean()
             if probe_rows is not None:  # of another number in every batch, which may be 0
                 probe_loss = probe_losses.sum() / (self.probe_fraction * batch_size)
                 probe_accuracy = probe_accuracy.nan_to_num()

@@ -26,6 +26,11 @@ class _Lines(tqdm):
         self._decr_instances(self)
 
 
+def shows_bars() -> bool:
+    """Whether a bar can be drawn over itself: on a terminal and in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 def make_progress_bar(**options) -> tqdm:
     """
     A bar of tqdm; where it goes to no terminal and no notebook, a line a minute: a log file keeps all of its states.
@@ -33,7 +38,7 @@ def make_progress_bar(**options) -> tqdm:
     Args:
         options: Of `tqdm`.
     """
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+    if shows_bars():
         return tqdm(**options)
     interval = {"mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE}
     delay = 0.0 if options.get("leave", True) else SECONDS_PER_LINE  # one of many short ones says nothing

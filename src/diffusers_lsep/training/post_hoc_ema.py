@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from ..command_line import ArgumentParser, number
 from ..files import whole_file
-from .checkpoints import whole_tensors
 from .flags import Flags
 
 
@@ -135,14 +135,18 @@ class PowerFunctionEMA:
             dtype (`str`): What to store the averages as, one of `SNAPSHOT_DTYPES`.
             is_main_process (`bool`): Whether to write: the others only help to gather the tensors.
         """
-        averages = whole_tensors(self.averages)
+        averages = {}
+        for name, average in self.averages.items():  # one after the other, so that the device has none twice
+            tensor = average.full_tensor() if isinstance(average, DTensor) else average
+            if is_main_process:
+                averages[name] = tensor.to("cpu", SNAPSHOT_DTYPES[dtype]).contiguous()
         if not is_main_process:
             return
         path = run / SNAPSHOTS_FOLDER / f"step-{step}.safetensors"
         path.parent.mkdir(exist_ok=True)
         metadata = {"sigma_rels": json.dumps(list(self.gammas))}  # of several the order in the file is random
         with whole_file(path) as partial:
-            save_file({name: value.to(SNAPSHOT_DTYPES[dtype]) for name, value in averages.items()}, partial, metadata)
+            save_file(averages, partial, metadata)
 
 
 def list_snapshots(run: Path) -> dict[int, Path]:

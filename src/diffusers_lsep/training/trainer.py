@@ -30,7 +30,7 @@ from ..data.streamed import StreamedSamples
 from ..files import whole_folder, write_text
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
-from ..progress import make_progress_bar
+from ..progress import make_progress_bar, shows_bars
 from ..regularizers.teachers import Teacher
 from ..scheduling_flow_map import FlowMapScheduler
 from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
@@ -438,7 +438,7 @@ class Trainer:
             vae=self.setup.vae,
             id2label=dict(enumerate(self.setup.data.names)),
         )
-        disable = not self.accelerator.is_local_main_process
+        disable = not (self.accelerator.is_local_main_process and shows_bars())
         pipeline.set_progress_bar_config(disable=disable, desc="Samples", leave=False)
         return pipeline
 
