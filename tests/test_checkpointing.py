@@ -260,7 +260,7 @@ def test_what_goes_wrong_in_the_background_is_raised_once(tmp_path, held_up):
     message = "checkpoint-2 could not be written .*NoneType.*; the last good checkpoint is .*checkpoint-1"
     with pytest.raises(OSError, match=message), writer:
         writer.save(2, run.tensors(), {})
-    writer.check()
+    writer.finish()
     held.run = run
     with pytest.raises(RuntimeError, match="of the data"), writer:
         writer.save(3, run.tensors(), {})

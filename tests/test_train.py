@@ -1096,9 +1096,12 @@ def test_a_validation_that_was_cut_off_is_done_before_the_run_goes_on(train, tmp
 
 def test_samples_that_cannot_be_drawn_cost_no_step(train, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "draw_samples", lambda *arguments: [].pop())
+        for name in ("draw_samples", "draw_curves"):
+            patch.setattr(trainer, name, lambda *arguments: [].pop())
         assert train("--validation_steps", 2) == 0
-    assert "No samples of step 2: pop from empty list" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    for what in ("samples", "curves"):
+        assert f"No {what} of step 2: pop from empty list" in printed
     assert "IndexError" in (tmp_path / "run" / "samples" / "step-4-error.txt").read_text()
     assert "samples/" not in (tmp_path / "run" / "README.md").read_text()
     DiffusionPipeline.from_pretrained(tmp_path / "run")

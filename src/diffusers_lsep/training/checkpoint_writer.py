@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor
 
 from .checkpoints import remove_old_checkpoints, save_checkpoint
@@ -126,23 +127,25 @@ class CheckpointWriter:
         """Where the last good checkpoint is, as the end of a sentence."""
         return f"is {self.last}" if self.last is not None else "does not exist"
 
-    def check(self):
-        """Raises what has gone wrong in the background, if something has."""
-        if self._error is not None:
-            error, self._error, self._begun = self._error, None, None
-            raise error
+    @property
+    def has_failed(self) -> bool:
+        """Whether something has gone wrong in the background, as far as this process knows: [`finish`] raises it."""
+        return self._error is not None
 
     def finish(self):
         """
         Waits until the checkpoint that was begun is complete. A call for all processes.
 
         Raises:
-            `OSError`: if it could not be written.
+            `OSError`: if it could not be written, in all processes.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
-        if self._begun is not None:
-            self.accelerator.wait_for_everyone()
-            self.last, self._begun = self._begun, None
+        if self._begun is None:
+            return
+        begun, self._begun, error, self._error = self._begun, None, self._error, None
+        [problem] = broadcast_object_list([str(error) if error is not None else None])
+        if problem is not None:
+            raise error or OSError(problem)
+        self.last = begun

@@ -64,10 +64,12 @@ class StopSignal:
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
-    def arrived(self) -> bool:
+    def arrived(self, has_failed: bool = False) -> bool:
+        """Whether a signal has reached any process, or `has_failed` is true in any. A call for all processes."""
+        stops = self.name is not None or has_failed
         if self.group is None:
-            return self.name is not None
-        flag = torch.tensor([self.name is not None], dtype=torch.int32)
+            return stops
+        flag = torch.tensor([stops], dtype=torch.int32)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(flag.item())
 

@@ -49,6 +49,16 @@ from .setup import Setup, build_objective
 from .stopping import StopSignal, outlive_signals
 
 
+@contextmanager
+def collect_errors() -> Iterator[list[tuple[str, str]]]:
+    """Ends quietly where the block fails: the list then has the error and its traceback."""
+    problems: list[tuple[str, str]] = []
+    try:
+        yield problems
+    except Exception as error:
+        problems.append((str(error) or type(error).__name__, traceback.format_exc()))
+
+
 class Trainer:
     """
     Model, optimiser, average and stream of one run, and what is done with them: [`prepare_training`], [`train`] and
@@ -246,11 +256,12 @@ class Trainer:
         while self.step < args.max_train_steps:
             self.take_step(batches)
             self.progress.update()
-            self.checkpoints.check()
 
             # Reports and checkpoints. Nothing is saved or measured before all losses up to here are known.
             last = self.step == args.max_train_steps
-            stopped = stop.arrived() and not last
+            stopped = stop.arrived(self.checkpoints.has_failed) and not last
+            if stopped:
+                self.checkpoints.finish()  # which raises what has failed
             saves = self.step % args.checkpointing_steps == 0 or last or stopped
             validates = self.validates_at(self.step)
             snaps = bool(args.post_hoc_ema_sigmas) and (self.step % args.post_hoc_ema_steps == 0 or last)
@@ -390,27 +401,42 @@ class Trainer:
                 self.objective.train()
 
     def validate(self):
-        """Measures the averaged weights on held-out images, draws samples from them, and draws the curves."""
+        """
+        Measures the averaged weights on held-out images, draws the curves, and draws samples from them. What goes
+        wrong with one of these is reported, and is not worth the run.
+        """
         accelerator = self.accelerator
         with self.averaged_objective() as objective, torch.no_grad():
             if self.held_out is not None:
-                self.report(self.measure(objective, self.held_out))
+                measured = self.measure(objective, self.held_out)
+                if measured:
+                    self.report(measured)
                 self.count_unreadable()
             if accelerator.is_main_process:
-                draw_curves(self.output_dir)
+                with collect_errors() as problems:
+                    draw_curves(self.output_dir)
+                self.report_problems("curves", problems)
                 # Last: where they are, a run that goes on from here owes nothing.
-                pipeline, path = self.make_pipeline(objective.transformer), self.output_dir / self.samples_file
-                path.parent.mkdir(exist_ok=True)
-                try:
+                with collect_errors() as problems:
+                    pipeline, path = self.make_pipeline(objective.transformer), self.output_dir / self.samples_file
+                    path.parent.mkdir(exist_ok=True)
                     draw_samples(path, pipeline, self.args, self.validation_labels, accelerator, self.step)
-                except Exception as error:  # no picture is worth the run
-                    report = path.with_name(f"{path.stem}-error.txt")
-                    write_text(report, traceback.format_exc())
-                    print(f"No samples of step {self.step}: {error} ({report} has more.)", file=sys.stderr)
+                self.report_problems("samples", problems)
         accelerator.wait_for_everyone()
 
+    def report_problems(self, what: str, problems: list[tuple[str, str]]):
+        """Says what is missing because of some [`collect_errors`], and keeps their tracebacks. One process does."""
+        if problems and self.accelerator.is_main_process:
+            path = self.output_dir / "samples" / f"step-{self.step}-error.txt"
+            path.parent.mkdir(exist_ok=True)
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            write_text(path, before + "\n".join(trace for _, trace in problems))
+            print(f"No {what} of step {self.step}: {problems[0][0]} ({path} has more.)", file=sys.stderr)
+
     def measure(self, objective: LSEPObjective, held_out: SampleStream) -> dict[str, float]:
-        """Losses and probe accuracy on the held-out images, which the processes share out."""
+        """
+        Losses and probe accuracy on the held-out images, which the processes share out; nothing if one of them fails.
+        """
         args, accelerator = self.args, self.accelerator
         num_rows = len(held_out.source.labels)
         rows = range(accelerator.process_index, num_rows, accelerator.num_processes)
@@ -419,14 +445,19 @@ class Trainer:
             names += ["probe_loss", "probe_accuracy"]
         names += [f"{name}_loss" for name in objective.regularizers]
         sums = torch.zeros(len(names), device=accelerator.device)
-        for first in range(0, len(rows), args.train_batch_size):
-            batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
-            batch = send_to_device(batch, accelerator.device)
-            teachers = dict.fromkeys(("average", "student"), Teacher(objective.transformer))
-            with accelerator.autocast():  # as in training: with FSDP2 this objective is none that accelerate knows
-                output = objective(**self.inputs(batch, teachers))
-            means = batch_means(output)
-            sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
+        with collect_errors() as problems:  # the others would wait for this process
+            for first in range(0, len(rows), args.train_batch_size):
+                batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
+                batch = send_to_device(batch, accelerator.device)
+                teachers = dict.fromkeys(("average", "student"), Teacher(objective.transformer))
+                with accelerator.autocast():  # as in training: with FSDP2 this objective is none that accelerate knows
+                    output = objective(**self.inputs(batch, teachers))
+                means = batch_means(output)
+                sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
+        problems = gather_object(problems)
+        self.report_problems("held-out losses", problems)
+        if problems:
+            return {}
         means = (accelerator.reduce(sums, reduction="sum") / num_rows).tolist()
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
