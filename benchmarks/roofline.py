@@ -6,10 +6,9 @@
     python benchmarks/roofline.py --preset SiT-S/8 --batch_sizes 8
 
 A step is run on tensors without values (`simulated_cuda.py`), and every kernel that it would start is counted: its
-products (FLOP) and what it reads and writes (bytes). A kernel takes the longer of both times. Compiled, all that lies
-between two products is one kernel, which reads what comes from outside of it and writes what is used outside of it:
-that is a model of the compiler, not its work. **These are counts and not measurements**; what they assume is in the
-results.
+products (FLOP) and what it reads and writes (bytes). A kernel takes the longer of both times. The kernels of compiled
+blocks are those of the compiler's own scheduler (inductor's, of torch 2.15 with Triton). **These are counts and not
+measurements**; what they assume is in the results.
 
 The utilisation is the work that the method needs (forward and backward, once, the probe's stream on the samples whose
 labels differ) over the time and the peak.
@@ -18,21 +17,25 @@ labels differ) over the time and the peak.
 import argparse
 import json
 import operator
-from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from simulated_cuda import simulated_cuda
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from diffusers_lsep import SIT_PRESETS, LinearProbe, LSEPObjective, SiTTransformer2DModel
 from diffusers_lsep.attention_processors import SiTConcatenatedAttnProcessor
-from diffusers_lsep.training.memory import FusedAttention, autocast, find_base, trace_block, without_values
+from diffusers_lsep.training.memory import FusedAttention, autocast, trace_block, without_values
 
 
 SHARED = 0.18  # of the samples have the same label in both streams
@@ -60,7 +63,7 @@ DEVICES = {
 ASSUMPTIONS = (
     "The parts of the peak that kernels reach are assumed, not measured; heads of 72 are as fast as such of 64.",
     "A kernel takes the longer of its products' and its bytes' time; nothing overlaps, nothing stays in a cache.",
-    "Compiled, everything between two products is one kernel.",
+    "Compiled are the blocks; the rest of the network is not counted there.",
     "The loader, communication between GPUs, and checkpoints are left out.",
 )
 
@@ -207,7 +210,7 @@ def eager_kernels(shape: Shape, concatenates: bool = False) -> dict[str, list[Ke
 
 
 def compiled_kernels(shape: Shape, concatenates: bool = False) -> list[Kernel]:
-    """Those of the blocks, as the compiler might make them of the traced forward and backward pass."""
+    """Those of the blocks' forward and backward pass."""
     found: list[Kernel] = []
     with without_values("cpu"), autocast("cpu", torch.bfloat16), FusedAttention():
         transformer = shape.objective(concatenates).transformer
@@ -219,68 +222,54 @@ def compiled_kernels(shape: Shape, concatenates: bool = False) -> list[Kernel]:
         rows[shape.batch_size + shape.separate] = shape.probe_depth
         for count, blocks in rows.items():
             inputs = torch.zeros(count, tokens, width, dtype=dtype), torch.zeros(count, width, dtype=dtype)
-            found += [kernel for graph in trace_block(block, *inputs) for kernel in fuse(graph)] * blocks
+            found += [kernel for graph in trace_block(block, *inputs) for kernel in schedule(graph)] * blocks
     return found
 
 
-def fuse(graph: torch.fx.GraphModule) -> list[Kernel]:
-    """Products and attention on their own, and one kernel for all that lies between two of them."""
-    kernels: list[Kernel] = []
-    group: dict[torch.fx.Node, int] = {}  # of operations that are no products: after how many products they can run
-    heavy: dict[torch.fx.Node, int] = {}
+def schedule(graph: torch.fx.GraphModule) -> list[Kernel]:
+    """
+    The kernels that PyTorch's compiler would make of a graph for an H100, which need not be there: its scheduler is
+    asked, and nothing is compiled. The graph was traced on the CPU, whose name attention keeps.
+    """
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch._inductor.virtualized import V
+
+    h100 = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, 1024, 32)
+    mode, device = FakeTensorMode(), torch.device("cuda", 0)
     for node in graph.graph.nodes:
-        before = [find_base(x) for x in node.all_input_nodes]
-        level = max((max(group.get(x, 0), heavy.get(x, -1) + 1) for x in before), default=0)
-        if node.op != "call_function" or node.target is operator.getitem or find_base(node) is not node:
-            if node.op == "call_function" and node.target is operator.getitem and before[0] in heavy:
-                heavy[node] = heavy[before[0]]
-            continue
-        values = [
-            [x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in tree_leaves(arg)] for arg in node.args
-        ]
-        flat = tuple(
-            value[0] if not isinstance(arg, (list, tuple)) else value for arg, value in zip(node.args, values)
-        )
-        kind, flops = work(node.target, flat, dict(node.kwargs), node.meta["val"])
-        if kind == "other":
-            group[node] = level
-            continue
-        heavy[node] = level
-        size = sum(size_of(x.meta["val"]) for x in before) + sum(size_of(x) for x in tree_leaves(node.meta["val"]))
-        kernels.append(Kernel(kind, flops, size))
-    # As late as they are needed: a cast of what is kept is no kernel of its own, but begins that which uses it.
-    for node in reversed(group):
-        uses = [level for user in node.users for level in levels_of_uses(user, group, heavy)]
-        group[node] = max(group[node], min(uses, default=0))
-    members: defaultdict[int, set] = defaultdict(set)
-    for node, level in group.items():
-        members[level].add(node)
-    results = {find_base(x) for x in tree_leaves(list(graph.graph.nodes)[-1].args) if isinstance(x, torch.fx.Node)}
-    for nodes in members.values():
-        read = {find_base(x) for node in nodes for x in node.all_input_nodes} - nodes
-        written = {
-            node for node in nodes
-            if node in results or any(not uses_inside(user, nodes) for user in node.users)
-        }  # fmt: skip
-        size = sum(size_of(y) for x in read | written for y in tree_leaves(x.meta["val"]))
-        kernels.append(Kernel("other", 0.0, float(size)))
+        if node.kwargs.get("device") is not None:
+            node.update_kwarg("device", device)
+    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    with mode:
+        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in values]
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(DeviceProperties, "create", lambda device: h100))
+        stack.enter_context(mock.patch("torch._inductor.scheduler.has_triton", return_value=True))
+        stack.enter_context(V.set_fake_mode(mode))
+        stack.enter_context(V.set_debug_handler(DebugContext()))
+        lowered = GraphLowering(graph, example_inputs=inputs, shape_env=ShapeEnv())
+        stack.enter_context(V.set_graph_handler(lowered))
+        lowered.run(*inputs)
+        lowered.init_wrapper_code()
+        lowered._update_scheduler()
+        scheduled = [(node, node.get_read_write_buffers_sizes()) for node in lowered.scheduler.nodes]
+    kernels = []
+    for node, size in scheduled:
+        if size:  # else it is only a part of what another one gives
+            operations = node.node.get_origins() if node.is_extern() else ()
+            works = [work(x.target, *known_arguments(x)) for x in operations if x.op == "call_function"]
+            kind, flops = max(works, key=operator.itemgetter(1), default=("other", 0.0))
+            kernels.append(Kernel(kind, flops, float(size)))
     return kernels
 
 
-def levels_of_uses(user: torch.fx.Node, *levels: dict[torch.fx.Node, int]) -> list[int]:
-    """Where a node is used, or what is only a view of it."""
-    found = [level[user] for level in levels if user in level]
-    if found or user.op != "call_function":
-        return found
-    return [level for following in user.users for level in levels_of_uses(following, *levels)]
-
-
-def uses_inside(user: torch.fx.Node, nodes: set) -> bool:
-    """Whether a node, or what a view of it is used by, lies within a group."""
-    if user in nodes:
-        return True
-    is_seen_through = user.op == "call_function" and find_base(user) is not user
-    return is_seen_through and all(uses_inside(following, nodes) for following in user.users)
+def known_arguments(node: torch.fx.Node) -> tuple[tuple, dict, Any]:
+    """Arguments and output of a node of a graph."""
+    args, kwargs = tree_map_only(torch.fx.Node, lambda x: x.meta["val"], (node.args, node.kwargs))
+    return args, kwargs, node.meta["val"]
 
 
 def seconds(kernels: list[Kernel], device: Device, cudnn: bool, launches: bool) -> float:

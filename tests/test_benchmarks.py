@@ -6,9 +6,17 @@ import json
 
 import pytest
 import torch
-from roofline import DEVICES, Shape, compiled_kernels, count_flops, eager_kernels, formula_flops
+import torch.nn as nn
+from diffusers.utils import is_torch_version
+from roofline import DEVICES, Shape, compiled_kernels, count_flops, eager_kernels, formula_flops, schedule
+
+from diffusers_lsep.training.memory import trace_block, without_values
 
 
+# What asks the compiler's scheduler knows this version of it.
+schedules = pytest.mark.skipif(
+    torch.version.cuda is None or is_torch_version("<", "2.15.0"), reason="needs PyTorch 2.15, built with CUDA"
+)
 TINY = {"patch_size": 2, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
 
 
@@ -18,8 +26,28 @@ def test_counted_operations_equal_the_formula(batch_size):
     assert count_flops(shape) == formula_flops(shape)
 
 
+@schedules
+def test_kernels_that_the_compiler_fuses():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = nn.Linear(64, 32)
+
+        def forward(self, tokens, condition):
+            return self.product(torch.tanh(2 * tokens + condition[:, None]))
+
+    with without_values("cpu"):
+        forward, backward = trace_block(Layer(), torch.zeros(4, 128, 64), torch.zeros(4, 64))
+    fused, product = schedule(forward)
+    tokens, condition, weight, output = 4 * 128 * 64, 4 * 64, 32 * 64 + 32, 4 * 128 * 32
+    assert (fused.kind, fused.flops, fused.bytes) == ("other", 0, 4 * (tokens + condition + tokens))
+    assert (product.kind, product.flops) == ("product", 2 * output * 64)
+    assert product.bytes == 4 * (tokens + weight + output)
+    assert [kernel.flops for kernel in schedule(backward) if kernel.kind == "product"] == [product.flops] * 2
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+@schedules
 def test_kernels_of_a_step():
     shape = Shape(TINY, sample_size=8, batch_size=6, probe_depth=2, classes=10)
     kernels = {"eager": eager_kernels(shape)["model"], "compiled": compiled_kernels(shape)}
@@ -35,7 +63,7 @@ def test_kernels_of_a_step():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+@schedules
 def test_roofline(load_example, tmp_path, capsys):
     script = load_example("roofline", "benchmarks")
     script.main(["--preset", "SiT-S/8", "--batch_sizes", "4", "--output", str(tmp_path / "roofline.json")])
