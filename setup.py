@@ -60,6 +60,8 @@ setup(
         "huggingface-hub>=1.32",
         "safetensors>=0.8",
         "evaluate>=0.4.5",
+        "psutil>=6.0",
+        "pyyaml>=6.0.1",
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["diffusers-lsep=diffusers_lsep.cli:console_main"]},

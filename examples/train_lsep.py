@@ -42,7 +42,7 @@ from diffusers_lsep.training.output_folder import (
     own_output_folder,
 )
 from diffusers_lsep.training.processes import start_accelerator
-from diffusers_lsep.training.setup import prepare
+from diffusers_lsep.training.setup import prepare, take_fingerprint
 from diffusers_lsep.training.stopping import EXIT_STOPPED, leave_on_signals
 from diffusers_lsep.training.summary import describe_initial_weights, describe_result, report_summary
 from diffusers_lsep.training.trainer import Trainer
@@ -53,7 +53,7 @@ EXAMPLES = Path(__file__).resolve().parent  # with the digits and the recipes
 
 def main(argv: list[str] | None = None) -> int:
     # 1. Flags and processes, and what there is to continue
-    args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, EXAMPLES)
+    given = args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, EXAMPLES)
     leave_on_signals()
     accelerator, args = start_accelerator(args)
     checkpoint, settings_before = find_run_to_continue(args, accelerator)
@@ -64,9 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     with accelerator.local_main_process_first():  # it may have to download them
         setup = prepare(args, accelerator.num_processes)
     args, names = setup.args, setup.data.names
+    fingerprint, training_data = take_fingerprint(setup.data, accelerator)
     settings = {
         **vars(args),
         **setup.facts,
+        "training_data": training_data,
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
     }
@@ -75,12 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     if settings_before is not None:
         compare_settings(settings, settings_before, accelerator.print)
         run_before = Path(args.output_dir) if checkpoint is None else checkpoint.parent
-        compare_data(settings, settings_before, setup.fingerprint, run_before)
+        compare_data(settings, settings_before, fingerprint, run_before)
     if args.resume_from_checkpoint:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     if setup.start is not None and checkpoint is None:
         accelerator.print(setup.start.describe())
-    shortage = report_summary(setup, accelerator)
+    shortage = report_summary(setup, accelerator, given)
     if shortage is not None and not args.dry_run:
         raise ValueError(shortage)
     with torch.device("meta" if args.dry_run else "cpu"):
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. Training
     accelerator.wait_for_everyone()
-    folder = own_output_folder(args, settings, setup.fingerprint, checkpoint, print)
+    folder = own_output_folder(args, settings, fingerprint, checkpoint, print)
     with folder if accelerator.is_main_process else nullcontext():
         trainer.prepare_training(checkpoint)
         accelerator.init_trackers("train_lsep", config={name: str(value) for name, value in settings.items()})

@@ -16,6 +16,8 @@ from tiny_run import TINY_RUN
 
 from diffusers_lsep import FlowMapScheduler, LinearProbe, LSEPObjective
 from diffusers_lsep.flow_map import derivative_along, guided_velocity, mean_velocity_target
+from diffusers_lsep.training.arguments import parse_args
+from diffusers_lsep.training.flow_map import choose_flow_map_flags
 from diffusers_lsep.training.log import read_metrics
 
 
@@ -296,3 +298,19 @@ def test_what_is_not_given(train, teacher, capsys, flags, expected):
     settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
     assert {name: settings[name] for name in expected} == expected
     assert settings["transformer"]["flow_map_depth"] == expected["flow_map_depth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (1.5, 250)),
+        (["--flow_map"], (1.0, 4)),
+        (["--flow_map", "--validation_guidance_scale", "2", "--validation_inference_steps", "8"], (2.0, 8)),
+        (["--unconditional"], (1.0, 250)),
+    ],
+)
+def test_samples_of_a_validation_are_those_of_the_model(flags, expected):
+    """Where no recipe says how to draw: a flow map in few steps, as its guidance is built in."""
+    args = parse_args(["--train_data_dir", str(DIGITS), "--num_layers", "2", *flags], "", DIGITS.parent)
+    chosen = choose_flow_map_flags(args, {"num_layers": 2})
+    assert (chosen["validation_guidance_scale"], chosen["validation_inference_steps"]) == expected

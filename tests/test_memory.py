@@ -8,7 +8,9 @@ from tiny_models import make_transformer
 from torch._functorch import config as functorch_config
 
 from diffusers_lsep import SIT_PRESETS, LinearProbe, LSEPObjective, SiTTransformer2DModel
-from diffusers_lsep.training.memory import count_activations, empty_batch, without_values
+from diffusers_lsep.training import summary
+from diffusers_lsep.training.checkpoint_writer import CheckpointWriter
+from diffusers_lsep.training.memory import copies_needed, count_activations, empty_batch, without_values
 
 
 def make_objective(checkpoints=False, preset=None, make=make_transformer, **config) -> LSEPObjective:
@@ -85,9 +87,30 @@ def test_the_figure_of_the_guide():
     assert size / 1e9 == pytest.approx(18.5, rel=0.1)
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-use_ema"], ["--post_hoc_ema_sigmas", 0.05, 0.1]])
+def test_copies_for_checkpoints_are_counted(train, monkeypatch, flags):
+    """What is counted ahead, and what is there at the end, but for the numbers of AdamW's steps."""
+    counted, writers = [], []
+
+    def count(*arguments):
+        counted.append(copies_needed(*arguments))
+        return counted[-1]
+
+    def finish(writer, finish=CheckpointWriter.finish):
+        writers.append(writer)
+        finish(writer)
+
+    monkeypatch.setattr(summary, "copies_needed", count)
+    monkeypatch.setattr(CheckpointWriter, "finish", finish)
+    assert train("--max_train_steps", 1, *flags) == 0
+    there = sum(copy.nbytes for copy in writers[-1]._copies.values() if copy.ndim > 0)
+    assert counted == [there]
+
+
 def test_a_run_says_what_it_needs(train, capsys):
     train("--dry_run", "--mixed_precision", "bf16")
-    assert "GB of activations (not compiled)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GB of activations (not compiled), and 0.00 GB in the one that writes checkpoints" in printed
     train("--dry_run", "--gradient_checkpointing")
     assert "GB of activations (not compiled, with gradient checkpointing)" in capsys.readouterr().out
 

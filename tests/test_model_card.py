@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+import types
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from diffusers_lsep.hub.model_card import (
     write_model_card,
 )
 from diffusers_lsep.hub.saved_pipeline import SavedPipeline
-from diffusers_lsep.training.results import describe_training
+from diffusers_lsep.training.results import describe_hardware, describe_training
 
 
 RESULTS = {"metrics": {"fid": 5.7, "inception_score": 120.0}, "dataset": "ImageNet", "num_images": 50000}
@@ -129,12 +130,23 @@ def test_what_is_known_of_a_training(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = argparse.Namespace(train_data_dir=str(tmp_path / "data"), max_train_steps=20)
-    data, length, held_out = describe_training(tmp_path, args, samples_per_step=4, num_images=40)
+    data, length, held_out = describe_training(tmp_path, args, samples_per_step=4, num_images=40, hardware="a CPU")
     assert data == "Data: Cats, 8x8 (licence: cc-by-4.0)."
-    assert length.startswith("Length: 20 steps of 4 images (2.0 passes) in 6 minutes on ")
+    assert length == "Length: 20 steps of 4 images (2.0 passes) in 6 minutes on a CPU."
     assert "after 20 steps: denoising loss 0.4124, accuracy of the probe 0.592 (mean over all times" in held_out
     args = argparse.Namespace(train_data_dir=None, max_train_steps=20)
-    assert describe_training(tmp_path / "data", args, 4, 40) == ["Length: 20 steps of 4 images (2.0 passes)."]
+    assert describe_training(tmp_path / "data", args, 4, 40, "a CPU") == ["Length: 20 steps of 4 images (2.0 passes)."]
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "expected"),
+    [("cpu", 1, "a CPU"), ("cpu", 2, "CPUs, in 2 processes"), ("mps", 1, "MPS"), ("cuda", 8, "8 x H200")],
+)
+def test_hardware_is_that_of_all_processes(monkeypatch, device, processes, expected):
+    """And what accelerate trains on, whatever else is in the machine."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    accelerator = types.SimpleNamespace(device=torch.device(device), num_processes=processes)
+    assert describe_hardware(accelerator) == expected
 
 
 def test_metrics_become_a_model_index(save):

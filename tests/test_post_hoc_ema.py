@@ -190,6 +190,9 @@ def test_flags_that_cannot_be_followed(train, capsys, flags, message):
 
 
 def test_the_room_that_snapshots_take_is_said(train, capsys):
+    train("--dry_run")
+    settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+    assert settings["post_hoc_ema_steps"] is None, "there are none"
     train("--post_hoc_ema_sigmas", 0.05, 0.1, 0.2, "--max_train_steps", 500, "--dry_run")
     printed = capsys.readouterr().out
     trained = int(printed.split("trained: ")[1].split(" ")[0].replace(",", ""))

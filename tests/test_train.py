@@ -36,6 +36,7 @@ from diffusers_lsep.files import locked_folder
 from diffusers_lsep.hub.model_card import SavedPipeline, update_evaluation
 from diffusers_lsep.objective import LSEPObjectiveOutput
 from diffusers_lsep.training import output_folder, summary, trainer
+from diffusers_lsep.training.arguments import parse_args
 from diffusers_lsep.training.average import WeightAverage
 from diffusers_lsep.training.checkpoints import find_damage, list_checkpoints
 from diffusers_lsep.training.log import MetricsFile, StepMetrics, peak_memory, read_metrics
@@ -219,12 +220,65 @@ def test_dry_run_shows_the_papers_settings_and_writes_nothing(train, own_images,
 
 def test_what_does_not_fit_into_memory_is_refused_before_any_work(train, own_images, tmp_path, monkeypatch):
     flags = ("--train_data_dir", own_images, "--preset", "SiT-XL/2")
-    with pytest.raises(ValueError, match=r"at least 13.47 GB of state and [\d.]+ GB of activations, of .* a VAE"):
+    needed = r"at least 13.47 GB of state and [\d.]+ GB of activations, and 10.78 GB of copies for checkpoints, of "
+    with pytest.raises(ValueError, match=f"{needed}.* a VAE"):
         train(*flags, tiny=())
     monkeypatch.setattr(summary, "memory_limit", lambda device: 100_000)
     with pytest.raises(ValueError, match=r"does not fit .* of 0.00 GB in all. What helps: a `--train_"):
         train()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_are_not_the_defaults_are_those_that_were_given(train, own_images, capsys):
+    said = "settings that are not the defaults: "
+    flags = [
+        "--train_data_dir",
+        own_images,
+        "--num_layers",
+        2,
+        "--validation_labels",
+        "ant",
+        "bee",
+        "--report_to",
+        "none",
+    ]
+    assert train(*flags, "--resolution", 32, "--dry_run", tiny=()) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
+    given = {entry.partition(" ")[::2] for entry in line.removeprefix(said).split(", ")}
+    assert given - {("output_dir", str(Path("run")))} >= {
+        ("train_data_dir", str(own_images)),
+        ("num_layers", "2"),
+        ("validation_labels", "ant bee"),
+        ("resolution", "32"),
+        ("report_to", "none"),
+    }
+    assert {name for name, _ in given} == {
+        *(flag[2:] for flag in flags if str(flag)[:2] == "--"),
+        "resolution",
+        "output_dir",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        (
+            ["--train_data_dir", "my images", "--validation_split", "0.1", "--label_column", "kind"],
+            "probe run --data 'my images' --validation_split 0.1 --label_column kind --method ridge"
+            " --output_dir run-probing",
+        ),
+        (["--train_data_dir", "images"], "space --pretrained_model_name_or_path run --output_dir run-space"),
+        (
+            ["--dataset_name", "images", "--dataset_config_name", "small", "--validation_split", "test"],
+            "space --pretrained_model_name_or_path run --output_dir run-space",
+        ),
+    ],
+)
+def test_how_to_go_on_is_for_the_same_data(flags, command):
+    args = parse_args(["--output_dir", "run/", "--num_layers", "2", *flags], "", SCRIPT.parent)
+    lines = summary.describe_result(args).splitlines()
+    assert lines[-1] == f"  diffusers-lsep {command}"
+    assert lines[-2].endswith(" --output_dir run-samples")
 
 
 def test_a_dry_run_may_name_a_folder_that_holds_a_run(train, tmp_path, capsys):

@@ -20,6 +20,7 @@ STARTED = """
 import importlib.util, os, sys
 
 from diffusers_lsep.command_line import run_script
+from diffusers_lsep.data.images import ImageSource
 from diffusers_lsep.data.stream import SampleStream
 from diffusers_lsep.training.trainer import Trainer
 
@@ -34,6 +35,7 @@ if sys.argv[2] == "checkpoints":  # which the first process writes
     Trainer.save_average = fail
 elif os.environ["RANK"] == "1":
     SampleStream.held_out_batch = fail
+    ImageSource.fingerprint = fail  # which the first process alone takes
 run_script(lambda: script.main(sys.argv[3:]))
 """
 

@@ -412,8 +412,20 @@ def add_output_flags(flags: Flags):
         help="Classes to draw, by name or index (default: up to ten of all).",
     )
     add("--num_validation_images", type=size, default=4, changeable=True, help="Images to draw of each.")
-    add("--validation_guidance_scale", type=positive, default=1.5, changeable=True, help="Scale of their guidance.")
-    add("--validation_inference_steps", type=size, default=250, changeable=True, help="Steps of the sampler for them.")
+    add(
+        "--validation_guidance_scale",
+        type=positive,
+        changeable=True,
+        is_kept=True,
+        help="Scale of their guidance (default: 1.5; 1 for flow maps and without classes).",
+    )
+    add(
+        "--validation_inference_steps",
+        type=size,
+        changeable=True,
+        is_kept=True,
+        help="Steps of the sampler for them (default: 250; 4 for flow maps).",
+    )
     add("--push_to_hub", action="store_true", **elsewhere, help="Upload the pipeline, and nothing else, at the end.")
     add("--hub_model_id", **elsewhere, help="Where to (default: the name of --output_dir).")
     add(

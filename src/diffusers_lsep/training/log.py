@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
 from ..figures import figure_style, save_figure
 from ..files import parse_json, write_text
@@ -76,8 +75,6 @@ class StepMetrics:
 
     def add_step(self, grad_norm: torch.Tensor):
         """Ends a step."""
-        if isinstance(grad_norm, DTensor):  # of sharded parameters
-            grad_norm = grad_norm.full_tensor()
         self._grad_norms.append(grad_norm.detach().float())
 
     def collect(self) -> tuple[dict[str, Any], list[float], list[float]]:

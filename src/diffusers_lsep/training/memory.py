@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory that training needs: for weights and all that belongs to them, and for what a step keeps, counted."""
 
+import argparse
 import functools
 import math
 import operator
@@ -41,8 +42,20 @@ def state_needed(setup: Setup, objective: LSEPObjective, num_shards: int = 1) ->
     teacher = setup.teacher.transformer if setup.teacher is not None else None
     frozen = [model for model in (setup.vae, encoder, teacher) if model is not None]
     frozen_parameters = sum(p.numel() for model in frozen for p in model.parameters())
-    copies = (4 if args.use_ema else 3) + len(args.post_hoc_ema_sigmas or ())
+    copies = 1 + num_tensors_kept(args)
     return 4 * ((parameters + trained * copies) // num_shards + frozen_parameters)
+
+
+def num_tensors_kept(args: argparse.Namespace) -> int:
+    """How many tensors there are in a checkpoint for each one that is trained, beside itself: moments and averages."""
+    return 2 + int(args.use_ema) + len(args.post_hoc_ema_sigmas or ())
+
+
+def copies_needed(setup: Setup, objective: LSEPObjective) -> int:
+    """Bytes of the copies on the host that [`CheckpointWriter`] writes from."""
+    weights = sum(tensor.numel() for tensor in objective.state_dict().values())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    return 4 * (weights + trained * num_tensors_kept(setup.args))
 
 
 def activations_needed(setup: Setup, compiles: bool) -> int:

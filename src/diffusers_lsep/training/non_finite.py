@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.distributed.tensor import DTensor
 
 from .checkpoint_writer import CheckpointWriter
 
@@ -38,8 +37,7 @@ class NonFiniteSteps:
             grad_norm (`torch.Tensor`): A scalar, over all processes.
         """
         if self.max_skipped > 0 and not self.scaled:
-            norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-            optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
 
     def count(
         self,

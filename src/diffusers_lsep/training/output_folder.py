@@ -106,7 +106,7 @@ def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tup
 def own_output_folder(
     args: argparse.Namespace,
     settings: dict[str, Any],
-    fingerprint: Fingerprint,
+    fingerprint: Fingerprint | None,
     checkpoint: Path | None,
     report: Callable[[str], None],
 ) -> Iterator[None]:
@@ -117,7 +117,7 @@ def own_output_folder(
     Args:
         args (`argparse.Namespace`): The flags.
         settings (`dict`): What is to be written.
-        fingerprint ([`Fingerprint`]): Of the data, to be written too.
+        fingerprint ([`Fingerprint`], *optional*): Of the data, to be written too.
         checkpoint (`Path`, *optional*): What the run continues from.
         report (`Callable`): Is told which checkpoints are put aside.
 
@@ -137,7 +137,8 @@ def own_output_folder(
         remove_snapshots_after(output_dir, 0 if checkpoint is None else read_state(checkpoint)["step"])
         # The settings first, as they say that the folder is a run's.
         write_text(output_dir / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-        fingerprint.save(output_dir / FINGERPRINT_FILE)
+        if fingerprint is not None:
+            fingerprint.save(output_dir / FINGERPRINT_FILE)
         yield
 
 
@@ -198,22 +199,24 @@ def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: C
             report("bits of the results may differ from those of an uninterrupted run.")
 
 
-def compare_data(settings: dict[str, Any], before: dict[str, Any], fingerprint: Fingerprint, folder: Path):
+def compare_data(settings: dict[str, Any], before: dict[str, Any], fingerprint: Fingerprint | None, folder: Path):
     """
-    Refuses data that have changed since the run that is continued.
+    Refuses data that have changed since the run that is continued. A call for all processes.
 
     Args:
         settings (`dict`): Those of this run.
         before (`dict`): Those of the other. An older version has not looked at the data.
-        fingerprint ([`Fingerprint`]): Of the data.
+        fingerprint ([`Fingerprint`], *optional*): Of the data, in the main process.
         folder (`Path`): The other run's, which knows more.
     """
     if before.get("training_data", settings["training_data"]) == settings["training_data"]:
         return
-    changes = fingerprint.find_changes(folder / FINGERPRINT_FILE)
+    changed = None
+    if fingerprint is not None:
+        changed = fingerprint.describe(fingerprint.find_changes(folder / FINGERPRINT_FILE), "an image")
+    [changed] = broadcast_object_list([changed])
     raise ValueError(
-        "`--resume_from_checkpoint` cannot continue a run with other data:"
-        f" {fingerprint.describe(changes, 'an image')} has changed since it began. Restore it, or start a new run in"
-        " another `--output_dir`. (Compared are the size of every image or file and a sample of the bytes, not places"
-        " or times.)"
+        f"`--resume_from_checkpoint` cannot continue a run with other data: {changed} has changed since it began."
+        " Restore it, or start a new run in another `--output_dir`. (Compared are the size of every image or file and"
+        " a sample of the bytes, not places or times.)"
     )

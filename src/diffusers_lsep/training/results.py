@@ -66,8 +66,28 @@ def draw_samples(
             tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **options)
 
 
-def describe_training(output_dir: Path, args: argparse.Namespace, samples_per_step: int, num_images: int) -> list[str]:
-    """Data, length, hardware and held-out results of a run, in sentences, from its flags and its `metrics.jsonl`."""
+def describe_hardware(accelerator: Accelerator) -> str:
+    """What all processes run on."""
+    number, device = accelerator.num_processes, accelerator.device
+    if device.type == "cpu":
+        return "a CPU" if number == 1 else f"CPUs, in {number} processes"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return name if number == 1 else f"{number} x {name}"
+
+
+def describe_training(
+    output_dir: Path, args: argparse.Namespace, samples_per_step: int, num_images: int, hardware: str
+) -> list[str]:
+    """
+    Data, length, hardware and held-out results of a run, in sentences, from its flags and its `metrics.jsonl`.
+
+    Args:
+        output_dir (`Path`): The run.
+        args (`argparse.Namespace`): The flags.
+        samples_per_step (`int`): Of all processes.
+        num_images (`int`): In the data.
+        hardware (`str`): That of [`describe_hardware`].
+    """
     facts = []
     card = Path(args.train_data_dir, "README.md") if args.train_data_dir else None
     if card is not None and card.is_file():
@@ -81,10 +101,9 @@ def describe_training(output_dir: Path, args: argparse.Namespace, samples_per_st
     for line in metrics:
         if "seconds_per_step" in line:
             seconds, before = seconds + (line["step"] - before) * line["seconds_per_step"], line["step"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     length = f"{steps:,} steps of {samples_per_step} images ({steps * samples_per_step / num_images:,.1f} passes)"
     time = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
-    facts.append(f"Length: {length}" + (f" in {time} on {device}." if seconds else "."))
+    facts.append(f"Length: {length}" + (f" in {time} on {hardware}." if seconds else "."))
     held_out = next((line for line in reversed(metrics) if "validation_denoising_loss" in line), None)
     if held_out is not None:
         loss, accuracy = held_out["validation_denoising_loss"], held_out.get("validation_probe_accuracy")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..autoencoders import (
     Autoencoder,
@@ -68,7 +70,6 @@ class Setup:
     encoder: REPAEncoder | None
     teacher: Teacher | None  # a frozen one
     samples_per_step: int
-    fingerprint: Fingerprint  # of the data
     facts: dict[str, Any]  # what a continued run has to have in common with its checkpoint, beside flags
 
     @property
@@ -130,21 +131,34 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
         **method,
         **choose_length(args, len(data.source.labels), samples_per_step),
     )
-    sources = [source for source in (data.source, data.images) if source is not None]
-    fingerprint = join(*(source.fingerprint() for source in sources))
     facts = {
         "transformer": config,
         "samples_per_step": samples_per_step,
         "training_images": len(data.source.labels),
         "training_labels": None if args.streaming else hash_labels(data.source.labels),
-        "training_data": fingerprint.value,
         "class_names": zlib.crc32("\n".join(data.names).encode()),
         "vae": zlib.crc32(next(vae.encoder.parameters()).numpy().tobytes()) if vae is not None else None,
         "vae_normalization": zlib.crc32(json.dumps(get_normalization(vae)).encode()) if vae is not None else None,
         "repa_encoder_weights": hash_weights(encoder.model) if encoder is not None else None,
         "teacher_weights": hash_weights(teacher.transformer) if teacher is not None else None,
     }
-    return Setup(args, data, config, start, vae, encoder, teacher, samples_per_step, fingerprint, facts)
+    return Setup(args, data, config, start, vae, encoder, teacher, samples_per_step, facts)
+
+
+def take_fingerprint(data: TrainingData, accelerator: Accelerator) -> tuple[Fingerprint | None, int]:
+    """
+    The fingerprint of the data, in the main process, which alone reads them for it; and its value in all.
+
+    Args:
+        data ([`TrainingData`]): The data.
+        accelerator (`Accelerator`): This process among the others.
+    """
+    fingerprint = None
+    if accelerator.is_main_process:
+        sources = [source for source in (data.source, data.images) if source is not None]
+        fingerprint = join(*(source.fingerprint() for source in sources))
+    [value] = broadcast_object_list([fingerprint.value if fingerprint is not None else None])
+    return fingerprint, value
 
 
 def open_latents(folder: str, labelled: bool) -> MomentsDataset | OriginalMomentsDataset:
@@ -376,7 +390,9 @@ def choose_length(args: argparse.Namespace, num_images: int, samples_per_step: i
     decay, warmup = args.ema_decay, bool(args.ema_warmup)
     if decay is None:
         decay, warmup = default_average(steps)
-    every = args.post_hoc_ema_steps or max(1, steps // DEFAULT_SNAPSHOTS)
+    every = args.post_hoc_ema_steps
+    if every is None and args.post_hoc_ema_sigmas is not None:
+        every = max(1, steps // DEFAULT_SNAPSHOTS)
     return {"max_train_steps": steps, "ema_decay": decay, "ema_warmup": warmup, "post_hoc_ema_steps": every}
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import DynamoBackend
 
 from ..objective import LSEPObjective
 from .arguments import build_parser
-from .memory import activations_needed, state_needed
+from .memory import activations_needed, copies_needed, state_needed
 from .post_hoc_ema import SNAPSHOT_DTYPES
 from .processes import memory_limit, processes_here
 from .recipes import RECIPES
@@ -39,42 +39,46 @@ def describe_initial_weights(args: argparse.Namespace) -> str | None:
 
 def describe_result(args: argparse.Namespace) -> str:
     """What a run has made, and two commands to go on with."""
-    folder = args.output_dir
+    folder = str(Path(args.output_dir))
     lines = [f"Saved the pipeline in {folder}, samples in {Path(folder, 'samples')}, settings in training_args.json."]
     model = f"--pretrained_model_name_or_path {shlex.quote(folder)}"
     draw = "--num_images 16 --label_sampling none --save_images" if args.unconditional else "--class_labels 0"
     commands = [f"diffusers-lsep sample {model} {draw} --output_dir {shlex.quote(f'{folder}-samples')}"]
-    if args.validation_split is not None and not args.unconditional and not args.streaming:
-        data = shlex.quote(args.train_data_dir or args.dataset_name or args.latents_dir)
-        target = shlex.quote(f"{folder}-probing")
-        commands.append(
-            f"diffusers-lsep probe {shlex.quote(folder)} --data {data} --method ridge --output_dir {target}"
-        )
+    has_classes = not args.unconditional and not args.streaming and args.dataset_config_name is None
+    if args.validation_split is not None and has_classes:
+        data = args.train_data_dir or args.dataset_name or args.latents_dir
+        words = ["diffusers-lsep", "probe", folder, "--data", data, "--validation_split", str(args.validation_split)]
+        for flag, column in (("--image_column", args.image_column), ("--label_column", args.label_column)):
+            if column != build_parser("").get_default(flag.removeprefix("--")):
+                words += [flag, column]
+        commands.append(shlex.join([*words, "--method", "ridge", "--output_dir", f"{folder}-probing"]))
     else:
         commands.append(f"diffusers-lsep space {model} --output_dir {shlex.quote(f'{folder}-space')}")
     return "\n".join([*lines, "To go on:", *(f"  {command}" for command in commands)])
 
 
-def describe_settings(args: argparse.Namespace) -> str:
-    """The settings that are not the defaults of their flags."""
+def describe_settings(given: argparse.Namespace) -> str:
+    """The flags, as they were given, that are not their defaults."""
     defaults = {action.dest: action.default for action in build_parser("")._actions}
+    left_out = {"dry_run", "resume_from_checkpoint"}
+    if given.recipe == "digits":  # for which no data were given
+        left_out.add("train_data_dir")
     changed = {
-        name: value
-        for name, value in vars(args).items()
-        if defaults.get(name) is not None
-        and value != defaults[name]
-        and name not in ("dry_run", "resume_from_checkpoint")
+        name: " ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in vars(given).items()
+        if name in defaults and value != defaults[name] and name not in left_out
     }
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
 
 
-def report_summary(setup: Setup, accelerator: Accelerator) -> str | None:
+def report_summary(setup: Setup, accelerator: Accelerator, given: argparse.Namespace) -> str | None:
     """
     Prints what a run comes to.
 
     Args:
         setup ([`Setup`]): What its flags come to.
         accelerator (`Accelerator`): This process among the others.
+        given (`argparse.Namespace`): Its flags as they were given.
 
     Returns:
         `str` or None: why it does not fit into memory, if it does not.
@@ -86,16 +90,21 @@ def report_summary(setup: Setup, accelerator: Accelerator) -> str | None:
         state_needed(setup, objective, accelerator.num_processes if accelerator.is_fsdp2 else 1),
         activations_needed(setup, compiles),
     ]
-    accelerator.print(describe(setup, objective, needed, compiles))
-    sharing = 1 if accelerator.device.type == "cuda" else processes_here(accelerator)
-    return describe_shortage(setup.args, needed, memory_limit(accelerator.device), sharing)
+    shares_memory = accelerator.device.type != "cuda"  # with the host
+    copies = copies_needed(setup, objective) if shares_memory else 0
+    accelerator.print(describe(setup, objective, given, needed, copies, compiles))
+    sharing = processes_here(accelerator) if shares_memory else 1
+    return describe_shortage(setup.args, needed, copies, memory_limit(accelerator.device), sharing)
 
 
-def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, num_processes: int) -> str | None:
-    """What to say if processes that share a memory need more than there is."""
-    if num_processes * sum(needed) <= memory:
+def describe_shortage(
+    args: argparse.Namespace, needed: list[int], copies: int, memory: int, num_processes: int
+) -> str | None:
+    """What to say if processes that share a memory need more than there is; one of them has copies for checkpoints."""
+    if num_processes * sum(needed) + copies <= memory:
         return None
     state, activations = (value / 1e9 for value in needed)
+    for_checkpoints = f", and {copies / 1e9:.2f} GB of copies for checkpoints" if copies else ""
     processes = f"{num_processes} processes with " if num_processes > 1 else ""
     smaller = ["a smaller model (`--preset`, or none at all for one that suits own images)"]
     if activations > state:
@@ -105,7 +114,8 @@ def describe_shortage(args: argparse.Namespace, needed: list[int], memory: int, 
             smaller.append("a smaller `--resolution` or larger `--patch_size`, or a VAE")
     return (
         f"training does not fit into this machine's memory: {processes}at least {state:.2f} GB of state and"
-        f" {activations:.2f} GB of activations, of {memory / 1e9:.2f} GB in all. What helps: {'; '.join(smaller)}."
+        f" {activations:.2f} GB of activations{for_checkpoints}, of {memory / 1e9:.2f} GB in all."
+        f" What helps: {'; '.join(smaller)}."
     )
 
 
@@ -120,14 +130,23 @@ def describe_snapshots(args: argparse.Namespace, num_parameters: int) -> str:
     )
 
 
-def describe(setup: Setup, objective: LSEPObjective, needed: list[int], compiles: bool) -> str:
+def describe(
+    setup: Setup,
+    objective: LSEPObjective,
+    given: argparse.Namespace,
+    needed: list[int],
+    copies: int,
+    compiles: bool,
+) -> str:
     """
     What a run comes to, for the user.
 
     Args:
         setup ([`Setup`]): What its flags come to.
         objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
+        given (`argparse.Namespace`): Its flags as they were given.
         needed (`list[int]`): Its memory, for state and for activations.
+        copies (`int`): Of that again, what the process that writes checkpoints needs for them.
         compiles (`bool`): Whether the step is compiled.
     """
     args, data, transformer = setup.args, setup.data, objective.transformer
@@ -149,8 +168,9 @@ def describe(setup: Setup, objective: LSEPObjective, needed: list[int], compiles
         f"images: {len(data.source.labels):,} to train on, {held_out:,} held out, {classes}",
         f"steps: {args.max_train_steps:,} of {setup.samples_per_step} images, {setup.steps_per_epoch:,.1f} per epoch",
         f"average of the weights: {average}",
-        f"memory per process, at least: {state:.2f} GB of state, {activations:.2f} GB of activations ({how})",
-        f"settings that are not the defaults: {describe_settings(args)}",
+        f"memory per process, at least: {state:.2f} GB of state, {activations:.2f} GB of activations ({how})"
+        + (f", and {copies / 1e9:.2f} GB in the one that writes checkpoints" if copies else ""),
+        f"settings that are not the defaults: {describe_settings(given)}",
     ]
     if args.post_hoc_ema_sigmas is not None:
         lines.append(describe_snapshots(args, trained))

@@ -22,6 +22,7 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 
 from ..autoencoders import get_normalization
 from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
@@ -44,7 +45,7 @@ from .inputs import make_teachers, objective_inputs
 from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_lines
 from .non_finite import NonFiniteSteps
 from .post_hoc_ema import PowerFunctionEMA
-from .results import choose_validation_labels, describe_training, draw_samples, write_cards
+from .results import choose_validation_labels, describe_hardware, describe_training, draw_samples, write_cards
 from .setup import Setup, build_objective
 from .stopping import StopSignal, outlive_signals
 
@@ -316,6 +317,8 @@ class Trainer:
                 self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    if isinstance(grad_norm, DTensor):  # of sharded parameters
+                        grad_norm = grad_norm.full_tensor()
                     self.metrics.add_step(grad_norm)
                     self.non_finite_steps.guard(self.optimizer, grad_norm)
                 self.optimizer.step()
@@ -526,5 +529,6 @@ class Trainer:
 
         names = [self.setup.data.names[index] for index in self.validation_labels * args.num_validation_images]
         num_images = len(self.setup.data.source.labels)
-        facts = describe_training(self.output_dir, args, self.setup.samples_per_step, num_images)
+        hardware = describe_hardware(self.accelerator)
+        facts = describe_training(self.output_dir, args, self.setup.samples_per_step, num_images, hardware)
         write_cards(self.output_dir, args, self.samples_file, names, facts)
