@@ -204,6 +204,7 @@ def test_probe_weight_is_piecewise_constant_in_time(make_objective):
     expected = torch.tensor([0.1, 0.1, 0.2, 0.4, 0.4]) * math.log(10)
     torch.testing.assert_close(output.probe_losses, expected)
     halved = objective(**draws, probe_weight_scale=torch.tensor(0.5))
+    assert torch.equal(objective(**draws, probe_weight_scale=torch.tensor(1)).loss, objective(**draws).loss)
     torch.testing.assert_close(halved.probe_losses, expected / 2)
     torch.testing.assert_close(halved.loss, halved.denoising_loss + output.probe_loss / 2)
 

@@ -162,9 +162,10 @@ def check_factor(name: str, value: Any) -> float | torch.Tensor:
     """Raises a `ValueError` if a factor of a loss is neither a number from 0 on nor a tensor of one."""
     if not isinstance(value, torch.Tensor):
         return check_not_negative(name, value)
-    if value.numel() != 1 or not value.is_floating_point():
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"`{name}` has to be one number, but is {describe(value)}.")
-    check_values(name, value, 0, torch.finfo(value.dtype).max)
+    info = torch.finfo if value.is_floating_point() else torch.iinfo
+    check_values(name, value, 0, info(value.dtype).max)
     return value
 
 
