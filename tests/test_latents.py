@@ -956,8 +956,9 @@ class TestOriginalMomentsDataset:
     @pytest.mark.parametrize(
         "values, message",
         [
-            (np.zeros((4, 8), np.float32), r"has to hold moments \[2 \* C, h, w\], but .* has float32 \(4, 8\)"),
-            (np.zeros((8, 8, 8), np.uint8), "has uint8"),
+            (np.zeros((4, 8), np.float32), r"has to hold moments \[2 \* C, h, w\], but .* has shape \(4, 8\)"),
+            (np.zeros((0, 8, 8), np.float32), r"has shape \(0, 8, 8\)"),
+            (np.zeros((8, 8, 8), np.uint8), "has to hold floating-point numbers, but .* has uint8"),
             (np.full((8, 8, 8), -1, np.float32), "second half of .* has negative values"),
         ],
     )
@@ -980,6 +981,9 @@ class TestOriginalMomentsDataset:
         moments = OriginalMomentsDataset(folder)
         np.save(folder / "00001" / "img-mean-std-00000010.npy", np.full((8, 8, 8), -1, np.float32))
         with pytest.raises(ValueError, match="second half of .*00000010.npy has negative values"):
+            moments.load([10])
+        np.save(folder / "00001" / "img-mean-std-00000010.npy", np.ones((8, 8, 8), np.complex64))
+        with pytest.raises(ValueError, match="00000010.npy has complex64"):
             moments.load([10])
         (folder / "00001" / "img-mean-std-00000010.npy").write_bytes(b"junk")
         with pytest.raises(ValueError, match=r"00000010\.npy cannot be read"):

@@ -300,10 +300,8 @@ class OriginalMomentsDataset:
         # Fixed-width bytes: 1.28 M names take 50 MB, and worker processes share them.
         self._names = np.array([os.fsencode(name) for name in names])
         first = self._read(self.folder / names[0])
-        if first.ndim != 3 or first.shape[0] % 2 or first.dtype.kind != "f":
-            raise ValueError(
-                f"`folder` has to hold moments [2 * C, h, w], but {names[0]} has {first.dtype} {first.shape}."
-            )
+        if first.ndim != 3 or first.size == 0 or first.shape[0] % 2:
+            raise ValueError(f"`folder` has to hold moments [2 * C, h, w], but {names[0]} has shape {first.shape}.")
         self._check_values(first, names[0])
         self.moments_shape = first.shape
         self.dtype = first.dtype
@@ -317,6 +315,8 @@ class OriginalMomentsDataset:
 
     @staticmethod
     def _check_values(moments: np.ndarray, name: str):
+        if moments.dtype.kind != "f":
+            raise ValueError(f"`folder` has to hold floating-point numbers, but {name} has {moments.dtype}.")
         if not np.isfinite(moments).all():
             raise ValueError(f"`folder` has to hold finite numbers, but {name} has others.")
         if not moments[len(moments) // 2 :].min() >= 0:
