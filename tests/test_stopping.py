@@ -165,6 +165,14 @@ subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()
 """
 
 
+def test_no_thread_is_left_when_a_process_ends(tmp_path):
+    program = "import atexit, threading\natexit.register(lambda: print('threads:', threading.active_count()))\n"
+    (tmp_path / "started.py").write_text(program + STARTED.replace("time.sleep(60)", ""))
+    (tmp_path / "accelerate").write_text(STARTS)
+    command = [sys.executable, tmp_path / "accelerate", tmp_path / "started.py", LAUNCHERS_MODULE, tmp_path / "begun"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "threads: 1\n"
+
+
 @pytest.mark.parametrize("name, ends", [("accelerate", True), ("torchrun", True), ("notebook.py", False)])
 def test_processes_end_with_their_launcher_alone(tmp_path, monkeypatch, name, ends):
     """Also sample.py and encode_latents.py. Whoever starts a run otherwise may leave, whatever is exported there."""

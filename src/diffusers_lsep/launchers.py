@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to our processes when the launcher that has started them ends."""
 
+import atexit
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,11 +36,21 @@ def end_with_launcher(interval: float = 0.5):
     if not is_launcher(psutil.Process(launcher)):
         return
 
+    ends = threading.Event()
+
     def watch():
         while os.getppid() == launcher:
-            time.sleep(interval)
+            if ends.wait(interval):
+                return
         with suppress(OSError):  # its terminal may be gone too
             os.write(2, b"\nThe launcher of this process has ended: so does the process.\n")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def end():
+        ends.set()
+        thread.join()
+
+    atexit.register(end)  # no thread is to wake up in an interpreter that is being taken apart
