@@ -83,6 +83,8 @@ class MomentsDataset(torch.utils.data.Dataset):
     Args:
         folder (`str` or `os.PathLike`):
             The `--output_dir` of `examples/encode_latents.py`.
+        name (`str`, defaults to `"folder"`):
+            What messages call the folder, such as the flag that named it.
 
     Attributes:
         metadata (`dict`): What `metadata.json` says: the VAE, the crop, the resolution, counts.
@@ -100,9 +102,9 @@ class MomentsDataset(torch.utils.data.Dataset):
 
     kind = "moments"
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self.metadata = _read_metadata(self.folder)
+    def __init__(self, folder: str | os.PathLike, name: str = "folder"):
+        self.folder, self.name = Path(folder), name
+        self.metadata = _read_metadata(self.folder, name)
         self.dtype = np.dtype(self.metadata["dtype"])
         self.moments_shape = tuple(self.metadata["moments_shape"])
         self.has_flips = self.metadata["flip"]
@@ -118,11 +120,11 @@ class MomentsDataset(torch.utils.data.Dataset):
         self._paths = [str(self.folder / shard_name(i, len(rows_per_shard))) for i in range(len(rows_per_shard))]
         labels, lengths, shards, offsets = [], [], [], []
         for shard, (path, rows) in enumerate(zip(self._paths, rows_per_shard)):
-            batches = list(scan_shard(path, self._columns, self._row_bytes))
+            batches = list(scan_shard(path, self._columns, self._row_bytes, name))
             found = sum(len(batch["labels"]) for batch in batches)
             if found != rows:
                 raise ValueError(
-                    f"`folder` has a damaged shard: {path} has {found} rows, {METADATA_FILE} says {rows}."
+                    f"`{self.name}` has a damaged shard: {path} has {found} rows, {METADATA_FILE} says {rows}."
                 )
             labels += [batch["labels"] for batch in batches]
             lengths += [len(batch["labels"]) for batch in batches]
@@ -271,6 +273,8 @@ class OriginalMomentsDataset:
             The `vae-sd` folder.
         labelled (`bool`, defaults to `True`):
             Whether there are labels to be read; else `dataset.json` may say anything, and all rows have the class 0.
+        name (`str`, defaults to `"folder"`):
+            What messages call the folder.
 
     Attributes:
         labels (`np.ndarray` of int64, shape `[len(self)]`): Class of each row; rows are in the order of the names.
@@ -286,13 +290,15 @@ class OriginalMomentsDataset:
     kind = "moments"
     has_flips = False
 
-    def __init__(self, folder: str | os.PathLike, labelled: bool = True):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, labelled: bool = True, name: str = "folder"):
+        self.folder, self.name = Path(folder), name
         if not (self.folder / "dataset.json").is_file():
-            raise ValueError(f"`folder` has to hold dataset.json beside the .npy files, but {self.folder} has none.")
+            raise ValueError(
+                f"`{self.name}` has to hold dataset.json beside the .npy files, but {self.folder} has none."
+            )
         names = sorted(name for name in walk_files(self.folder) if name.endswith(".npy"))
         if not names:
-            raise ValueError(f"`folder` holds no .npy file: {self.folder}.")
+            raise ValueError(f"`{self.name}` holds no .npy file: {self.folder}.")
         self.labels = np.zeros(len(names), np.int64)
         if labelled:
             self.labels = pair_labels((self.folder / "dataset.json").read_bytes(), names)
@@ -301,27 +307,27 @@ class OriginalMomentsDataset:
         self._names = np.array([os.fsencode(name) for name in names])
         first = self._read(self.folder / names[0])
         if first.ndim != 3 or first.size == 0 or first.shape[0] % 2:
-            raise ValueError(f"`folder` has to hold moments [2 * C, h, w], but {names[0]} has shape {first.shape}.")
+            raise ValueError(
+                f"`{self.name}` has to hold moments [2 * C, h, w], but {names[0]} has shape {first.shape}."
+            )
         self._check_values(first, names[0])
         self.moments_shape = first.shape
         self.dtype = first.dtype
 
-    @staticmethod
-    def _read(path: Path) -> np.ndarray:
+    def _read(self, path: Path) -> np.ndarray:
         try:
             return np.load(path, allow_pickle=False)
         except Exception:  # numpy evaluates headers as Python; and its advice is to unpickle what is no array
-            raise ValueError(f"`folder` has to hold .npy files of numbers, but {path} cannot be read.") from None
+            raise ValueError(f"`{self.name}` has to hold .npy files of numbers, but {path} cannot be read.") from None
 
-    @staticmethod
-    def _check_values(moments: np.ndarray, name: str):
+    def _check_values(self, moments: np.ndarray, name: str):
         if moments.dtype.kind != "f":
-            raise ValueError(f"`folder` has to hold floating-point numbers, but {name} has {moments.dtype}.")
+            raise ValueError(f"`{self.name}` has to hold floating-point numbers, but {name} has {moments.dtype}.")
         if not np.isfinite(moments).all():
-            raise ValueError(f"`folder` has to hold finite numbers, but {name} has others.")
+            raise ValueError(f"`{self.name}` has to hold finite numbers, but {name} has others.")
         if not moments[len(moments) // 2 :].min() >= 0:
             raise ValueError(
-                f"`folder` has to hold the mean and the standard deviation, but the second half of {name} has"
+                f"`{self.name}` has to hold the mean and the standard deviation, but the second half of {name} has"
                 " negative values: log-variances?"
             )
 
@@ -378,27 +384,36 @@ class OriginalMomentsDataset:
         return ImageSource(dataset, self.labels, resolution)
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def open_moments_folder(folder: str, labelled: bool, name: str) -> MomentsDataset | OriginalMomentsDataset:
+    """The images that a VAE has encoded, in the layout of this package or of EDM2 and REPA."""
+    if (Path(folder) / "dataset.json").is_file():
+        return OriginalMomentsDataset(folder, labelled, name)
+    return MomentsDataset(folder, name)
+
+
+def _read_metadata(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / METADATA_FILE).is_file():
         if (folder / SETTINGS_FILE).is_file():
             raise ValueError(
-                f"`folder` is not encoded to the end: {folder}. Run examples/encode_latents.py again with the same "
+                f"`{name}` is not encoded to the end: {folder}. Run examples/encode_latents.py again with the same "
                 "arguments; it continues."
             )
         raise ValueError(
-            f"`folder` has to be written by examples/encode_latents.py, but {folder} has no {METADATA_FILE}."
+            f"`{name}` has to be written by examples/encode_latents.py, but {folder} has no {METADATA_FILE}."
         )
     metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
     found = metadata.get("format"), metadata.get("format_version")
     if found != (MOMENTS_FORMAT, MOMENTS_FORMAT_VERSION):
         raise ValueError(
-            f"`folder` has to hold {MOMENTS_FORMAT} version {MOMENTS_FORMAT_VERSION}, but {METADATA_FILE} "
+            f"`{name}` has to hold {MOMENTS_FORMAT} version {MOMENTS_FORMAT_VERSION}, but {METADATA_FILE} "
             f"says {found}."
         )
     return metadata
 
 
-def scan_shard(path: str | os.PathLike, columns: Sequence[str], row_bytes: int) -> Iterable[dict[str, Any]]:
+def scan_shard(
+    path: str | os.PathLike, columns: Sequence[str], row_bytes: int, name: str = "folder"
+) -> Iterable[dict[str, Any]]:
     """For each record batch: labels, unreadable images, and where in the file the values of `columns` begin."""
     import pyarrow as pa
 
@@ -419,6 +434,6 @@ def scan_shard(path: str | os.PathLike, columns: Sequence[str], row_bytes: int) 
                 labels = batch.column("label").to_numpy()
                 yield {"labels": labels.copy(), "unreadable": unreadable, "offsets": offsets or [0] * len(columns)}
     except FileNotFoundError:
-        raise ValueError(f"`folder` lacks a shard: {path}.") from None
+        raise ValueError(f"`{name}` lacks a shard: {path}.") from None
     except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise ValueError(f"`folder` has a damaged shard: {path} ({error}).") from error
+        raise ValueError(f"`{name}` has a damaged shard: {path} ({error}).") from error

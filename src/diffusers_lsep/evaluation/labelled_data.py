@@ -10,7 +10,13 @@ from diffusers import DiffusionPipeline
 
 from ..autoencoders import encode_moments, get_image_channels, get_normalization
 from ..data.images import ImageSource, load_image_dataset, read_labels
-from ..data.moments import METADATA_FILE, MomentsDataset, OriginalMomentsDataset, sample_posterior
+from ..data.moments import (
+    METADATA_FILE,
+    MomentsDataset,
+    OriginalMomentsDataset,
+    open_moments_folder,
+    sample_posterior,
+)
 from ..data.sources import SampleSource
 from ..pipeline_lsep import LSEPPipeline
 
@@ -50,7 +56,7 @@ def open_latents(
     """
     if pipe.vae is None:
         raise ValueError(f"`{flag}` {data!r} holds latents, but `PIPELINE` {pipeline!r} has no VAE.")
-    source = OriginalMomentsDataset(data) if (Path(data) / "dataset.json").is_file() else MomentsDataset(data)
+    source = open_moments_folder(data, True, flag)
     config = pipe.transformer.config
     expected = (2 * config.in_channels, config.sample_size, config.sample_size)
     if source.moments_shape != expected:

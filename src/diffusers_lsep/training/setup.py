@@ -7,7 +7,6 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..autoencoders import (
 from ..command_line import with_values
 from ..data.fingerprint import Fingerprint, join
 from ..data.images import ImageSource, load_image_dataset, open_images
-from ..data.moments import MomentsDataset, OriginalMomentsDataset
+from ..data.moments import MomentsDataset, OriginalMomentsDataset, open_moments_folder
 from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels
 from ..data.streamed import open_stream
 from ..files import hash_weights
@@ -88,8 +87,9 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     Raises:
         `ValueError`: if something is missing, or does not fit the rest.
     """
-    latents = open_latents(args.latents_dir, not args.unconditional) if args.latents_dir is not None else None
-    pretrained = None
+    latents, pretrained = None, None
+    if args.latents_dir is not None:
+        latents = open_moments_folder(args.latents_dir, not args.unconditional, "--latents_dir")
     if args.pretrained_model_name_or_path is not None:
         pretrained = read_pretrained(args.pretrained_model_name_or_path)
     vae, vae_name_or_path = open_vae(args, latents, pretrained)
@@ -159,13 +159,6 @@ def take_fingerprint(data: TrainingData, accelerator: Accelerator) -> tuple[Fing
         fingerprint = join(*(source.fingerprint() for source in sources))
     [value] = broadcast_object_list([fingerprint.value if fingerprint is not None else None])
     return fingerprint, value
-
-
-def open_latents(folder: str, labelled: bool) -> MomentsDataset | OriginalMomentsDataset:
-    """The images that a VAE has encoded, in the layout of this package or of EDM2 and REPA."""
-    if (Path(folder) / "dataset.json").is_file():
-        return OriginalMomentsDataset(folder, labelled)
-    return MomentsDataset(folder)
 
 
 def open_vae(
