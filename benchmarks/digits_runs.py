@@ -29,14 +29,14 @@ def train(folder: Path, data: Path, *flags: object, recipe: str = "digits"):
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def read_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pixels `[N, 64]` in [0, 1] and labels `[N]` of both splits, `"train"` and `"test"`."""
+def read_digits(folder: Path = DIGITS) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Pixels `[N, height * width]` in [0, 1] and labels `[N]` of both splits, `"train"` and `"test"`."""
     return {
         split: (
             np.stack([np.asarray(image, dtype=np.float64).ravel() / 255 for image in rows["image"]]),
             np.array(rows["label"]),
         )
-        for split, rows in datasets.load_dataset(str(DIGITS)).items()
+        for split, rows in datasets.load_dataset(str(folder)).items()
     }
 
 

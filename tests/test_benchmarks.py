@@ -3,12 +3,16 @@
 """The benchmarks for GPUs run to their end without one, and their counts are right."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from code_blocks import ROOT
 from diffusers.utils import is_torch_version
 from roofline import DEVICES, Shape, compiled_kernels, count_flops, eager_kernels, formula_flops, schedule
+from tiny_models import make_pipeline
 
 from diffusers_lsep.training.memory import trace_block, without_values
 
@@ -120,3 +124,30 @@ def test_rows_are_written_one_by_one_and_errors_are_rows(load_example, tmp_path)
 def test_peaks_by_name(load_example, name, peak):
     assert load_example("throughput", "benchmarks").find_peak(name) == peak
     assert load_example("throughput", "benchmarks").find_peak("a toaster") is None
+
+
+def test_every_benchmark_is_run_by_all_or_by_itself(load_example, capsys, monkeypatch):
+    script = load_example("run", "benchmarks")
+    folder = Path(script.__file__).parent
+    scripts = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    modules = {*script.PAIRED, "original_repo", *script.SCRIPTS, *script.ALONE}
+    assert scripts - {"run"} <= modules and all((folder / f"{name}.py").is_file() for name in modules)
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in readme for name in script.ALONE)
+    monkeypatch.setattr(sys, "argv", ["run.py", "precision"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "python benchmarks/precision.py is run by itself" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_precision_of_one_seed(load_example, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    make_pipeline(num_layers=1, patch_size=4, in_channels=1).save_pretrained(tmp_path / "model")
+    script = load_example("precision", "benchmarks")
+    sizes = ("--num_images", "20", "--steps", "2", "--seeds", "1")
+    script.main(["--pretrained_model_name_or_path", str(tmp_path / "model"), *sizes])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["dtype"] for row in rows] == list(script.DTYPES)
+    assert rows[0]["mean change of a pixel"] == rows[0]["largest"] == 0 < rows[-1]["mean change of a pixel"]
+    assert all(len(row["distances"]) == 1 and "between seeds, root mean square" not in row for row in rows)
