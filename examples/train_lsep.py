@@ -20,7 +20,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & {*sys.argv}:
+if (
+    __name__ in ("__main__", "diffusers_lsep.examples.train_lsep")  # the latter: `diffusers-lsep train`
+    and os.environ.get("RANK", "0") == "0"
+    and not {"-h", "--help"} & {*sys.argv}
+):
     print("Loading PyTorch, diffusers and the data ...", flush=True)
 
 # Before torch is loaded. By default a thread that waits for others spins; where the machine has something else to do

@@ -4,6 +4,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,20 @@ def test_a_script_ends_with_one_line_where_main_raises(load_example, name, tmp_p
     line = result.stderr.splitlines()[-1]
     assert line.startswith(f"{name}.py: error: `") and "absent" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[str(EXAMPLES / "train_lsep.py")], ["-m", "diffusers_lsep.cli", "train"]],
+    ids=["script", "command"],
+)
+def test_training_says_something_before_torch_is_loaded(command, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('too early')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert (
+        result.stdout.splitlines() == ["Loading PyTorch, diffusers and the data ..."] and "too early" in result.stderr
+    )
 
 
 def test_a_command_raises_from_python(tmp_path):
