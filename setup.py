@@ -8,6 +8,10 @@ from setuptools import find_packages, setup
 # Also in src/diffusers_lsep/__init__.py and CITATION.cff: tests/test_package.py checks that the three agree.
 VERSION = "0.1.0.dev0"
 
+# Where the repository is in public, as soon as it is: "https://...". Model cards and the site take the address from
+# the package's metadata; in README.md and docs/index.md it stands in the place of ADDRESS.
+REPOSITORY = ""
+
 extras = {}
 extras["train"] = ["matplotlib>=3.9", "tensorboard>=2.17.1"]
 extras["eval"] = ["matplotlib>=3.9", "torch-fidelity>=0.4", "torchvision>=0.21"]
@@ -39,6 +43,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The diffusers_lsep authors",
+    project_urls={"Repository": REPOSITORY} if REPOSITORY else {},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["diffusers", "flow matching", "SiT", "LSEP", "image generation", "representation learning"],

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hook of mkdocs: links from the pages to files of the repository that are no pages."""
 
+import importlib.metadata
 import os
 import posixpath
 import re
@@ -11,6 +12,12 @@ from mkdocs.exceptions import PluginError
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_config(config):
+    """The address of the repository, if setup.py has it."""
+    urls = importlib.metadata.metadata("diffusers_lsep").get_all("Project-URL") or []
+    config.repo_url = next((url.removeprefix("Repository, ") for url in urls if url.startswith("Repository, ")), None)
 
 
 def on_page_markdown(markdown, page, config, files):

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import importlib.metadata
 import json
 import re
 import shutil
@@ -548,3 +549,13 @@ def test_merging_prefers_the_text_that_was_written_by_hand(save):
 
     merged = merge_model_cards(on_hub, ModelCard(generated + "\nWritten here.\n"))
     assert "Written here." in merged.text and "Written on the Hub." not in merged.text
+
+
+def test_where_to_install_from(save, monkeypatch):
+    """The address that setup.py has: it is in the metadata of the package, as soon as there is one."""
+    assert "git+" not in write_model_card(save()).read_text()
+    known = importlib.metadata.metadata("diffusers_lsep")
+    known["Project-URL"] = "Repository, https://example.org/diffusers_lsep"
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: known)
+    card = write_model_card(save()).read_text()
+    assert "`pip install git+https://example.org/diffusers_lsep` installs the package. The import comes first" in card

@@ -7,6 +7,7 @@ the metadata as it was generated. What is generated is replaced when a new card 
 other weights; what somebody writes outside of the comments, or changes in the metadata, stays.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -225,11 +226,18 @@ def write_model_card(
         flags=_flags_to_show(flags),
         training_facts=training_facts,
         classes=_describe_classes(pipeline),
+        repository=repository_address(),
     )
     path = folder / CARD_NAME
     if path.exists():
         card = merge_model_cards(_forget(load_card(path), _sections(card)), card)
     return _save(path, card)
+
+
+def repository_address() -> str | None:
+    """Where this package is developed, if `setup.py` says so."""
+    urls = importlib.metadata.metadata("diffusers_lsep").get_all("Project-URL") or []
+    return next((url.removeprefix("Repository, ") for url in urls if url.startswith("Repository, ")), None)
 
 
 def write_lora_card(
@@ -279,6 +287,7 @@ def write_lora_card(
         example=_literal(names[0]) if names else 0,
         scale=flags.get("validation_guidance_scale", 1.0),
         flags=_flags_to_show(flags),
+        repository=repository_address(),
     )
     # Not of the file, whose metadata have no fixed order.
     facts = {"lora": hash_saved_weights([folder / LORA_WEIGHTS_NAME])}
