@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from committed_figures import IMAGES, check_figure
 from PIL import Image
 
 from diffusers_lsep.figures import (
     COLOURS,
     make_labeled_grid,
+    plot_cache_sweep,
     plot_denoising_strip,
     plot_guidance_sweep,
     require_matplotlib,
@@ -128,4 +130,18 @@ def test_the_figures_of_the_digits_are_drawn_again_without_the_runs(shown, load_
     assert set(shown["heatmaps"]) == {script.PLAIN, script.LSEP} and set(shown["sweeps"]) == script.SWEEPS
     script.draw_figures(shown, tmp_path)
     for name in ("probe-heatmaps.png", "digits-sweeps.png"):
-        assert Image.open(tmp_path / name).size == Image.open(ROOT / "docs" / "images" / name).size
+        check_figure(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("plot", "name", "settings"),
+    [
+        (plot_guidance_sweep, "guidance-sweep", "500 images in 32 steps"),
+        (plot_cache_sweep, "cache-sweep", "100 images in 25 steps, guidance 1.5"),
+    ],
+    ids=["guidance", "caches"],
+)
+def test_the_figures_of_the_sweeps_show_the_numbers_beside_them(plot, name, settings, tmp_path):
+    results = json.loads((IMAGES / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    plot(tmp_path / f"{name}.png", results, f"lsep-digits: {settings}, features: pixels")
+    check_figure(tmp_path / f"{name}.png")

@@ -154,6 +154,15 @@ def test_what_commands_of_the_pages_write_is_ignored_by_git():
     assert set(paths) == set(ignored)
 
 
+def test_the_readme_says_where_to_install_from():
+    """The address of setup.py, or the word that stands in its place."""
+    repository = re.search(r'^REPOSITORY = "(.*)"$', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    for name in ("README.md", "docs/index.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert f'pip install "diffusers_lsep[train] @ git+{repository or "ADDRESS"}"' in text
+        assert bool(repository) == ("ADDRESS" not in text)
+
+
 def test_command_line_entry_point():
     (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name="diffusers-lsep")
     assert callable(entry_point.load())

@@ -10,10 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from code_blocks import ROOT, read_blocks
-from PIL import Image
+from committed_figures import check_figure
 
 from diffusers_lsep.training.arguments import build_parser
 
@@ -39,7 +38,7 @@ def test_the_site_is_made(tmp_path, monkeypatch):
 def strings_of_the_source() -> str:
     """All texts in the source files, a line each, `...` where something is filled in."""
     texts = []
-    for path in sorted((ROOT / "src").rglob("*.py")):
+    for path in sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
@@ -80,8 +79,7 @@ def test_figures_of_the_concepts(load_example, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"concepts-path.png", "concepts-streams.png", "concepts-weights.png"}
     for name in names:
-        drawn, shown = (Image.open(folder / name) for folder in (tmp_path, ROOT / "docs" / "images"))
-        assert drawn.size == shown.size and np.asarray(drawn.convert("L")).std() > 10
+        check_figure(tmp_path / name)
 
 
 # --- The code of the pages, block after block

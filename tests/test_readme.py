@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs what the README says, in its order and in one folder, as a reader would."""
+"""Runs what the README and the pages that go on from it say, in one folder and in their order, as a reader would."""
 
 import os
 import re
@@ -16,7 +16,11 @@ from PIL import Image
 from tiny_models import make_pipeline, make_vae
 
 
-# What is replaced in the README's blocks before they run: things that are not here, and sizes. All else runs as it is.
+# After the README, the pages whose code starts from the model of its first command.
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("drawing", "own_images", "evaluation", "probing", "hub"))]
+
+SHORT = "--train_batch_size 2 --validation_inference_steps 1"
+# What is replaced in the blocks before they run: things that are not here, and sizes. All else runs as it is.
 SUBSTITUTIONS = {
     'pip install -c constraints.txt -e ".[train]" && ': "",  # .ci/run installs
     "accelerate launch examples/train_lsep.py\n": (
@@ -25,25 +29,26 @@ SUBSTITUTIONS = {
     ),
     '"lsep/sit-xl-256"': '"tiny-imagenet-pipeline"',
     '.to("cuda")': "",
+    '["3", "7"], guidance_scale=1.5': '["3", "7"], 3, guidance_scale=1.5',
     "guidance_scale=1.5, generator=generator)": "3, guidance_scale=1.5, generator=generator)",
     "guidance_interval=(0.0, 0.7))": "guidance_interval=(0.0, 0.7), num_inference_steps=3)",
-    "--class_labels 3 7 ": "--class_labels 3 7 --num_inference_steps 2 ",
+    "--class_labels 3 7 ": "--class_labels 3 7 --num_inference_steps 2 ",  # of sample.py and figures.py
     "--num_images 50000 ": "--num_images 50 --num_inference_steps 2 ",
-    "--num_images 500 --num_inference_steps 100": (
+    "--num_images 500 --batch_size 100 --scheduler sde2 --num_inference_steps 32": (
         "--num_images 70 --num_inference_steps 2 --guidance_scales 1 2 --cache_dir features"
     ),
-    "path/to/images --output_dir my-model\n": (
-        "images --output_dir my-model --max_train_steps 2 --train_batch_size 2 --validation_inference_steps 1\n"
-    ),
+    "flowers --output_dir my-model\n": f"flowers --output_dir my-model --max_train_steps 2 {SHORT}\n",
+    "--max_train_steps 6000\n": f"--max_train_steps 3 {SHORT}\n",
+    "--class_labels daisy rose ": "--class_labels daisy rose --num_inference_steps 2 ",
     "path/to/images --output_dir my-large-model": "images --output_dir my-large-model",
-    "--preset SiT-B/2 --resolution 256": (
+    "--preset SiT-B/2 \\\n    --resolution 256": (
         "--preset SiT-S/8 --num_layers 3 --resolution 128 --train_batch_size 2 --max_train_steps 1"
         " --validation_inference_steps 1 --num_validation_images 1 --validation_labels cat"
     ),
     "stabilityai/sd-vae-ft-ema": "tiny-vae",
-    "lsep-xl-256.pt": "lsep_tiny.pt --num_attention_heads 4",
-    "VIRTUAL_imagenet256_labeled.npz": (
-        "fid/samples.npz --metrics fid --inception_weights inception.pth --cache_dir features"
+    "--num_images 1000 --scheduler sde2 \\\n    --num_inference_steps 32": "--num_images 50 --num_inference_steps 2",
+    "--reference flowers": (
+        "--reference flowers --metrics fid --inception_weights inception.pth --cache_dir features"
     ),
     "--method ridge": "--method ridge --layers 3 --timesteps 0.2 --max_train_images 400",
     'pip install -c constraints.txt -e ".[test]" && pytest -n 2\n': "",  # .ci/run does
@@ -55,11 +60,11 @@ def folder(tmp_path):
     """A folder with what the substitutions name."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     save_class_folders(tmp_path / "images", ["cat", "dog"], [(140, 160)] * 6)
+    save_class_folders(tmp_path / "flowers", ["daisy", "rose"], [(40, 36)] * 6)
     make_vae(blocks=4).save_pretrained(tmp_path / "tiny-vae")
     id2label = {i: f"class {i}" for i in range(100)} | {3: "golden retriever", 5: "macaw, Ara"}
     pipe = make_pipeline(vae=make_vae(blocks=4), id2label=id2label, num_classes=100)
     pipe.save_pretrained(tmp_path / "tiny-imagenet-pipeline")
-    (tmp_path / "lsep_tiny.pt").write_bytes((ROOT / "tests" / "reference" / "lsep_tiny.pt").read_bytes())
     return tmp_path
 
 
@@ -67,9 +72,9 @@ def folder(tmp_path):
 @pytest.mark.timeout(900)
 def test_readme_runs(folder, inception_weights):
     (folder / "inception.pth").symlink_to(inception_weights)
-    blocks = [*read_blocks("README.md"), *read_blocks("docs/hub.md")]
-    assert sum(language == "bash" for language, _ in blocks) >= 4
-    assert sum(language == "python" for language, _ in blocks) >= 3
+    blocks = [block for page in PAGES for block in read_blocks(page)]
+    assert sum(language == "bash" for language, _ in blocks) >= 12
+    assert sum(language == "python" for language, _ in blocks) >= 6
     search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     with HubServer(folder / "hub", tokens={"hf_owner": "your-name"}) as hub:
@@ -77,18 +82,23 @@ def test_readme_runs(folder, inception_weights):
         run_blocks(blocks, folder, environment, SUBSTITUTIONS)
         assert "model_index.json" in hub.files("your-name/lsep-digits")
     assert Image.open(folder / "seven.png").size == (128, 128)
-    for name in ("lsep-digits", "my-model", "my-large-model", "sit-xl-256"):
+    for name in ("lsep-digits", "my-model", "my-large-model"):
         assert (folder / name / "model_index.json").is_file()
-    assert (folder / "samples" / "grid.png").is_file() and (folder / "fid" / "eval_results.json").is_file()
+    assert (folder / "samples" / "grid.png").is_file() and (folder / "drawn" / "grid.png").is_file()
+    assert (folder / "my-model" / "fid" / "eval_results.json").is_file()
     assert (folder / "probing" / "probe_heatmap.png").is_file()
-    assert "your-name/lsep-digits" in (folder / "lsep-space" / "app.py").read_text()
+    assert (folder / "lsep-space" / "app.py").is_file()
     assert "your-name/lsep-digits" in (folder / "my-space" / "app.py").read_text()
     for name in ("guidance-sweep", "denoising-strip"):
         assert Image.open(folder / "figures" / f"{name}.png").width > 400
 
 
-def test_figures_of_the_readme_are_true():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_sizes_of_the_presets_are_true():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     from diffusers_lsep import SIT_PRESETS, SiTTransformer2DModel
 
     rows = re.findall(r"^\| `(SiT-\w+/2)`.*? \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|$", text, flags=re.MULTILINE)
@@ -100,6 +110,8 @@ def test_figures_of_the_readme_are_true():
         assert (int(layers), int(heads)) == (config.num_layers, config.num_attention_heads)
         assert int(width) == config.num_attention_heads * config.attention_head_dim
         assert int(parameters.replace(",", "")) == sum(parameter.numel() for parameter in model.parameters())
+    ((_, code),) = read_blocks("docs/api.md")
+    exec(code, {})
 
 
 def find_anchors(text):

@@ -139,7 +139,7 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
     for result in results:
         lines.setdefault((result.get("guidance"), *result["guidance_interval"]), []).append(result)
     several = len({kind for kind, _, _ in lines}) > 1
-    for ((kind, low, high), line), marker in zip(lines.items(), MARKERS):
+    for number, (((kind, low, high), line), marker) in enumerate(zip(lines.items(), MARKERS)):
         line.sort(key=lambda result: result["guidance_scale"])
         scales, distances, precisions, recalls = (
             [result[name] for result in line] for name in ("guidance_scale", "frechet_distance", "precision", "recall")
@@ -147,7 +147,11 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
         label = f"{kind}, " if several else ""
         distance_axis.plot(scales, distances, label=f"{label}t from {low:g} to {high:g}", marker=marker)
         (drawn,) = recall_axis.plot(recalls, precisions, marker=marker)
-        annotate_points(recall_axis, recalls, precisions, scales, drawn.get_color())
+        # The scales of one line below its points, those of the next above: both begin in the same point.
+        offset, side = ((-5, -10), "right") if number % 2 == 0 else ((4, 4), "left")
+        for x, y, scale in zip(recalls, precisions, scales):
+            options = {"textcoords": "offset points", "ha": side, "fontsize": 8, "color": drawn.get_color()}
+            recall_axis.annotate(f"{scale:g}", (x, y), xytext=offset, **options)
     distance_axis.set(xlabel="scale of the guidance (1: none)", ylabel="Fréchet distance (0: like the data)")
     distance_axis.set_ylim(0, None)
     recall_axis.set(xlabel="recall: how much of the data is drawn", ylabel="precision: how much looks like data")
@@ -157,18 +161,12 @@ def plot_guidance_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any
     save_figure(path, figure)
 
 
-def annotate_points(axis: Any, xs: Sequence[float], ys: Sequence[float], values: Sequence[float], colour: str):
-    """Writes the value of a setting beside each point of a line."""
-    for x, y, value in zip(xs, ys, values):
-        axis.annotate(f"{value:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
-
-
 @figure_style()
 def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]], title: str = ""):
     """
     Draws what caches do to images against the share of the blocks that they compute: the distance to the images
     without a cache, and the Frechet distance. A row for each interval of the guidance, a line for each cache, with its
-    settings beside the points on the left; dashed what there is without a cache.
+    settings in the legend; dashed what there is without a cache.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -191,18 +189,18 @@ def plot_cache_sweep(path: str | os.PathLike, results: Sequence[dict[str, Any]],
             axis.axhline(next(result[value] for result in row if not result["cache"]), color="0.4", ls="--", lw=1)
             for name, marker in zip(names, MARKERS):
                 line = [result for result in row if result["cache"] == name]
-                line.sort(key=lambda result: result["share_computed"])
+                line.sort(key=lambda result: result["setting"], reverse=True)  # from left to right
                 shares = [100 * result["share_computed"] for result in line]
-                heights = [result[value] for result in line]
-                (drawn,) = axis.plot(shares, heights, label=name, marker=marker)
-                if value == "image_distance":
-                    annotate_points(axis, shares, heights, [result["setting"] for result in line], drawn.get_color())
+                settings = ", ".join(f"{result['setting']:g}" for result in line)
+                axis.plot(shares, [result[value] for result in line], label=f"{name}: {settings}", marker=marker)
             axis.set_title(f"guided at t from {low:g} to {high:g}")
         axes[0].set(ylabel="distance to the uncached images", ylim=(0, None))
         axes[1].set(ylabel="Fréchet distance (dashed: no cache)")
     for axis in rows[-1]:
         axis.set_xlabel("blocks that are computed, %")
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles = rows[0][0].get_legend_handles_labels()
+    meaning = "caches: their settings, from left to right"
+    figure.legend(*handles, title=meaning, loc="outside lower center", ncols=3)
     save_figure(path, figure)
 
 
