@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the benchmarks, prints a table and writes JSON.
 
-    python benchmarks/run.py                            # all of steps, sampling and import: minutes
+    python benchmarks/run.py                            # all of steps, sampling, import, checkpoints: minutes
     python benchmarks/run.py --all                      # and the long ones, which have a --help of their own: hours
     python benchmarks/run.py training_step --pairs 15   # one, with more pairs
     python benchmarks/run.py original_repo --original_repo path/to/LSEP   # against the authors' code
@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Pairs of runs, one row each
-PAIRED = ["training_step", "probe_cost", "sampling_overhead", "import_time"]
+PAIRED = ["training_step", "probe_cost", "sampling_overhead", "import_time", "checkpoint_stall"]
 # Scripts with reports of their own
 SCRIPTS = [
     *("throughput", "roofline", "growth", "read_latents", "processes", "convert_full_size", "soak", "solver_order"),

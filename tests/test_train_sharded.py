@@ -52,7 +52,11 @@ class ShardingAccelerator(Accelerator):
 def prepare_training(trainer, checkpoint, prepare=Trainer.prepare_training):
     prepare(trainer, checkpoint)
     # in autocast like any other run
-    assert trainer.accelerator.state.fsdp_plugin.mixed_precision_policy.param_dtype is None
+    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert policy.output_dtype is None and (policy.param_dtype is None or not policy.cast_forward_inputs)
+    layer = trainer.objective.transformer.transformer_blocks[0].attn.to_q
+    if trainer.accelerator.is_main_process:
+        layer.register_forward_pre_hook(lambda layer, inputs: print("gathered in", layer.weight.dtype))
     assert isinstance(trainer.objective.transformer.transformer_blocks[0], FSDPModule)
     # really sharded: this process holds about a half
     whole = sum(p.numel() for p in trainer.objective.parameters())
@@ -86,6 +90,7 @@ def train_sharded(tmp_path, launch_environment, *flags):
     environment |= {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
+    return {line for line in result.stdout.splitlines() if line.startswith("gathered in")}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,29 @@ def encoder(tmp_path_factory):
 
 
 # There the CPU's streams lack methods that FSDP2 calls, and its all-gather changes tensors that autograd keeps.
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 needs a GPU")
+shards = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 needs a GPU")
+
+
+@shards
+@pytest.mark.slow
+def test_weights_gathered_in_bfloat16(tmp_path, launch_environment):
+    """What is learned is what autocast learns from weights in float32, but for the rounding of embeddings."""
+    steps, gathered = [], []
+    for dtype in ("fp32", "bf16"):
+        (tmp_path / dtype).mkdir()
+        flags = ("--mixed_precision", "bf16", "--fsdp_param_dtype", dtype, "--validation_steps", 100)
+        gathered.append(train_sharded(tmp_path / dtype, launch_environment, *flags))
+        steps.append([line for line in read_metrics(tmp_path / dtype / "sharded/metrics.jsonl") if "loss" in line])
+    assert gathered == [{"gathered in torch.float32"}, {"gathered in torch.bfloat16"}]
+    for one, other in zip(*steps, strict=True):
+        for name in ("loss", "probe_loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-2), name
+    weights = [load_file(tmp_path / dtype / "sharded/checkpoint-2/model.safetensors") for dtype in ("fp32", "bf16")]
+    for name, weight in weights[1].items():
+        assert weight.dtype == weights[0][name].dtype == torch.float32, name
+
+
+@shards
 @pytest.mark.slow
 def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_environment, encoder):
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
@@ -156,3 +183,10 @@ def test_what_cannot_be_sharded_so_is_refused(monkeypatch):
     refused(SimpleNamespace(fsdp_version=1), "one device, data-parallel or with FSDP2, not with .*FSDP")
     plugin = SimpleNamespace(fsdp_version=2, activation_checkpointing=True)
     refused(plugin, "give `--gradient_checkpointing` in place of `fsdp_activation_checkpointing`")
+
+
+def test_only_fsdp2_gathers(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    args = parse_args(["--report_to", "none", "--fsdp_param_dtype", "bf16"], "", SCRIPT.parent)
+    with pytest.raises(ValueError, match="`--fsdp_param_dtype` bf16 needs FSDP2 .* but there is .*NO with no"):
+        processes.start_accelerator(args)

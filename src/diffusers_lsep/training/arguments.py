@@ -313,6 +313,14 @@ def add_optimisation_flags(flags: Flags):
         " twice: less memory. Where the step is compiled (accelerate launch --dynamo_backend inductor).",
     )
     add(
+        "--fsdp_param_dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        changeable=True,
+        help="How FSDP2 gathers weights. bf16, with --mixed_precision bf16, halves what is sent: products round them"
+        " to it anyway; the embeddings of classes are rounded too. Gradients are summed in fp32.",
+    )
+    add(
         "--num_train_epochs",
         type=positive,
         default=800.0,

@@ -83,8 +83,17 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, argparse.N
     if accelerator.is_fsdp2:
         if accelerator.state.fsdp_plugin.activation_checkpointing:
             raise ValueError("give `--gradient_checkpointing` in place of `fsdp_activation_checkpointing`.")
-        # Autocast from weights in float32, as without sharding. accelerate's policy would round times and losses too.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        # Autocast from weights in float32, as without sharding, or from what it would round them to. accelerate's own
+        # policy would round times and losses too.
+        policy = MixedPrecisionPolicy()
+        if args.fsdp_param_dtype == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if args.fsdp_param_dtype == "bf16" and not (accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16"):
+        raise ValueError(
+            "`--fsdp_param_dtype` bf16 needs FSDP2 (examples/configs/accelerate/fsdp2.yaml) and `--mixed_precision"
+            f" bf16`, but there is {kind} with {accelerator.mixed_precision}."
+        )
     if not accelerator.state.dynamo_plugin.dynamic:
         # False, accelerate's default, is for sizes that never change. The number of samples in the probe's stream
         # does: the step would be compiled anew for the first eight of them, and not at all from then on.
