@@ -6,10 +6,13 @@ the device have shapes and no values (`benchmarks/simulated_cuda.py`); that faul
 """
 
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import send_to_device
 from diffusers import (
@@ -23,6 +26,7 @@ from diffusers.guiders import AdaptiveProjectedGuidance
 from simulated_cuda import Copies, simulated_cuda
 from tiny_models import make_batch, make_dinov2, make_pipeline, make_transformer, make_vae
 from tiny_run import TINY_MODEL, TINY_RUN
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from diffusers_lsep import (
     FlowMatchHeunODEScheduler,
@@ -33,6 +37,7 @@ from diffusers_lsep import (
     LSEPPipeline,
 )
 from diffusers_lsep.autoencoders import encode_moments, get_normalization
+from diffusers_lsep.data.encoding import encode_batch
 from diffusers_lsep.data.moments import sample_posterior
 from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 from diffusers_lsep.evaluation.inception import InceptionFeatures
@@ -65,6 +70,21 @@ def accelerate_anew():
     torch.set_num_threads(threads)
     for flag, value in zip(flags, before):
         flag.allow_tf32 = value
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This process is the first of two, whose communication does nothing; gives what stands for DDP's reducer."""
+    ranks = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    reducer = mock.MagicMock()
+    monkeypatch.setattr("torch.distributed.Reducer", reducer)
+    monkeypatch.setattr("torch.distributed.Logger", mock.MagicMock())
+    monkeypatch.setattr("torch.nn.parallel.distributed._verify_param_shape_across_processes", lambda *args: None)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield reducer
+    torch.distributed.destroy_process_group()
 
 
 def count_copies(function, readable=False) -> Copies:
@@ -182,6 +202,22 @@ class TestTrainingStep:
         assert copies.all == []
 
     @pytest.mark.slow
+    def test_one_of_two_processes_has_no_copies(self, tmp_path, monkeypatch, two_processes):
+        """In DistributedDataParallel. What it does in C++, summing the gradients, is left out."""
+        monkeypatch.chdir(tmp_path)
+        with simulated_cuda():
+            trainer = make_trainer("--mixed_precision", "bf16")
+            assert isinstance(trainer.model, nn.parallel.DistributedDataParallel)
+            assert trainer.setup.samples_per_step == 2 * trainer.args.train_batch_size
+            assert not trainer.model.will_sync_module_buffers(), "they are constants"
+            batches = iter(trainer.loader)
+            trainer.take_step(batches)
+            batches = iter([next(batches)])
+            with Copies() as copies:
+                trainer.take_step(batches)
+        assert copies.all == [] and two_processes.call_count == 1
+
+    @pytest.mark.slow
     def test_a_batch_is_brought_without_waiting(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with simulated_cuda():
@@ -264,6 +300,12 @@ class TestSampling:
         assert len(sample(pipe, internal_guidance_scale=1.5).all) == self.BEFORE
 
     @pytest.mark.slow
+    def test_autoguidance(self):
+        pipe = make_pipeline()
+        pipe.register_modules(guidance_transformer=make_transformer(num_layers=1))
+        assert len(sample(pipe, autoguidance_scale=2.0).all) <= self.BEFORE
+
+    @pytest.mark.slow
     def test_guider(self):
         copies = sample(make_pipeline(), guider=AdaptiveProjectedGuidance(guidance_scale=2.0))
         assert len(copies.all) == self.BEFORE
@@ -343,3 +385,16 @@ class TestEvaluation:
             with Copies() as copies:
                 latents = sample_posterior(encode_moments(vae, images), noise, **normalization)
         assert latents.shape == noise.shape and latents.device.type == "cuda" and copies.all == []
+
+    @pytest.mark.slow
+    def test_a_batch_to_encode_is_brought_without_waiting(self):
+        vae = make_vae()
+        batch = {"pixels": torch.zeros(2, 16, 16, 3, dtype=torch.uint8), "good": [0, 1]}
+        images = SimpleNamespace(names=["a", "b"], labels=[0, 1])
+        settings = {"dtype": np.dtype(np.float32), "flip": True, "images": False}
+        with simulated_cuda(readable=True):
+            vae.to("cuda")
+            with Copies() as copies:
+                columns = encode_batch(vae, batch, range(2), images, settings)
+        assert [len(columns[name]) for name in ("id", "moments", "moments_flipped")] == [2, 2, 2]
+        assert len(copies.all) == 1 + 2 and len(copies.blocking) == 2  # the moments of both are read, to be written
