@@ -96,6 +96,14 @@ def test_describes_the_pipeline(save):
     assert not re.search(r"TODO|More Information Needed|\[optional\]|\{\{|None", text)
 
 
+def test_names_that_are_no_text_become_question_marks(save):
+    folder = save(num_classes=2, id2label={0: "cat", 1: "dog"})
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"dog"', r'"d\ud800g"'))
+    write_model_card(folder)
+    assert "d?g" in read(folder).text
+
+
 def test_names_the_preset(save):
     folder = save(num_layers=12, num_attention_heads=6, attention_head_dim=64, patch_size=4)
     assert "SiT-S/4, " in ModelCard.load(write_model_card(folder)).text

@@ -340,7 +340,7 @@ def _sections(card: ModelCard) -> dict[str, str]:
 
 def _save(path: Path, card: ModelCard) -> Path:
     with whole_file(path) as partial:
-        card.save(partial)
+        partial.write_bytes(str(card).encode("utf-8", "replace"))  # JSON can hold names that are no text
     return path
 
 
