@@ -4,8 +4,9 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from warm_python import warm_environment
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,20 +31,21 @@ def run_blocks(
         substitutions (`dict[str, str]`): What is replaced in them before: things that are not here, and sizes.
     """
     used = set()
-    for language, block in blocks:
-        for old, new in substitutions.items():
-            if old in block:
-                used.add(old)
-                block = block.replace(old, new)
-        command = [sys.executable, "-c", block] if language == "python" else ["bash", "-euc", block]
-        result = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            timeout=300,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
+    with warm_environment(folder / "bin", environment, ("accelerate", "diffusers-lsep")) as environment:
+        for language, block in blocks:
+            for old, new in substitutions.items():
+                if old in block:
+                    used.add(old)
+                    block = block.replace(old, new)
+            interpreter = [folder / "bin" / "python", "-c"] if language == "python" else ["bash", "-euc"]
+            result = subprocess.run(
+                [*interpreter, block],
+                cwd=folder,
+                env=environment,
+                timeout=300,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            assert result.returncode == 0, f"{block}\n{result.stdout[-5000:]}"
     assert used == substitutions.keys(), "a substitution that nothing needs"
