@@ -56,6 +56,7 @@ setup(
         "diffusers_lsep.examples": ["configs/*", "configs/*/*", "digits/*"],
     },
     python_requires=">=3.11",  # that of diffusers 0.42
+    # psutil and PyYAML, which we import as well, come with accelerate.
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42",
@@ -65,8 +66,6 @@ setup(
         "huggingface-hub>=1.32",
         "safetensors>=0.8",
         "evaluate>=0.4.5",
-        "psutil>=6.0",
-        "pyyaml>=6.0.1",
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["diffusers-lsep=diffusers_lsep.cli:console_main"]},

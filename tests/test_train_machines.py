@@ -40,7 +40,7 @@ def train(folders: list[Path], processes: int, steps: int, *flags: object) -> li
             subprocess.Popen([str(part) for part in command], cwd=folder, env=environment, stdout=log, stderr=log)
         )
     codes = [launcher.wait(timeout=900) for launcher in launchers]
-    return [(code, (folder / "log").read_text()) for code, folder in zip(codes, folders)]
+    return [(code, (folder / "log").read_text(errors="replace")) for code, folder in zip(codes, folders)]
 
 
 @pytest.mark.slow

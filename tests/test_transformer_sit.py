@@ -261,7 +261,7 @@ def test_wrong_shape_is_refused(tiny_transformer):
         ({"attention_head_dim": 5, "num_attention_heads": 3}, r"divisible by 4 .* 3 \* 5 = 15"),
         ({"num_layers": 0}, "`num_layers` has to be at least 1, but is 0"),
         ({"num_classes": 0}, "`num_classes` has to be at least 1, but is 0"),
-        ({"out_channels": 0}, "`out_channels` has to be None or at least 1, but is 0"),
+        ({"out_channels": 0}, "`out_channels` has to be at least 1, but is 0"),
     ],
 )
 def test_impossible_configurations_are_refused(arguments, message):

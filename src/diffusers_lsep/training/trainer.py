@@ -210,6 +210,11 @@ class Trainer:
         """The samples of this step, in the output folder."""
         return Path("samples", f"step-{self.step}.png")
 
+    @property
+    def problems_file(self) -> Path:
+        """What went wrong with the validation of this step."""
+        return self.output_dir / self.samples_file.with_name(f"step-{self.step}-error.txt")
+
     def validates_at(self, step: int) -> bool:
         return step % self.args.validation_steps == 0 or step == self.args.max_train_steps
 
@@ -409,6 +414,8 @@ class Trainer:
         wrong with one of these is reported, and is not worth the run.
         """
         accelerator = self.accelerator
+        if accelerator.is_main_process:  # of a run that was stopped after this step, and goes on from it
+            self.problems_file.unlink(missing_ok=True)
         with self.averaged_objective() as objective, torch.no_grad():
             if self.held_out is not None:
                 measured = self.measure(objective, self.held_out)
@@ -430,7 +437,7 @@ class Trainer:
     def report_problems(self, what: str, problems: list[tuple[str, str]]):
         """Says what is missing because of some [`collect_errors`], and keeps their tracebacks. One process does."""
         if problems and self.accelerator.is_main_process:
-            path = self.output_dir / "samples" / f"step-{self.step}-error.txt"
+            path = self.problems_file
             path.parent.mkdir(exist_ok=True)
             before = path.read_text(encoding="utf-8") if path.exists() else ""
             write_text(path, before + "\n".join(trace for _, trace in problems))
