@@ -96,6 +96,12 @@ def test_describes_the_pipeline(save):
     assert not re.search(r"TODO|More Information Needed|\[optional\]|\{\{|None", text)
 
 
+def test_names_of_classes_are_shown_as_they_are(save):
+    folder = save(num_classes=2, id2label={0: "<script>x</script>", 1: "a|b *c* [d](e)\nf"})
+    text = ModelCard.load(write_model_card(folder)).text
+    assert r"| Classes | 2: &lt;script&gt;x&lt;/script&gt;, a\|b \*c\* \[d\](e) f |" in text
+
+
 def test_names_that_are_no_text_become_question_marks(save):
     folder = save(num_classes=2, id2label={0: "cat", 1: "dog"})
     index = folder / "model_index.json"

@@ -105,7 +105,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             path_type = scheduler.config.get("path_type", "linear") if scheduler is not None else "linear"
         get_interpolant(path_type)
         if vae is not None:
-            check_autoencoder(vae, "vae", transformer.config.in_channels if transformer is not None else None)
+            # A model of somebody else may have no config.
+            check_autoencoder(vae, "vae", getattr(getattr(transformer, "config", None), "in_channels", None))
         check_guidance_transformer(guidance_transformer, transformer)
         models = {"transformer": transformer, "guidance_transformer": guidance_transformer, "vae": vae}
         self.register_modules(scheduler=scheduler, **models)

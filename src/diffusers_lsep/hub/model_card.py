@@ -7,6 +7,7 @@ the metadata as it was generated. What is generated is replaced when a new card 
 other weights; what somebody writes outside of the comments, or changes in the metadata, stays.
 """
 
+import html
 import importlib.metadata
 import json
 import os
@@ -118,7 +119,7 @@ class Gallery:
 
     def describe_classes(self) -> str:
         """The classes, those of the first row alone where all rows have them."""
-        names = [str(name) for name in self.class_labels]
+        names = [_as_text(str(name)) for name in self.class_labels]
         period = next((n for n in range(1, len(names)) if names[n:] == names[:-n] and len(names) % n == 0), len(names))
         times = len(names) // period
         return ", ".join(names[:period]) + (f"; {times} times" if times > 1 else "")
@@ -436,8 +437,14 @@ def point_usage_at(card: ModelCard, repo_id: str):
 
 def _describe_classes(pipeline: SavedPipeline) -> str:
     """How many classes there are, and their names if these are few."""
-    count, names = pipeline.transformer["num_classes"], list((pipeline.index.get("id2label") or {}).values())
-    return f"{count:,}" + (f": {', '.join(name.split(',')[0] for name in names)}" if 0 < len(names) <= 20 else "")
+    count, labels = pipeline.transformer["num_classes"], pipeline.index.get("id2label") or {}
+    names = ", ".join(_as_text(name.split(",")[0]) for name in labels.values()) if len(labels) <= 20 else ""
+    return f"{count:,}" + (f": {names}" if names else "")
+
+
+def _as_text(name: str) -> str:
+    """The name of a class as it is to be read, whatever HTML or Markdown it holds."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(name.split()), quote=False))
 
 
 def _literal(value: Any) -> str:
