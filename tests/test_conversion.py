@@ -468,6 +468,8 @@ def test_weights_without_values_are_named(save):
     name = "blocks.1.attn.qkv.weight"
     with pytest.raises(ValueError, match=rf"no values of \['{name}'\]"):
         convert_original_checkpoint(save({**weights, name: weights[name].to("meta")}), **HEADS)
+    with pytest.raises(ValueError, match=rf"has to hold dense tensors, but \['{name}'\] are sparse"):
+        convert_original_checkpoint(save({**weights, name: weights[name].to_sparse()}), **HEADS)
 
 
 def test_rewriting_the_records_alone_is_no_error(save):

@@ -37,6 +37,16 @@ def test_captions_stand_under_their_images():
     assert (grid[:66] == 255).all(), "captions keep out of the images"
 
 
+def test_names_of_any_kind_are_drawn_in_one_line(tmp_path):
+    names = ["a\nb", "$x^", "\ud800<b>"]
+    images = [Image.new("L", (28, 28))] * 3
+    grids = [make_labeled_grid(images, 3, captions) for captions in (names, ["a b", "$x^", "?<b>"])]
+    assert np.array_equal(*map(np.asarray, grids))
+    states = np.zeros((2, 3, 4, 4, 1), np.float32)
+    plot_denoising_strip(tmp_path / "strip.png", states, states, [1.0, 0.0], names)
+    assert Image.open(tmp_path / "strip.png").width > 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

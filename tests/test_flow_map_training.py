@@ -17,8 +17,8 @@ from tiny_run import TINY_RUN
 from diffusers_lsep import FlowMapScheduler, LinearProbe, LSEPObjective
 from diffusers_lsep.flow_map import derivative_along, guided_velocity, mean_velocity_target
 from diffusers_lsep.training.arguments import parse_args
-from diffusers_lsep.training.flow_map import choose_flow_map_flags
 from diffusers_lsep.training.log import read_metrics
+from diffusers_lsep.training.setup import choose_validation_flags
 
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
@@ -312,5 +312,5 @@ def test_what_is_not_given(train, teacher, capsys, flags, expected):
 def test_samples_of_a_validation_are_those_of_the_model(flags, expected):
     """Where no recipe says how to draw: a flow map in few steps, as its guidance is built in."""
     args = parse_args(["--train_data_dir", str(DIGITS), "--num_layers", "2", *flags], "", DIGITS.parent)
-    chosen = choose_flow_map_flags(args, {"num_layers": 2})
+    chosen = choose_validation_flags(args)
     assert (chosen["validation_guidance_scale"], chosen["validation_inference_steps"]) == expected

@@ -633,7 +633,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
             (["--validation_split", "train"], "`--validation_split` has to be another split than 'train'"),
             (["--validation_split", "other"], r"has no split 'other'; the splits are \['train', 'test'\]"),
             (["--label_column", "class"], "there is no 'class'"),
-            (["--data", "absent/data"], "`dataset_name` 'absent/data' cannot be read"),
+            (["--data", "absent/data"], "`--data` 'absent/data' cannot be read"),
         ],
     )
     def test_errors(self, arguments, options, message):

@@ -96,6 +96,14 @@ def test_describes_the_pipeline(save):
     assert not re.search(r"TODO|More Information Needed|\[optional\]|\{\{|None", text)
 
 
+def test_a_config_that_leaves_values_to_their_defaults(save):
+    folder = save(num_classes=1000)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    del config["num_classes"]
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    assert "| Classes | 1,000 |" in ModelCard.load(write_model_card(folder)).text
+
+
 def test_names_of_classes_are_shown_as_they_are(save):
     folder = save(num_classes=2, id2label={0: "<script>x</script>", 1: "a|b *c* [d](e)\nf"})
     text = ModelCard.load(write_model_card(folder)).text

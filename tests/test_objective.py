@@ -209,6 +209,14 @@ def test_probe_weight_is_piecewise_constant_in_time(make_objective):
     torch.testing.assert_close(halved.loss, halved.denoising_loss + output.probe_loss / 2)
 
 
+def test_times_of_any_precision(make_objective):
+    objective, draws = make_objective(), batch(3)
+    draws["timesteps"] = torch.tensor([0.25, 0.5, 0.75])
+    single = objective(**draws)
+    double = objective(**{**draws, "timesteps": draws["timesteps"].double()})
+    assert double.loss.dtype == torch.float32 and torch.equal(double.loss, single.loss)
+
+
 def test_constant_weight(make_objective):
     objective = make_objective(probe_weight_start=0.03, probe_weight_end=0.03, num_probe_weights=1)
     with torch.no_grad():

@@ -1019,6 +1019,7 @@ def test_model_offload_and_from_pipe(make_pipeline):
         ({"sigmas": [0.2, 0.9], "output_type": "latent"}, "`sigmas` have to decrease"),
         ({"num_images_per_label": 0}, "`num_images_per_label` has to be at least 1, but is 0"),
         ({"num_images_per_label": 2, "generator": generators(0)}, "one for each of the 2 images, but is a list of 1"),
+        ({"negative_class_labels": 10**5000}, r"`negative_class_labels` has to lie in 0\.\.9, but holds of type int"),
         ({"negative_class_labels": 11}, r"`negative_class_labels` has to lie in 0\.\.9, but holds 11"),
         (
             {"negative_class_labels": [1, 2]},
@@ -1057,6 +1058,14 @@ def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, messag
     pipe.transformer.forward = None  # any work would fail
     with pytest.raises(ValueError, match=message):
         pipe(**{"class_labels": 1, **arguments})
+
+
+def test_sigmas_for_schedulers_of_diffusers_have_to_be_a_list(make_pipeline):
+    pipe = make_pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    for sigmas in (float("nan"), "all", [[1.0, 0.5]]):
+        with pytest.raises(ValueError, match="`sigmas` has to be a list of numbers, but is"):
+            pipe(1, sigmas=sigmas, output_type="latent")
 
 
 def test_names_need_an_id2label(tiny_transformer):

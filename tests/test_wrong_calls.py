@@ -194,7 +194,7 @@ CALLS = {
         ),
         ("probe {root}/pipe --output_dir {out}", "--data"),
         ("probe {root}/absent --data {root}/images --output_dir {out}", "absent"),
-        ("probe {root}/pipe --data {root}/absent --output_dir {out}", "absent"),
+        ("probe {root}/pipe --data {root}/absent --output_dir {out}", "`--data` "),
         ("probe {root}/pipe --data {root}/images --output_dir {root}/grid", "already holds"),
         ("probe {root}/pipe --data {root}/images --output_dir {out} --timesteps 2", "argument --timesteps"),
         ("probe {root}/pipe --data {root}/images --output_dir {out} --unseen_data --layers 9", "layers"),

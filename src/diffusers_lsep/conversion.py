@@ -208,6 +208,9 @@ def _select_weights(checkpoint: Any, weights: str) -> tuple[dict[str, torch.Tens
     empty = [name for name, tensor in state_dict.items() if tensor.is_meta]
     if empty:
         raise ValueError(f"the file holds no values of {empty}, which were saved from the device 'meta'.")
+    sparse = [name for name, tensor in state_dict.items() if tensor.layout != torch.strided]
+    if sparse:
+        raise ValueError(f"the file has to hold dense tensors, but {sparse} are sparse.")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return dict(state_dict), args if isinstance(args, dict) else {}
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .files import whole_file
+from .labels import in_one_line
 from .pipeline_lsep import LSEPPipeline
 
 
@@ -94,7 +95,7 @@ def make_labeled_grid(
         top = gap + (i // columns) * (height + caption_height + gap)
         grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         if labels is not None:
-            caption = labels[i]
+            caption = in_one_line(labels[i])
             while caption and draw.textlength(caption, font) > width:
                 caption = caption[:-1]
             draw.text((left + width / 2, top + height + 1), caption, fill=0, font=font, anchor="ma")
@@ -331,7 +332,8 @@ def plot_denoising_strip(
         write(text, x, height - 0.54)
     for i, label in enumerate(labels):
         middle = height - top - i * pitch - 1 - gap / 2
-        write(label, 0.2, middle, rotation=90 if len(label) > 2 else 0, fontsize=13)
+        label = in_one_line(label)
+        write(label, 0.2, middle, rotation=90 if len(label) > 2 else 0, fontsize=13, parse_math=False)
         for name, images, bottom in (
             ("noisy image\n$x_t$", states, middle + gap / 2),
             ("the model's\nguess $\\hat{x}_0$", predictions, middle - gap / 2 - 1),

@@ -22,6 +22,8 @@ from diffusers.schedulers import (
     SchedulerMixin,
 )
 
+from .argument_checks import describe
+
 
 # They follow dx = v dt and nothing else, on whatever path. The others of diffusers use the linear path's sigma.
 _VELOCITY_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMapEulerDiscreteScheduler)
@@ -223,7 +225,9 @@ def set_timesteps(
         try:
             arguments["sigmas"] = np.asarray(sigmas, dtype=np.float64)
         except (TypeError, ValueError):
-            raise ValueError(f"`sigmas` has to be a list of numbers, but is {sigmas!r}.") from None
+            arguments["sigmas"] = np.empty(())
+        if arguments["sigmas"].ndim != 1:
+            raise ValueError(f"`sigmas` has to be a list of numbers, but is {describe(sigmas)}.")
     else:
         arguments["num_inference_steps"] = num_inference_steps
     scheduler.set_timesteps(**arguments)

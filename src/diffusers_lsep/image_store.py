@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .data.archives import find_member
 from .files import make_array, whole_file, write_text
 
 
@@ -155,9 +155,7 @@ def read_npz(path: Path) -> np.ndarray:
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member, open(path, "rb") as file:
         np.lib.format.read_magic(member)
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        start = archive.getinfo("arr_0.npy").header_offset
-        file.seek(start + 26)  # of the two lengths of what lies between the header of the archive and the array's
-        offset = start + 30 + sum(struct.unpack("<HH", file.read(4))) + member.tell()
+        offset = find_member(file, archive.getinfo("arr_0.npy")) + member.tell()
     return np.memmap(path, dtype, "r", offset, shape)
 
 

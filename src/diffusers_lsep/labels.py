@@ -65,6 +65,11 @@ def number_names(largest_id: int) -> list[str]:
     return [str(index) for index in range(largest_id + 1)]
 
 
+def in_one_line(name: str) -> str:
+    """A name as it can be written and drawn, whatever line breaks and half characters JSON has let into it."""
+    return " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
+
+
 def find_names(id2label: dict[int, str] | None) -> dict[str, list[int]]:
     """
     The classes of every name. A label is a name as a whole (a folder's may hold commas), and so are its parts between
@@ -135,7 +140,7 @@ def find_class_ids(
         if not 0 <= class_id < num_classes and not is_null:
             is_digits = isinstance(label, str) and not candidates
             hint = f" {_describe_names(label, ids_of_name)}" if is_digits and ids_of_name else ""
-            raise ValueError(f"`{argument}` has to lie in 0..{num_classes - 1}, but holds {class_id}.{hint}")
+            raise ValueError(f"`{argument}` has to lie in 0..{num_classes - 1}, but holds {describe(class_id)}.{hint}")
         ids.append(class_id)
     return ids
 

@@ -376,8 +376,8 @@ class LSEPObjective(nn.Module):
             crop_window = self.draw_crop_window(batch_size, device, generator)
 
         # 2. Point on the path and its velocity, in float32
+        timesteps, latents, noise = timesteps.float(), latents.float(), noise.float()
         time = timesteps.view(-1, 1, 1, 1)
-        latents, noise = latents.float(), noise.float()
         noisy_latents = self.path.interpolate(latents, noise, time)
         target = self.path.velocity(latents, noise, time) if target_velocity is None else target_velocity
 

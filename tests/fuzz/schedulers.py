@@ -265,7 +265,7 @@ def steps(draw) -> Case:
             return None
         if values["sample"].is_sparse or values["model_output"].is_sparse:
             return None
-        return find_nonfinite("the sample", found, SHAPE)
+        return find_nonfinite("the sample", found, tuple(values["sample"].shape))
 
     return Case(
         describe_call(f"{name_of(scheduler)}.step", values), lambda: scheduler.step(**values), bad, either, check

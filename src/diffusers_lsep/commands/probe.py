@@ -197,7 +197,7 @@ def _open_data(
             )
         source, names = open_latents("--data", args.data, args.pipeline, pipe)
     else:
-        splits = load_splits(args.data)
+        splits = load_splits("--data", args.data)
         if args.validation_split is None and args.validation_data is None:
             own_split = next((name for name in VALIDATION_SPLITS if name in splits), None)
         if own_split == "train":

@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -125,23 +125,29 @@ def _open_zip(path: Path, labelled: bool) -> ImageFiles:
         raise ValueError(f"`train_data_dir` has to be a whole .zip, but {path} is damaged ({error}).") from None
 
 
+def find_member(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where in a .zip the bytes of a member begin. `BadZipFile` if it is encrypted, or not where the index says."""
+    # The local header ends with a name and an extra field whose lengths only the header itself tells.
+    file.seek(info.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))
+    name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+    if file.read(lengths[0]) != name or info.flag_bits & 1:
+        raise zipfile.BadZipFile(f"{info.filename} is encrypted, or not where the index says")
+    return info.header_offset + 30 + sum(lengths)
+
+
 def _index_zip(path: Path, labelled: bool) -> ImageFiles:
     places = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
+            offset = find_member(file, info)  # also of what is no image: a damaged name may have been dataset.json
             if _is_image(info.filename):
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError(
                         f"`train_data_dir` has to be a stored or deflated .zip, but {info.filename} is neither."
                     )
-                # The local header ends with a name and an extra field whose lengths only the header itself tells.
-                file.seek(info.header_offset + 26)
-                lengths = struct.unpack("<HH", file.read(4))
-                offset = info.header_offset + 30 + sum(lengths)
-                name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-                if file.read(lengths[0]) != name or info.flag_bits & 1:
-                    raise zipfile.BadZipFile(f"{info.filename} is encrypted, or not where the index says")
-                places[info.filename] = (0, offset, info.compress_size, info.compress_type == zipfile.ZIP_DEFLATED)
+                is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
+                places[info.filename] = (0, offset, info.compress_size, is_deflated)
         names = sorted(places)
         if not labelled:
             classes = _one_class(names)

@@ -80,6 +80,7 @@ def load_image_dataset(
     train_data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     streaming: bool = False,
+    argument: str | None = None,
 ) -> "datasets.DatasetDict | datasets.IterableDatasetDict":
     """
     Loads a data set of labelled images, with all its splits.
@@ -92,6 +93,7 @@ def load_image_dataset(
             with subfolders `train/` and `test/` around these it has two splits. Or a folder of Parquet files.
         cache_dir (`str` or `os.PathLike`, *optional*): Where `datasets` keeps its files.
         streaming (`bool`, defaults to `False`): Whether the data are read while they are used, and not kept.
+        argument (`str`, *optional*): What messages call the source, in place of the two names above.
 
     Raises:
         `ValueError`: if not exactly one source is given, or if there is nothing to read.
@@ -105,12 +107,12 @@ def load_image_dataset(
         )
     options: dict[str, Any]
     if dataset_name is not None:
-        name, path, options = "dataset_name", dataset_name, {"name": dataset_config_name}
+        name, path, options = argument or "dataset_name", dataset_name, {"name": dataset_config_name}
     else:
-        name, path, options = "train_data_dir", str(train_data_dir), {}
+        name, path, options = argument or "train_data_dir", str(train_data_dir), {}
         folder = Path(path)
         if not folder.is_dir():
-            raise ValueError(f"`train_data_dir` has to be a folder, but {path!r} is none.")
+            raise ValueError(f"`{name}` has to be a folder, but {path!r} is none.")
         if not (folder / "train").is_dir() and not any(folder.rglob("*.parquet")):
             # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
             path, options = "imagefolder", {"data_files": {"train": str(folder / "**")}}

@@ -347,7 +347,10 @@ class OriginalMomentsDataset:
             path = self.folder / os.fsdecode(self._names[row])
             values = self._read(path)
             if values.shape != self.moments_shape:
-                raise ValueError(f"{path} has shape {values.shape}, the first file has {self.moments_shape}.")
+                raise ValueError(
+                    f"`{self.name}` has to hold moments of one shape, but {path} has shape {values.shape}, the first"
+                    f" file has {self.moments_shape}."
+                )
             self._check_values(values, str(path))
             target[...] = values
         return torch.from_numpy(moments)

@@ -66,9 +66,11 @@ def open_latents(
     return source, [source.id2label[index] for index in range(len(source.id2label))]
 
 
-def load_splits(data: str):
-    """All splits of a folder of images, or of a data set on the Hub."""
-    return load_image_dataset(train_data_dir=data) if Path(data).is_dir() else load_image_dataset(data)
+def load_splits(flag: str, data: str):
+    """All splits of a folder of images, or of a data set on the Hub, which messages call by its flag."""
+    if Path(data).is_dir():
+        return load_image_dataset(train_data_dir=data, argument=flag)
+    return load_image_dataset(data, argument=flag)
 
 
 def image_size(pipe: LSEPPipeline) -> tuple[int, int]:
@@ -100,7 +102,7 @@ def open_validation_data(
         if split is not None:
             raise ValueError(f"`{split_flag}` is {split!r}, but `{flag}` {data!r} has no splits.")
         return *open_latents(flag, data, pipeline, pipe), None
-    splits = load_splits(data)
+    splits = load_splits(flag, data)
     candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
     name = next((name for name in candidates if name in splits), None)
     if name is None:

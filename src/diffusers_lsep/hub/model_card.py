@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..files import hash_saved_weights, whole_file
+from ..labels import in_one_line
 from ..regularizers import REGULARIZERS, regularizer_key
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
@@ -341,7 +342,7 @@ def _sections(card: ModelCard) -> dict[str, str]:
 
 def _save(path: Path, card: ModelCard) -> Path:
     with whole_file(path) as partial:
-        partial.write_bytes(str(card).encode("utf-8", "replace"))  # JSON can hold names that are no text
+        card.save(partial)
     return path
 
 
@@ -444,7 +445,7 @@ def _describe_classes(pipeline: SavedPipeline) -> str:
 
 def _as_text(name: str) -> str:
     """The name of a class as it is to be read, whatever HTML or Markdown it holds."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(name.split()), quote=False))
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(in_one_line(name), quote=False))
 
 
 def _literal(value: Any) -> str:

@@ -88,9 +88,10 @@ class SavedPipeline:
         try:
             check_names(self.index.get("id2label"))
             with torch.device("meta"):
-                SiTTransformer2DModel.from_config(self.transformer)
+                model = SiTTransformer2DModel.from_config(self.transformer)
         except ValueError as error:
             raise ValueError(f"`folder` has to hold a saved LSEPPipeline, but in {self.folder} {error}") from None
+        self.transformer = {**model.config, **self.transformer}  # what its file leaves to the defaults
 
     def component_files(self, extra: Sequence[str] = ()) -> list[str]:
         """

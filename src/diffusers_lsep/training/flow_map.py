@@ -86,7 +86,7 @@ def check_flow_map_flags(args: argparse.Namespace, parser: ArgumentParser):
 
 def choose_flow_map_flags(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """
-    The flags that were not given and depend on whether this is a flow map, with their values.
+    The flags of a flow map that were not given, with their values.
 
     Args:
         args (`argparse.Namespace`): All flags.
@@ -99,7 +99,7 @@ def choose_flow_map_flags(args: argparse.Namespace, config: dict[str, Any]) -> d
     if not args.flow_map:
         if depth is not None:
             raise ValueError(f"`--flow_map` has to be given for a model with `flow_map_depth={depth}`, but is not.")
-        return choose_validation_flags(args, 1.5, 250)
+        return {}
     with_teacher = (
         args.flow_map_velocity or "teacher"
     ) == "teacher" and args.pretrained_model_name_or_path is not None
@@ -108,16 +108,6 @@ def choose_flow_map_flags(args: argparse.Namespace, config: dict[str, Any]) -> d
         "flow_map_depth": args.flow_map_depth or depth or max(1, config["num_layers"] * 2 // 3),
         "flow_map_velocity": "teacher" if with_teacher else "data",
         "flow_map_equal_fraction": (0.25 if with_teacher else 0.75) if fraction is None else fraction,
-        **choose_validation_flags(args, 1.0, 4),  # guidance is built in, or there is none
-    }
-
-
-def choose_validation_flags(args: argparse.Namespace, guidance_scale: float, num_steps: int) -> dict[str, Any]:
-    """How samples are drawn at a validation: as the flags say, or else so."""
-    scale, steps = args.validation_guidance_scale, args.validation_inference_steps
-    return {
-        "validation_guidance_scale": guidance_scale if scale is None else scale,
-        "validation_inference_steps": num_steps if steps is None else steps,
     }
 
 

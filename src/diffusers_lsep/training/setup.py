@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
             "`--regularizers` has to name internal-guidance for a model with `internal_guidance_depth="
             f"{config['internal_guidance_depth']}`, but is {args.regularizers}."
         )
-    method |= choose_flow_map_flags(args, config)
+    method |= choose_flow_map_flags(args, config) | choose_validation_flags(args)
     config["flow_map_depth"] = method.get("flow_map_depth")
     start = None
     if pretrained is not None:
@@ -375,6 +375,15 @@ def choose_method(args: argparse.Namespace, config: dict[str, Any]) -> dict[str,
             f" {args.crop_size_min}."
         )
     return method
+
+
+def choose_validation_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """How samples are drawn at a validation: of a flow map in few steps, as its guidance is built in."""
+    scale, steps = args.validation_guidance_scale, args.validation_inference_steps
+    return {
+        "validation_guidance_scale": (1.0 if args.flow_map else 1.5) if scale is None else scale,
+        "validation_inference_steps": (4 if args.flow_map else 250) if steps is None else steps,
+    }
 
 
 def choose_length(args: argparse.Namespace, num_images: int, samples_per_step: int) -> dict[str, Any]:
