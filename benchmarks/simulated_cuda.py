@@ -47,19 +47,21 @@ class _SimulatedCuda(FakeTensorMode):
         if self.readable and function is torch.ops.aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype).item()
         if self.readable and function is torch.ops.aten.copy_.default and not isinstance(args[0], FakeTensor):
-            return args[0]  # host memory, which keeps its values
+            return args[0].zero_()  # host memory, new or not
         args, kwargs = tree_map_only(torch.Tensor, self._to_fake, (args, kwargs))
         output = super().__torch_dispatch__(function, types, args, kwargs)
         if self.readable and any(isinstance(x, FakeTensor) and x.device.type == "cuda" for x in tensors):
-            output = tree_map_only(FakeTensor, self._to_host, output)
+            output = tree_map_only(torch.Tensor, self._to_host, output)
         return output
 
     def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor, static_shapes=True)
 
-    def _to_host(self, tensor: FakeTensor) -> torch.Tensor:
-        """Zeros for what has come from the device."""
-        return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device.type == "cpu" else tensor
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Zeros for what has come from the device, also where torch has made memory for it already."""
+        if tensor.device.type != "cpu":
+            return tensor
+        return torch.zeros(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, FakeTensor) else tensor.zero_()
 
 
 @contextmanager

@@ -396,5 +396,6 @@ class TestEvaluation:
             vae.to("cuda")
             with Copies() as copies:
                 columns = encode_batch(vae, batch, range(2), images, settings)
+        assert not any(map(any, columns["moments"] + columns["moments_flipped"]))  # zeros, not whatever memory held
         assert [len(columns[name]) for name in ("id", "moments", "moments_flipped")] == [2, 2, 2]
         assert len(copies.all) == 1 + 2 and len(copies.blocking) == 2  # the moments of both are read, to be written
