@@ -88,6 +88,16 @@ def train(load_example, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """The path of a `python` with the libraries imported already; `accelerate` and `diffusers-lsep` are beside it."""
+    from warm_python import warm_environment
+
+    folder = tmp_path_factory.mktemp("warm") / "bin"
+    with warm_environment(folder, dict(os.environ), ("accelerate", "diffusers-lsep")):
+        yield folder / "python"
+
+
+@pytest.fixture(scope="session")
 def launch_environment():
     """What `accelerate launch` makes of a file in `examples/configs/accelerate`: its arguments and the environment."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser

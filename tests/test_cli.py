@@ -307,8 +307,8 @@ def test_convert_with_an_autoencoder_of_another_class(tmp_path):
 
 
 @pytest.mark.slow
-def test_convert_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "diffusers_lsep.cli", "convert", "--output_dir", str(tmp_path / "pipeline")]
+def test_convert_as_a_process(tmp_path, warm_python):
+    command = [warm_python, "-m", "diffusers_lsep.cli", "convert", "--output_dir", tmp_path / "pipeline"]
     bad = subprocess.run([*command, "--checkpoint", "nowhere.pt"], capture_output=True, text=True)
     assert bad.returncode == 2
     (line,) = bad.stderr.splitlines()

@@ -176,7 +176,7 @@ def test_what_main_returns_is_the_exit_code(returned, code):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_lsep", "sample", "figures", "encode_latents"])
-def test_a_script_ends_with_one_line_where_main_raises(load_example, name, tmp_path):
+def test_a_script_ends_with_one_line_where_main_raises(load_example, name, tmp_path, warm_python):
     arguments = {
         "train_lsep": ["--train_data_dir", f"{tmp_path}/absent", "--report_to", "none"],
         "sample": ["--pretrained_model_name_or_path", f"{tmp_path}/absent", "--num_images", "1"],
@@ -185,7 +185,7 @@ def test_a_script_ends_with_one_line_where_main_raises(load_example, name, tmp_p
     }[name] + ["--output_dir", f"{tmp_path}/out"]
     with pytest.raises(ValueError, match="absent"):
         load_example(name).main(arguments)
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    command = [warm_python, EXAMPLES / f"{name}.py", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     line = result.stderr.splitlines()[-1]

@@ -460,7 +460,7 @@ def test_table():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_features_and_results(arguments, features, folder, tmp_path):
+def test_two_processes_give_the_same_features_and_results(arguments, features, folder, tmp_path, warm_python):
     script = tmp_path / "script.py"
     script.write_text(
         """
@@ -487,15 +487,7 @@ main(sys.argv[1:])
     alone = read_results(tmp_path)
     # 8 and 6 images in batches of 4: a batch for either process
     argv = arguments("--cache_dir", str(tmp_path / "cache"), "--overwrite_output_dir")
-    command_line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-    ]
+    command_line = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     finished = subprocess.run(
         [*command_line, *argv], env=environment, timeout=300, capture_output=True, text=True, check=False

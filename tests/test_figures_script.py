@@ -132,12 +132,12 @@ def test_sweep_draws_nothing_twice(script, save_pipeline, reference, arguments, 
 
 
 @pytest.mark.slow
-def test_sweep_by_two_processes(script, save_pipeline, reference, arguments, tmp_path):
+def test_sweep_by_two_processes(script, save_pipeline, reference, arguments, tmp_path, warm_python):
     save_pipeline(in_channels=1)
     script.main(arguments("guidance-sweep", *TWO_SCALES))
     alone = read_sweep(tmp_path)
     argv = arguments("guidance-sweep", *TWO_SCALES, "--cache_dir", tmp_path / "other", "--overwrite_output_dir")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run(
         [*command, *argv], env=environment, timeout=300, capture_output=True, text=True, check=False

@@ -299,7 +299,7 @@ class TestEncoding:
         assert "nothing is left to do" in capsys.readouterr().out
 
     @pytest.mark.slow
-    def test_two_processes_killed_and_continued(self, arguments, script, images_dir, encoded, tmp_path):
+    def test_two_processes_killed_and_continued(self, arguments, script, images_dir, encoded, tmp_path, warm_python):
         source = tmp_path / "many"
         for copy in range(16):
             for name in CLASSES:
@@ -327,6 +327,7 @@ class TestEncoding:
         (tmp_path / "out" / ".data-00055-of-00056.arrow.0123.tmp").write_bytes(b"half a shard")
 
         # 2. Start it again.
+        command[0] = warm_python
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         assert (

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from tiny_models import make_pipeline, make_vae
+from warm_python import warm_environment
 
 from diffusers_lsep import FlowMatchSDEScheduler, LinearProbe, LSEPPipeline
 from diffusers_lsep.cli import main
@@ -445,11 +445,14 @@ write_model_card(sys.argv[1])
 push_folder(sys.argv[1], sys.argv[2], license="mit")
 """
         folder, options = tmp_path / "pipeline", arguments("--layers", "1")[4:]
-        with HubServer(tmp_path / "hub", tokens={"hf_owner": "me"}) as hub:
-            environment = hub.environment(tmp_path / "hf-home", HF_TOKEN="hf_owner")
+        python = tmp_path / "bin" / "python"
+        with (
+            HubServer(tmp_path / "hub", tokens={"hf_owner": "me"}) as hub,
+            warm_environment(python.parent, hub.environment(tmp_path / "home", HF_TOKEN="hf_owner")) as environment,
+        ):
 
             def run(*command):
-                command = [sys.executable, *map(str, command)]
+                command = [python, *map(str, command)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
                 assert done.returncode == 0, done.stderr
                 return done.stdout

@@ -155,7 +155,7 @@ def test_pages_run(folder, monkeypatch, page, substitutions):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs(tmp_path, monkeypatch, warm_python):
     """Its cells as a script, with few steps."""
     notebook = json.loads((ROOT / "examples" / "lsep_digits.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -168,9 +168,9 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     script = script.replace("--method ridge", "--method ridge --layers 3 --timesteps 0.2 0.5")
     script = re.sub(r"^!(.+)$", r"subprocess.run(f'\1', shell=True, check=True)", script, flags=re.MULTILINE)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.setenv("PATH", SEARCH_PATH)
+    monkeypatch.setenv("PATH", f"{warm_python.parent}{os.pathsep}{SEARCH_PATH}")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([warm_python, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "more with LSEP" in result.stdout and {path.name for path in tmp_path.iterdir()} == {
         "examples",

@@ -7,7 +7,6 @@ own tests of them ask for two GPUs.
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -65,10 +64,10 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ulysses", "tensor"])  # attention in a ring takes a kernel for GPUs
-def test_two_processes_give_what_one_gives(kind, tmp_path):
+def test_two_processes_give_what_one_gives(kind, tmp_path, warm_python):
     program = tmp_path / "launched.py"
     program.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     search = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
         [*command, str(program), kind, str(tmp_path / "output.pt")],

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +179,7 @@ def test_seeds_differ_and_batch_size_hardly_matters(run):
 
 
 @pytest.mark.slow
-def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeline_dir, tmp_path):
+def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeline_dir, tmp_path, warm_python):
     arguments = ["--num_images", 11, "--batch_size", 2, "--save_images"]
     expected = run("whole", *arguments)
 
@@ -189,7 +188,7 @@ def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeli
     assert (tmp_path / "interrupted" / ".unfinished" / "done").read_bytes() == b"\1\1\0\0\0\0"
     assert not (tmp_path / "interrupted" / "samples.npz").exists()
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
     command += ["--pretrained_model_name_or_path", pipeline_dir, "--output_dir", tmp_path / "interrupted"]
     command += ["--num_inference_steps", 2, *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -5,7 +5,6 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,13 @@ run_script(lambda: script.main(sys.argv[3:]))
 """
 
 
-def train(tmp_path: Path, what: str, *flags: object) -> list[tuple[int, str]]:
+def train(python: Path, tmp_path: Path, what: str, *flags: object) -> list[tuple[int, str]]:
     """Runs the script in two processes, in one of which `what` fails; their exit codes, and what they said."""
     (tmp_path / "started.py").write_text(STARTED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, tmp_path / "started.py", SCRIPT, what, *TINY_MODEL, *TINY_RUN, *flags]
+    command = [python, tmp_path / "started.py", SCRIPT, what, *TINY_MODEL, *TINY_RUN, *flags]
     command += ["--output_dir", tmp_path / "run"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     started = [
@@ -67,14 +66,14 @@ def train(tmp_path: Path, what: str, *flags: object) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written_ends_both(tmp_path):
-    for code, said in train(tmp_path, "checkpoints", "--max_train_steps", 100_000):
+def test_a_checkpoint_that_cannot_be_written_ends_both(tmp_path, warm_python):
+    for code, said in train(warm_python, tmp_path, "checkpoints", "--max_train_steps", 100_000):
         assert code == 2 and "checkpoint-2 could not be written (as planned); the last good checkpoint" in said, said
 
 
 @pytest.mark.slow
-def test_held_out_images_that_cannot_be_measured_on_end_neither(tmp_path):
-    ended = train(tmp_path, "held-out images", "--validation_split", 0.05, "--validation_steps", 2)
+def test_held_out_images_that_cannot_be_measured_on_end_neither(tmp_path, warm_python):
+    ended = train(warm_python, tmp_path, "held-out images", "--validation_split", 0.05, "--validation_steps", 2)
     assert [code for code, _ in ended] == [0, 0], ended
     assert "No held-out losses of step 2: as planned" in ended[0][1]
     assert "RuntimeError" in (tmp_path / "run" / "samples" / "step-4-error.txt").read_text()

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ SCRIPT = ROOT / "examples" / "train_lsep.py"
 CLUSTERS = ROOT / "examples" / "clusters"
 
 
-def train(folders: list[Path], processes: int, steps: int, *flags: object) -> list[tuple[int, str]]:
+def train(python: Path, folders: list[Path], processes: int, steps: int, *flags: object) -> list[tuple[int, str]]:
     """Runs the script with a launcher in each of these folders; their exit codes, and what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +30,7 @@ def train(folders: list[Path], processes: int, steps: int, *flags: object) -> li
     launchers = []
     for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", len(folders), "--node_rank", rank]
+        command = [python, "-m", "torch.distributed.run", "--nnodes", len(folders), "--node_rank", rank]
         command += ["--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port, SCRIPT]
         command += [*TINY_MODEL, *TINY_RUN, "--output_dir", "run", "--max_train_steps", steps, *flags]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -44,21 +43,21 @@ def train(folders: list[Path], processes: int, steps: int, *flags: object) -> li
 
 
 @pytest.mark.slow
-def test_two_launchers_are_one_with_two_processes(tmp_path):
+def test_two_launchers_are_one_with_two_processes(tmp_path, warm_python):
     """The same bits, where the launchers share the folder of the run and where each has its own."""
     one, first, second = tmp_path / "one", tmp_path / "first", tmp_path / "second"
-    [(code, said)] = train([one], 2, 4)
+    [(code, said)] = train(warm_python, [one], 2, 4)
     assert code == 0, said[-3000:]
-    assert [code for code, _ in train([first, first], 1, 2)] == [0, 0]
+    assert [code for code, _ in train(warm_python, [first, first], 1, 2)] == [0, 0]
 
     # The second machine has no checkpoint, and is told so; a copy is enough.
     resume = ["--resume_from_checkpoint", "latest"]
-    refused = train([first, second], 1, 4, *resume)
+    refused = train(warm_python, [first, second], 1, 4, *resume)
     assert all(code != 0 for code, _ in refused)
     said = refused[1][1]
     assert f"checkpoint-2 is not there on {socket.gethostname()}. All machines have to read it" in said
     shutil.copytree(first / "run" / "checkpoint-2", second / "run" / "checkpoint-2")
-    for code, said in train([first, second], 1, 4, *resume):
+    for code, said in train(warm_python, [first, second], 1, 4, *resume):
         assert code == 0, said[-3000:]
     assert [path.name for path in (second / "run").iterdir()] == ["checkpoint-2"]  # the first one writes
 

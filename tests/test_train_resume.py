@@ -43,8 +43,8 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def start(processes: int, images: Path, run: Path, *flags: object) -> subprocess.Popen:
-    launcher = [sys.executable]
+def start(processes: int, images: Path, run: Path, *flags: object, python: Path | str) -> subprocess.Popen:
+    launcher = [python]
     if processes > 1:
         # `accelerate launch --cpu --num_processes 2` starts a single process.
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -88,15 +88,16 @@ def kill_after(process: subprocess.Popen, run: Path, step: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, kill_at", [(1, 19), (2, 23)])
-def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_at):
+def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, warm_python, processes, kill_at):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(processes, images, whole), whole)
+    finish(start(processes, images, whole, python=warm_python), whole)
 
-    kill_after(start(processes, images, killed), killed, kill_at)
+    kill_after(start(processes, images, killed, python=sys.executable), killed, kill_at)
     assert kill_at <= steps_logged(killed) < STEPS and not (killed / "model_index.json").exists()
     checkpoints = list_checkpoints(killed)
     assert checkpoints and all(find_damage(folder) is None for _, folder in checkpoints)
-    finish(start(processes, images, killed, "--resume_from_checkpoint", "latest"), killed)
+    resume = ("--resume_from_checkpoint", "latest")
+    finish(start(processes, images, killed, *resume, python=warm_python), killed)
 
     for run in (whole, killed):
         settings = json.loads((run / "training_args.json").read_text())
@@ -124,12 +125,12 @@ def test_a_killed_run_ends_with_the_same_bits(images, tmp_path, processes, kill_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", "0.3"]])
-def test_two_processes_see_the_samples_of_one(images, tmp_path, probe):
+def test_two_processes_see_the_samples_of_one(images, tmp_path, warm_python, probe):
     """A run continued on another number of processes, or with accumulation, has the same gradients."""
     start_run, step = tmp_path / "start", 4
     flags = [*probe, "--max_train_steps", step, "--lr_scheduler", "constant", "--learning_rate", "1e-2"]
     flags += ["--max_grad_norm", "1e9"]
-    finish(start(1, images, start_run, *flags), start_run)
+    finish(start(1, images, start_run, *flags, python=warm_python), start_run)
     checkpoint = start_run / f"checkpoint-{step}"
     before = load_file(checkpoint / "optimizer.safetensors")
 
@@ -142,7 +143,7 @@ def test_two_processes_see_the_samples_of_one(images, tmp_path, probe):
     gradients = {}
     for name, (processes, more) in runs.items():
         run = tmp_path / name
-        finish(start(processes, images, run, *flags, *more), run)
+        finish(start(processes, images, run, *flags, *more, python=warm_python), run)
         assert json.loads((run / "training_args.json").read_text())["processes"] == processes
         after = load_file(run / f"checkpoint-{step + 1}" / "optimizer.safetensors")
         # AdamW's first moment is 0.9 times the old one and 0.1 times the gradient.

@@ -8,7 +8,6 @@ that they are to be sharded where accelerate would have said so on GPUs.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,18 +78,23 @@ FLAGS = [
 ]
 
 
-def train_sharded(tmp_path, launch_environment, *flags):
+@pytest.fixture
+def train_sharded(tmp_path, launch_environment, warm_python):
     """Runs the script in two processes, each of which has a part of the weights."""
     program = tmp_path / "launched.py"
     program.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, program, SCRIPT]
-    command += [*FLAGS, "--train_batch_size", 4, "--output_dir", tmp_path / "sharded", *flags]
     settings = launch_environment("fsdp2.yaml")[1]
     environment = {key: value for key, value in settings.items() if key.startswith("FSDP_")}
     environment |= {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return {line for line in result.stdout.splitlines() if line.startswith("gathered in")}
+
+    def run(output_dir, *flags):
+        command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, program, SCRIPT]
+        command += [*FLAGS, "--train_batch_size", 4, "--output_dir", output_dir, *flags]
+        result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return {line for line in result.stdout.splitlines() if line.startswith("gathered in")}
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -106,33 +110,32 @@ shards = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reaso
 
 @shards
 @pytest.mark.slow
-def test_weights_gathered_in_bfloat16(tmp_path, launch_environment):
+def test_weights_gathered_in_bfloat16(train_sharded, tmp_path):
     """What is learned is what autocast learns from weights in float32, but for the rounding of embeddings."""
     steps, gathered = [], []
     for dtype in ("fp32", "bf16"):
-        (tmp_path / dtype).mkdir()
         flags = ("--mixed_precision", "bf16", "--fsdp_param_dtype", dtype, "--validation_steps", 100)
-        gathered.append(train_sharded(tmp_path / dtype, launch_environment, *flags))
-        steps.append([line for line in read_metrics(tmp_path / dtype / "sharded/metrics.jsonl") if "loss" in line])
+        gathered.append(train_sharded(tmp_path / dtype, *flags))
+        steps.append([line for line in read_metrics(tmp_path / dtype / "metrics.jsonl") if "loss" in line])
     assert gathered == [{"gathered in torch.float32"}, {"gathered in torch.bfloat16"}]
     for one, other in zip(*steps, strict=True):
         for name in ("loss", "probe_loss", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-2), name
-    weights = [load_file(tmp_path / dtype / "sharded/checkpoint-2/model.safetensors") for dtype in ("fp32", "bf16")]
+    weights = [load_file(tmp_path / dtype / "checkpoint-2/model.safetensors") for dtype in ("fp32", "bf16")]
     for name, weight in weights[1].items():
         assert weight.dtype == weights[0][name].dtype == torch.float32, name
 
 
 @shards
 @pytest.mark.slow
-def test_sharded_training_equals_ordinary_training(train, tmp_path, launch_environment, encoder):
+def test_sharded_training_equals_ordinary_training(train, train_sharded, tmp_path, encoder):
     """The same losses, checkpoints and pipeline as one process gives, in files that either can go on with."""
     repa = ("--repa_encoder", encoder, "--repa_depth", 2, "--regularizers", "sra", "internal-guidance")
     repa += ("--sra_depth", 1, "--sra_teacher_depth", 2, "--internal_guidance_depth", 1)
     repa += ("--post_hoc_ema_sigmas", 0.05, 0.2, "--post_hoc_ema_steps", 2)
     train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole")
-    train_sharded(tmp_path, launch_environment, *repa, "--max_train_steps", 2)
-    train_sharded(tmp_path, launch_environment, *repa, "--resume_from_checkpoint", "latest")
+    train_sharded(tmp_path / "sharded", *repa, "--max_train_steps", 2)
+    train_sharded(tmp_path / "sharded", *repa, "--resume_from_checkpoint", "latest")
 
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     lines = [read_metrics(run / "metrics.jsonl") for run in (whole, sharded)]

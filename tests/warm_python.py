@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A `python` for the commands of our pages: each is a process of its own, forked from one that has imported the libraries
-already. That takes the larger part of the time of a short command.
+A `python` whose every process is forked from one that has imported the libraries already. That takes the larger part
+of the time of a short command. (The fork starts no thread and computes nothing before, and what is killed with SIGKILL
+here is killed there. Other signals are not passed on.)
 
     python warm_python.py serve SOCKET                   # until its standard input ends
     python warm_python.py run SOCKET [-m MODULE | -c CODE | SCRIPT] ...
@@ -17,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +31,9 @@ MODULES = (
 
 
 @contextlib.contextmanager
-def warm_environment(folder: Path, environment: dict[str, str], scripts: tuple[str, ...]) -> Iterator[dict[str, str]]:
+def warm_environment(
+    folder: Path, environment: dict[str, str], scripts: tuple[str, ...] = ()
+) -> Iterator[dict[str, str]]:
     """
     Environment variables with which `python` and some scripts beside it are forked.
 
@@ -114,14 +118,28 @@ def serve(place: str) -> list[str] | None:
                 return arguments
             for stream in streams:
                 os.close(stream)
+            threading.Thread(target=kill_at_end_of, args=(connection, worker), daemon=True).start()
             code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
             connection.sendall(LENGTH.pack(code if code >= 0 else 128 - code))
             os._exit(0)
         connection.close()
 
 
+def kill_at_end_of(connection: socket.socket, worker: int):
+    """Kills a process when the one that has asked for it is gone."""
+    with contextlib.suppress(OSError):
+        if not connection.recv(1):
+            os.kill(worker, signal.SIGKILL)
+
+
 def execute(arguments: list[str]):
     """Does what `python ARGUMENTS` does."""
+    # What Python and OpenMP have read from the environment as they were loaded.
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if "OMP_NUM_THREADS" in os.environ:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     arguments = [word for i, word in enumerate(arguments) if not (word == "-u" and i == 0)]
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
