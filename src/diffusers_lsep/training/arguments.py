@@ -4,6 +4,7 @@
 change it, and whether it says something about the model, so that it belongs on the card."""
 
 import argparse
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.P
 count, size, probability, positive = number(int, 0), number(int, 1), number(float, 0, 1), number(float, 0)
 
 
-def flags_that_are(what: str) -> set[str]:
+@functools.cache
+def flags_that_are(what: str) -> frozenset[str]:
     """The names of the flags that were added with this argument of [`Flags.add`] set, such as `"changeable"`."""
-    return {action.dest for action in build_parser("")._actions if getattr(action, "says", {}).get(what)}
+    return frozenset(action.dest for action in build_parser("")._actions if getattr(action, "says", {}).get(what))
 
 
 def build_parser(description: str) -> ArgumentParser:

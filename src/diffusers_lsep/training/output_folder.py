@@ -174,7 +174,7 @@ def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: C
     if settings["lr_scheduler"] in ("constant", "constant_with_warmup"):
         may_change |= flags_that_are("is_length")
     if follows_length(settings) and follows_length(before):
-        may_change.add("ema_decay")  # no decay was reached yet that another length would not have
+        may_change |= {"ema_decay"}  # no decay was reached yet that another length would not have
     # An older version has left out what it did not know: its runs went by what is now the default, where there is one.
     defaults = vars(build_parser("").parse_args([]))
     before = {**settings, **{k: v for k, v in defaults.items() if k not in flags_that_are("is_kept")}, **before}
