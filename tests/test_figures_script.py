@@ -72,6 +72,7 @@ def read_sweep(folder):
     return json.loads((folder / "out" / "guidance-sweep.json").read_text())
 
 
+@pytest.mark.slow
 def test_sweep_measures_what_sample_py_draws(
     script, load_example, save_pipeline, reference, arguments, tmp_path, capsys
 ):
@@ -182,6 +183,7 @@ def test_statistics_that_a_reference_brings_are_used():
     assert values == {"frechet_distance": pytest.approx(0, abs=1e-9), "precision": 1.0, "recall": 1.0}
 
 
+@pytest.mark.slow
 def test_cache_sweep_measures_what_caches_do(script, reference, arguments, tmp_path, capsys):
     pipe = make_pipeline(FlowMatchSDEScheduler(diffusion_form="none"), num_layers=3, patch_size=4, in_channels=1)
     pipe.save_pretrained(tmp_path / "model")

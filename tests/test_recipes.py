@@ -307,6 +307,7 @@ def test_flags_and_links_of_the_guides_exist(guide, load_example):
     assert guide.name == "from_original.md" or flags <= known, sorted(flags - known)
 
 
+@pytest.mark.slow
 def test_figures_of_the_imagenet_guide(dry_run):
     """State and activations in the table are what dry runs print."""
     text = (CONFIGS.parents[1] / "docs" / "imagenet.md").read_text(encoding="utf-8")

@@ -173,6 +173,7 @@ def test_no_thread_is_left_when_a_process_ends(tmp_path):
     assert subprocess.run(command, capture_output=True, text=True).stdout == "threads: 1\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, ends", [("accelerate", True), ("torchrun", True), ("notebook.py", False)])
 def test_processes_end_with_their_launcher_alone(tmp_path, monkeypatch, name, ends):
     """Also sample.py and encode_latents.py. Whoever starts a run otherwise may leave, whatever is exported there."""

@@ -76,6 +76,7 @@ def test_no_worker_processes(digits):
         next(iter(loader))
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_replaced_by_the_next_ones(digits):
     """The same samples in any batches; the rows that were read ahead are not read again."""
 

@@ -1127,6 +1127,7 @@ def test_signals_save_and_stop(train, tmp_path, capsys, monkeypatch, request, na
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_validation_that_was_cut_off_is_done_before_the_run_goes_on(train, tmp_path, monkeypatch):
     flags = ["--validation_steps", 2, "--validation_split", "test"]
 
@@ -1164,6 +1165,7 @@ def test_samples_that_cannot_be_drawn_cost_no_step(train, tmp_path, monkeypatch,
     assert "samples/step-4.png" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_checkpoints_ahead_of_the_one_that_is_continued_are_put_aside(train, tmp_path, capsys):
     run, whole = tmp_path / "run", tmp_path / "whole"
     train("--max_train_steps", 6)
