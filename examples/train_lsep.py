@@ -36,7 +36,7 @@ import torch
 from diffusers_lsep.command_line import run_script
 from diffusers_lsep.hub.push import push_folder, push_lora
 from diffusers_lsep.labels import describe_classes
-from diffusers_lsep.training.arguments import parse_args
+from diffusers_lsep.training.arguments import parse_args, read_flags
 from diffusers_lsep.training.fine_tuning import LORA_FOLDER
 from diffusers_lsep.training.output_folder import (
     compare_data,
@@ -57,7 +57,8 @@ EXAMPLES = Path(__file__).resolve().parent  # with the digits and the recipes
 
 def main(argv: list[str] | None = None) -> int:
     # 1. Flags and processes, and what there is to continue
-    given = args = parse_args(sys.argv[1:] if argv is None else argv, __doc__, EXAMPLES)
+    command_line = (sys.argv[1:] if argv is None else argv, __doc__, EXAMPLES)
+    args = parse_args(*command_line)
     leave_on_signals()
     accelerator, args = start_accelerator(args)
     checkpoint, settings_before = find_run_to_continue(args, accelerator)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     if setup.start is not None and checkpoint is None:
         accelerator.print(setup.start.describe())
-    shortage = report_summary(setup, accelerator, given)
+    shortage = report_summary(setup, accelerator, read_flags(*command_line))
     if shortage is not None and not args.dry_run:
         raise ValueError(shortage)
     with torch.device("meta" if args.dry_run else "cpu"):

@@ -457,6 +457,11 @@ def find_recipe(word: str, examples: Path) -> str:
     return f"@{recipe}" if word[:1] == "@" and not Path(word[1:]).exists() and recipe.is_file() else word
 
 
+def read_flags(argv: list[str], description: str, examples: Path) -> argparse.Namespace:
+    """The flags as they are given, without the recipe that [`parse_args`] chooses, and without its checks."""
+    return build_parser(description).parse_args([find_recipe(word, examples) for word in argv])
+
+
 def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Namespace:
     """
     Reads the command line.
@@ -467,12 +472,11 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
         examples (`Path`): The folder with the bundled data `digits` and the recipes in `configs`.
     """
     parser = build_parser(description)
-    argv = [find_recipe(word, examples) for word in argv]
-    args = parser.parse_args(argv)
+    args = read_flags(argv, description, examples)
     sources = [flag for flag in ("dataset_name", "train_data_dir", "latents_dir") if getattr(args, flag) is not None]
     recipe = choose_recipe(args, sources)
     if recipe is not None:
-        args = parser.parse_args([f"@{examples / 'configs' / recipe}", *argv])
+        args = read_flags([f"@{recipe}", *argv], description, examples)
     args.recipe = recipe
     if not sources:
         args.train_data_dir = str(examples / "digits")

@@ -40,7 +40,8 @@ def describe_initial_weights(args: argparse.Namespace) -> str | None:
 def describe_result(args: argparse.Namespace) -> str:
     """What a run has made, and two commands to go on with."""
     folder = str(Path(args.output_dir))
-    lines = [f"Saved the pipeline in {folder}, samples in {Path(folder, 'samples')}, settings in training_args.json."]
+    samples, settings = (Path(folder, name) for name in ("samples", "training_args.json"))
+    lines = [f"Saved the pipeline in {folder}, samples in {samples}, the settings in {settings}."]
     model = f"--pretrained_model_name_or_path {shlex.quote(folder)}"
     draw = "--num_images 16 --label_sampling none --save_images" if args.unconditional else "--class_labels 0"
     commands = [f"diffusers-lsep sample {model} {draw} --output_dir {shlex.quote(f'{folder}-samples')}"]
@@ -58,15 +59,12 @@ def describe_result(args: argparse.Namespace) -> str:
 
 
 def describe_settings(given: argparse.Namespace) -> str:
-    """The flags, as they were given, that are not their defaults."""
+    """The flags, as they are given, that are not their defaults."""
     defaults = {action.dest: action.default for action in build_parser("")._actions}
-    left_out = {"dry_run", "resume_from_checkpoint"}
-    if given.recipe == "digits":  # for which no data were given
-        left_out.add("train_data_dir")
     changed = {
         name: " ".join(map(str, value)) if isinstance(value, list) else value
         for name, value in vars(given).items()
-        if name in defaults and value != defaults[name] and name not in left_out
+        if name in defaults and value != defaults[name] and name not in ("dry_run", "resume_from_checkpoint")
     }
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "none"
 
@@ -78,7 +76,7 @@ def report_summary(setup: Setup, accelerator: Accelerator, given: argparse.Names
     Args:
         setup ([`Setup`]): What its flags come to.
         accelerator (`Accelerator`): This process among the others.
-        given (`argparse.Namespace`): Its flags as they were given.
+        given (`argparse.Namespace`): Its flags as they are given, of [`read_flags`].
 
     Returns:
         `str` or None: why it does not fit into memory, if it does not.
@@ -144,7 +142,7 @@ def describe(
     Args:
         setup ([`Setup`]): What its flags come to.
         objective ([`LSEPObjective`]): The objective, whose weights may be on the meta device.
-        given (`argparse.Namespace`): Its flags as they were given.
+        given (`argparse.Namespace`): Its flags as they are given.
         needed (`list[int]`): Its memory, for state and for activations.
         copies (`int`): Of that again, what the process that writes checkpoints needs for them.
         compiles (`bool`): Whether the step is compiled.
