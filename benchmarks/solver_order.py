@@ -24,13 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import (
-    DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ModelMixin,
-    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -64,8 +62,6 @@ SCHEDULERS = {
     "diffusers DPM++ 2M": lambda: DPMSolverMultistepScheduler(**FLOW),
     "diffusers DPM++ 2M SDE": lambda: DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++"),
     "diffusers UniPC": lambda: UniPCMultistepScheduler(**FLOW),
-    "diffusers SA-Solver": lambda: SASolverScheduler(**FLOW),
-    "diffusers DEIS": lambda: DEISMultistepScheduler(**FLOW),
 }
 OF_FLOW_MAPS = ("flow map", "flow map, renoising 1")  # and of no model that gives velocities
 EVALUATIONS = [8, 16, 32, 64, 128, 250]

@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks for GPUs run to their end without one, and their counts are right."""
+"""The benchmarks: those for GPUs run to their end without one, and their counts are right."""
 
 import json
 import sys
@@ -141,6 +141,14 @@ def test_every_benchmark_is_run_by_all_or_by_itself(load_example, capsys, monkey
 
 
 @pytest.mark.slow
+def test_the_compared_schedulers_work(load_example):
+    script = load_example("solver_order", folder="benchmarks")
+    pipes = {of_map: make_pipeline(num_layers=2, flow_map_depth=1 if of_map else None) for of_map in (False, True)}
+    for name in script.SCHEDULERS:
+        states = script.draw(pipes[name in script.OF_FLOW_MAPS], name, 4, [0, 1], 0)
+        assert len(states) > 1 and all(state.isfinite().all() for state in states), name
+
+
 def test_precision_of_one_seed(load_example, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     make_pipeline(num_layers=1, patch_size=4, in_channels=1).save_pretrained(tmp_path / "model")

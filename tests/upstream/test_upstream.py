@@ -362,7 +362,8 @@ class PipelineConfig(pipeline_tests.BasePipelineTesterConfig):
         torch.manual_seed(0)
         sizes = {"in_channels": channels, "num_layers": num_layers}
         transformer = SiTTransformer2DModel(**{**ModelConfig().get_init_dict(), **sizes})
-        return {"transformer": transformer, "scheduler": FlowMatchSDEScheduler(), "vae": tiny_vae(channels)}
+        others = {"scheduler": FlowMatchSDEScheduler(), "vae": tiny_vae(channels), "guidance_transformer": None}
+        return {"transformer": transformer, **others}
 
     def get_dummy_inputs(self):
         return {
