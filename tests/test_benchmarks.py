@@ -17,8 +17,8 @@ from tiny_models import make_pipeline
 from diffusers_lsep.training.memory import trace_block, without_values
 
 
-# What asks the compiler's scheduler knows this version of it.
-schedules = pytest.mark.skipif(
+# What asks the compiler's scheduler, or does without the driver, knows this version of PyTorch.
+on_this_version = pytest.mark.skipif(
     torch.version.cuda is None or is_torch_version("<", "2.15.0"), reason="needs PyTorch 2.15, built with CUDA"
 )
 TINY = {"patch_size": 2, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -30,7 +30,7 @@ def test_counted_operations_equal_the_formula(batch_size):
     assert count_flops(shape) == formula_flops(shape)
 
 
-@schedules
+@on_this_version
 def test_kernels_that_the_compiler_fuses():
     class Layer(nn.Module):
         def __init__(self):
@@ -51,7 +51,7 @@ def test_kernels_that_the_compiler_fuses():
 
 
 @pytest.mark.slow
-@schedules
+@on_this_version
 def test_kernels_of_a_step():
     shape = Shape(TINY, sample_size=8, batch_size=6, probe_depth=2, classes=10)
     kernels = {"eager": eager_kernels(shape)["model"], "compiled": compiled_kernels(shape)}
@@ -67,7 +67,7 @@ def test_kernels_of_a_step():
 
 
 @pytest.mark.slow
-@schedules
+@on_this_version
 def test_roofline(load_example, tmp_path, capsys):
     script = load_example("roofline", "benchmarks")
     script.main(["--preset", "SiT-S/8", "--batch_sizes", "4", "--output", str(tmp_path / "roofline.json")])
@@ -83,7 +83,7 @@ def test_roofline(load_example, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is built without CUDA")
+@on_this_version
 def test_throughput_runs_to_its_end(load_example, tmp_path):
     script = load_example("throughput", "benchmarks")
     sizes = ("--preset", "SiT-S/8", "--batch_sizes", "4", "--sampling_batch_size", "2", "--sampling_steps", "3")

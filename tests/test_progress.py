@@ -28,6 +28,7 @@ def clock(monkeypatch):
 
 def draw(monkeypatch, stream, steps=300, **options):
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("tqdm.std.tqdm._instances", set())  # below bars that other tests have left there is no line 0
     bar = progress.make_progress_bar(total=steps, desc="Training", unit="step", **options)
     for _ in range(steps):
         bar.update()

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 A `python` whose every process is forked from one that has imported the libraries already. That takes the larger part
-of the time of a short command. (Nothing is computed and no thread is started before the fork. When the `python` that was
-called ends, so does the fork; no signal is passed on.)
+of the time of a short command. (Nothing is computed and no thread is started before the fork. When the `python` that
+was called ends, so does the fork; no signal is passed on.)
 
     python warm_python.py serve SOCKET                   # until its standard input ends
     python warm_python.py run SOCKET [-m MODULE | -c CODE | SCRIPT] ...
