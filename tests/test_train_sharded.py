@@ -24,6 +24,7 @@ from diffusers_lsep.training.checkpoints import find_damage
 from diffusers_lsep.training.log import read_metrics
 
 
+DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lsep.py"
 
 LAUNCHED = """
@@ -87,9 +88,9 @@ def train_sharded(tmp_path, launch_environment, warm_python):
     environment = {key: value for key, value in settings.items() if key.startswith("FSDP_")}
     environment |= {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
-    def run(output_dir, *flags):
+    def run(output_dir, *flags, common=FLAGS):
         command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, program, SCRIPT]
-        command += [*FLAGS, "--train_batch_size", 4, "--output_dir", output_dir, *flags]
+        command += [*common, "--train_batch_size", 4, "--output_dir", output_dir, *flags]
         result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-4000:]
         return {line for line in result.stdout.splitlines() if line.startswith("gathered in")}
@@ -167,6 +168,29 @@ def test_sharded_training_equals_ordinary_training(train, train_sharded, tmp_pat
     resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", 5)
     train(*repa, *resume, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=sharded)
     assert json.loads((sharded / "checkpoint-5" / "training_state.json").read_text())["step"] == 5
+
+
+@shards
+@pytest.mark.slow
+@pytest.mark.parametrize("velocity, derivative", [("teacher", "jvp"), ("data", "difference")])
+def test_a_sharded_flow_map_equals_an_ordinary_one(train, train_sharded, tmp_path, velocity, derivative):
+    train(tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "flow")
+    common = [*FLAGS[FLAGS.index("--learning_rate") :], "--flow_map", "--no_lsep", "--train_data_dir", DIGITS]
+    common += ["--pretrained_model_name_or_path", tmp_path / "flow", "--flow_map_guidance_scale", 1.5]
+    common += ["--flow_map_velocity", velocity, "--flow_map_derivative", derivative]
+    train(tiny=list(map(str, [*common, "--train_batch_size", 8])), output_dir=tmp_path / "whole")
+    train_sharded(tmp_path / "sharded", "--max_train_steps", 2, common=common)
+    train_sharded(tmp_path / "sharded", "--resume_from_checkpoint", "latest", common=common)
+    lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "sharded")]
+    steps = [[line for line in run if "loss" in line] for run in lines]
+    assert len(steps[0]) == 4
+    for one, other in zip(*steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5)
+    for file in ("checkpoint-2/optimizer", "checkpoint-4/model", "transformer/diffusion_pytorch_model"):
+        one, other = (load_file(tmp_path / run / f"{file}.safetensors") for run in ("whole", "sharded"))
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_what_cannot_be_sharded_so_is_refused(monkeypatch):

@@ -57,6 +57,13 @@ class Teacher:
         options = {} if r_timesteps is None else {"r_timestep": r_timesteps}
         return self.transformer(noisy_latents, timesteps, class_labels, **options).sample
 
+    def with_whole_weights(self) -> "Teacher":
+        """
+        The same with weights that are on this device as a whole, as they are now: for several calls in a step, and for
+        derivatives, which cannot go through the collectives that put sharded weights together.
+        """
+        return self
+
 
 class WeightsTeacher(Teacher):
     """
@@ -97,6 +104,12 @@ class WeightsTeacher(Teacher):
         options = {} if r_timesteps is None else {"r_timestep": r_timesteps}
         inputs = (noisy_latents, timesteps, class_labels)
         return torch.func.functional_call(self.transformer, self._gather(), inputs, options).sample
+
+    @torch.no_grad()
+    def with_whole_weights(self) -> "WeightsTeacher":
+        weights, whole = self._gather(), copy.copy(self)
+        whole.weights = lambda: weights
+        return whole
 
     def _gather(self, but_for: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
         """Whole weights, without those whose names begin like this."""

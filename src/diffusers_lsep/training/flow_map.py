@@ -159,6 +159,7 @@ def add_flow_map_target(
         teacher ([`~regularizers.teachers.Teacher`], *optional*): The flow to map, in place of that of the data.
         draws (`torch.Tensor` of shape `[B, 2]`): Uniform numbers in [0, 1).
     """
+    student = student.with_whole_weights()
     path, null_class = get_interpolant(args.path_type), student.transformer.config.num_classes
     first, second = batch["timesteps"], timesteps_from_uniform(draws[:, 0], path, args.timestep_sampling)
     is_equal = draws[:, 1] < args.flow_map_equal_fraction
