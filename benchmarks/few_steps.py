@@ -4,6 +4,7 @@
 
     python benchmarks/few_steps.py --data digits                       # trains the teacher, too
     python benchmarks/few_steps.py --data mnist --teacher lsep-mnist   # can be killed and started again
+    python benchmarks/few_steps.py --data mnist --teacher lsep-mnist --max_train_steps 2000 --seeds 0 1 2
 
 A flow map is trained by `train_lsep.py @examples/configs/mnist @examples/configs/few-steps/flow-map` (or `digits`) in
 batches of 64 on one thread, from the pipeline `--teacher`, or one that is trained by the recipe without LSEP first. Of
