@@ -7,14 +7,15 @@
     python benchmarks/regularizers.py --methods SiT LSEP --seeds 0     # one pair of runs
 
 Every run is `examples/train_lsep.py @examples/configs/mnist` but for what its name says, on one thread. The averaged
-weights are judged after 500, 1,000, 1,500, 2,000 and 3,000 steps: the Frechet distance of 1,000 samples without
-guidance (32 steps of `FlowMatchSDEMultistepScheduler`) to the 8,000 training images, in the features of the classifier
-of `mnist_classifier.py` and on pixels, precision and recall in these features, and the share of samples that the
-classifier takes for the class that was asked for; at the end linear probes of every block.
+weights are judged after 1,000, 1,500, 2,000 and 3,000 steps: the Frechet distance of 1,000 samples without guidance
+(32 steps of `FlowMatchSDEMultistepScheduler`) to the 8,000 training images, in the features of the classifier of
+`mnist_classifier.py` and on pixels, precision and recall in these features, and the share of samples that the
+classifier takes for the class that was asked for; after 1,500 and 3,000 steps linear probes of every block too.
 
-`choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison; `labels` takes a fifth of
-wrong labels and two coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA), of one
-run of plain SiT and one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
+`choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison, of 1,500 steps, where the
+distance of plain SiT falls fastest; plain SiT and LSEP go on to 3,000. `labels` takes a fifth of wrong labels and two
+coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA), of one run of plain SiT and
+one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
 Depths are those of the papers in proportion to 6 blocks. Self-Transcendence has a run before it, its teacher, whose
 1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file in `--results_dir`, and
 a run that has its file is not trained again: with `--results_dir benchmarks/regularizers` the command goes on with the
@@ -48,8 +49,8 @@ from diffusers_lsep.training.log import read_metrics
 from diffusers_lsep.training.post_hoc_ema import reconstruct_average
 
 
-STEPS = 3000
-JUDGED_STEPS = (500, 1000, 1500, 2000, 3000)
+STEPS, SHORT_STEPS = 3000, 1500
+JUDGED_STEPS, PROBED_STEPS = (1000, 1500, 2000, 3000), (1500, 3000)
 NUM_SAMPLES = 1000
 SAMPLING_STEPS = 32
 PROBED_TIMES = (0.1, 0.3, 0.5, 0.7)
@@ -70,8 +71,7 @@ INTERNAL_GUIDANCE_SCALE = 1.4  # at which models with the head are judged once m
 COST_PAIRS, COST_STEPS = 5, 60
 # Lengths of averages, in parts of the run: those that are kept while training, and those that are judged.
 STORED_LENGTHS, LENGTHS, LENGTH_SEEDS = (0.05, 0.1), (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25), (0,)
-# What was tried to choose LSEP's settings, half as long.
-CHOICE_STEPS = 1500
+# What was tried to choose LSEP's settings.
 CHOICES: dict[str, list[object]] = {
     "SiT": ["--no_lsep"],
     "LSEP": [],
@@ -83,18 +83,17 @@ CHOICES: dict[str, list[object]] = {
 }
 SEEDS, PAIR_SEEDS, CHOICE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4), (100, 101)
 WRONG, COARSE = "wrong labels", "coarse labels"
-KINDS = ("labels", WRONG, COARSE)
 METHOD_COLOURS = (*COLOURS, "0.55")
 # 97.5 % quantiles of Student's distribution by its degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-# The numbers of a run that the tables have, at its end.
+# The numbers of a judged step that the tables have.
 MEASURES: dict[str, Callable[[dict], float]] = {
-    "Fréchet distance": lambda result: result["curve"][-1]["frechet_distance"],
-    "on pixels": lambda result: result["curve"][-1]["pixel_frechet_distance"],
-    "precision": lambda result: result["curve"][-1]["precision"],
-    "recall": lambda result: result["curve"][-1]["recall"],
-    "drawn as asked for": lambda result: result["curve"][-1]["as_asked_for"],
-    "accuracy of linear probes": lambda result: float(np.mean(result["probing"]["accuracy"])),
+    "Fréchet distance": lambda point: point["frechet_distance"],
+    "on pixels": lambda point: point["pixel_frechet_distance"],
+    "precision": lambda point: point["precision"],
+    "recall": lambda point: point["recall"],
+    "drawn as asked for": lambda point: point["as_asked_for"],
+    "accuracy of linear probes": lambda point: float(np.mean(point["probing"]["accuracy"])),
 }
 
 
@@ -116,17 +115,19 @@ def list_runs(study: str, methods: list[str], seeds: list[int] | None) -> Iterat
     if study in ("all", "choice"):
         for seed in CHOICE_SEEDS if seeds is None else seeds:
             for name, flags in CHOICES.items():
-                yield Run(name, seed, steps=CHOICE_STEPS, flags=flags)
+                yield Run(name, seed, steps=SHORT_STEPS, flags=flags)
     if study in ("all", "methods"):
         for seed in PAIR_SEEDS if seeds is None else seeds:
             for name in methods:
-                if seeds is not None or seed in SEEDS or name in ("SiT", "LSEP"):
+                if name in ("SiT", "LSEP"):
                     yield Run(name, seed, flags=METHODS[name])
+                elif seeds is not None or seed in SEEDS:
+                    yield Run(name, seed, steps=SHORT_STEPS, flags=METHODS[name])
     if study in ("all", "labels"):
         for data in (WRONG, COARSE):
             for seed in SEEDS if seeds is None else seeds:
                 for name in ("SiT", "LSEP"):
-                    yield Run(name, seed, data, flags=METHODS[name])
+                    yield Run(name, seed, data, SHORT_STEPS, METHODS[name])
 
 
 def prepare_data(kind: str, folder: Path) -> Path:
@@ -262,10 +263,24 @@ def make_length_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def paired_differences(results: list[dict], method: str, value: Callable[[dict], float]) -> tuple[float, float, int]:
-    """Mean over the seeds of a value less plain SiT's, half of its 95 % interval (Student's), and their number."""
-    of = {name: {r["seed"]: value(r) for r in results if r["method"] == name} for name in ("SiT", method)}
-    differences = [of[method][seed] - of["SiT"][seed] for seed in of[method] if seed in of["SiT"]]
+def point_at(result: dict, step: int) -> dict | None:
+    """What was found of a run after so many steps."""
+    return next((point for point in result["curve"] if point["step"] == step), None)
+
+
+def values_at(results: list[dict], method: str, measure: str, step: int) -> dict[int, float]:
+    """A measure of the runs of a method that have it after so many steps, by their seeds."""
+    points = {r["seed"]: point_at(r, step) for r in results if r["method"] == method}
+    return {
+        seed: MEASURES[measure](point)
+        for seed, point in points.items()
+        if point is not None and (measure != "accuracy of linear probes" or "probing" in point)
+    }
+
+
+def paired_differences(ours: dict[int, float], plain: dict[int, float]) -> tuple[float, float, int]:
+    """Mean over the common seeds of our values less the others, half its 95 % interval (Student's), their number."""
+    differences = [ours[seed] - plain[seed] for seed in ours if seed in plain]
     count = len(differences)
     if count < 2:
         return (statistics.mean(differences) if differences else math.nan), math.nan, count
@@ -273,18 +288,20 @@ def paired_differences(results: list[dict], method: str, value: Callable[[dict],
     return statistics.mean(differences), STUDENT[count - 1] * spread, count
 
 
-def make_table(title: str, results: list[dict]) -> str:
-    """Markdown: of each method the means at the end, and the paired differences from plain SiT."""
-    lines = [f"| {title} | {' | '.join(MEASURES)} | runs |", "|---" * (len(MEASURES) + 2) + "|"]
+def make_table(title: str, results: list[dict], step: int) -> str:
+    """Markdown: of each method the means after so many steps, and the paired differences from plain SiT."""
+    lines = [f"| {title}, {step:,} steps | {' | '.join(MEASURES)} | runs |", "|---" * (len(MEASURES) + 2) + "|"]
     for method in dict.fromkeys(result["method"] for result in results):
-        runs, cells = [result for result in results if result["method"] == method], []
-        for value in MEASURES.values():
-            cell = f"{statistics.mean(map(value, runs)):.3g}"
-            if method != "SiT":
-                mean, half, count = paired_differences(results, method, value)
+        cells, num_runs = [], len(values_at(results, method, "Fréchet distance", step))
+        for measure in MEASURES:
+            ours, plain = (values_at(results, name, measure, step) for name in (method, "SiT"))
+            cell = f"{statistics.mean(ours.values()):.3g}" if ours else "-"
+            if method != "SiT" and ours:
+                mean, half, count = paired_differences(ours, plain)
                 cell += f" ({mean:+.3g} ± {half:.2g})" if count > 1 else f" ({mean:+.3g})" if count else ""
             cells.append(cell)
-        lines.append(f"| {method} | {' | '.join(cells)} | {len(runs)} |")
+        if num_runs:
+            lines.append(f"| {method} | {' | '.join(cells)} | {num_runs} |")
     return "\n".join(lines)
 
 
@@ -297,13 +314,11 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
     axes = figure.subplots(1, 2, sharey=True)
     seconds = statistics.median(cost["seconds_of_sit"] for cost in costs.values()) if costs else math.nan
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
-        runs = [[point["frechet_distance"] for point in r["curve"]] for r in results if r["method"] == method]
-        steps = np.array([p["step"] for p in next(r for r in results if r["method"] == method)["curve"]])
-        mean, style = (
-            np.mean(runs, axis=0),
-            {"label": method, "color": METHOD_COLOURS[index], "marker": MARKERS[index]},
-        )
-        spread = np.std(runs, axis=0, ddof=1) if len(runs) > 1 else None
+        curve = {step: list(values_at(results, method, "Fréchet distance", step).values()) for step in JUDGED_STEPS}
+        curve = {step: values for step, values in curve.items() if values}
+        steps, mean = np.array(list(curve)), [statistics.mean(values) for values in curve.values()]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curve.values()]
+        style = {"label": method, "color": METHOD_COLOURS[index], "marker": MARKERS[index]}
         axes[0].errorbar(steps, mean, yerr=spread, capsize=2, **style)
         ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
         before = TEACHER_STEPS if method == "self-transcendence" else 0
@@ -316,16 +331,16 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
 
 @figure_style()
 def draw_accuracy(results: list[dict], path: Path):
-    """What linear probes know of the layers against the distance, a point for each run."""
+    """What linear probes know of the layers against the distance, a point for each run, after `SHORT_STEPS`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5))
     axis = figure.subplots()
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
-        runs = [result for result in results if result["method"] == method]
         names = ("Fréchet distance", "accuracy of linear probes")
-        points = np.array([[MEASURES[name](run) for name in names] for run in runs])
-        axis.scatter(*points.T, label=method, color=METHOD_COLOURS[index], marker=MARKERS[index])
+        distances, accuracies = (values_at(results, method, name, SHORT_STEPS) for name in names)
+        points = [[distances[seed] for seed in accuracies], list(accuracies.values())]
+        axis.scatter(*points, label=method, color=METHOD_COLOURS[index], marker=MARKERS[index])
     axis.set(
         xlabel="Fréchet distance to the training images", ylabel="accuracy of linear probes, mean of blocks and times"
     )
@@ -338,7 +353,7 @@ def draw_samples(runs: list[Run], output_dir: Path, path: Path):
     """Two digits of every class by each method, of the same noise, from the runs that are still there."""
     from matplotlib.figure import Figure
 
-    folders = {run.method: output_dir / run.name / f"checkpoint-{run.steps}" / "pipeline" for run in runs}
+    folders = {run.method: output_dir / run.name / f"checkpoint-{SHORT_STEPS}" / "pipeline" for run in runs}
     folders = {method: folder for method, folder in folders.items() if folder.is_dir()}
     if not folders:  # all results are from elsewhere
         return
@@ -360,6 +375,14 @@ def load_for_sampling(folder: Path) -> DiffusionPipeline:
     return pipe
 
 
+def probe(pipe: DiffusionPipeline) -> dict:
+    """How well linear probes on all blocks tell the digits apart: `accuracy[layer][time]` on the held-out images."""
+    splits = load_image_dataset(train_data_dir=str(MNIST))
+    source, held_out, names = open_images(splits, 28, 1, validation_split="test")
+    probing = probe_layers(pipe, source, held_out, len(names), None, PROBED_TIMES, "ridge", batch_size=500)
+    return {key: probing[key] for key in ("accuracy", "layers", "timesteps")}
+
+
 def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
     """Trains and judges, or reads what an earlier call found."""
     result = results_dir / f"{run.name}.json"
@@ -377,16 +400,14 @@ def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
             pipe = load_for_sampling(folder / f"checkpoint-{step}" / "pipeline")
             samples = draw(pipe, asked_for.tolist(), run.seed, num_inference_steps=SAMPLING_STEPS)
             curve.append({"step": step, **judge(samples, asked_for, num_classes)})
+            if step in PROBED_STEPS:
+                curve[-1]["probing"] = probe(pipe)
         guided = None
         if pipe.transformer.config.internal_guidance_depth is not None:
             call = {"num_inference_steps": SAMPLING_STEPS, "internal_guidance_scale": INTERNAL_GUIDANCE_SCALE}
             samples = draw(pipe, asked_for.tolist(), run.seed, **call)
             guided = judge(samples, asked_for, num_classes)
-        splits = load_image_dataset(train_data_dir=str(MNIST))
-        source, held_out, names = open_images(splits, 28, 1, validation_split="test")
-        probing = probe_layers(pipe, source, held_out, len(names), None, PROBED_TIMES, "ridge", batch_size=500)
-        found = {key: probing[key] for key in ("accuracy", "layers", "timesteps")}
-        found = {**vars(run), "curve": curve, "guided": guided, "probing": found}
+        found = {**vars(run), "curve": curve, "guided": guided}
         write_text(result, json.dumps(found, indent=1) + "\n")
     return json.loads(result.read_text())
 
@@ -414,23 +435,30 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         for result in pool.map(lambda run: finish(run, judge, args.output_dir, results_dir), runs):
             results.append(result)
-            print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {result['curve'][-1]}")
+            last = {name: round(value, 3) for name, value in result["curve"][-1].items() if name != "probing"}
+            print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {last}")
     with ThreadPoolExecutor(args.jobs) as pool:
         seeds = LENGTH_SEEDS if args.seeds is None else args.seeds
         names = [name for name in ("SiT", "LSEP") if name in args.methods and args.study in ("all", "lengths")]
         of_lengths = [Run(name, seed, flags=METHODS[name]) for name in names for seed in seeds]
         lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), of_lengths))
-    parts = [make_table("choice of LSEP's settings", [r for r in results if r["steps"] == CHOICE_STEPS])]
-    parts += [make_table(kind, [r for r in results if r["steps"] == STEPS and r["data"] == kind]) for kind in KINDS]
+    choice = [result for result in results if result["seed"] in CHOICE_SEEDS]
+    compared = [result for result in results if result["data"] == "labels" and result not in choice]
+    parts = [make_table("choice of LSEP's settings", choice, SHORT_STEPS)] if choice else []
+    if compared:
+        pair = [result for result in compared if result["steps"] == STEPS]
+        parts += [make_table("methods", compared, SHORT_STEPS), make_table("methods", pair, STEPS)]
+    for kind in (WRONG, COARSE):
+        of_kind = [result for result in results if result["data"] == kind]
+        parts += [make_table(kind, of_kind, SHORT_STEPS)] if of_kind else []
     if lengths:
         parts.append(make_length_table(lengths))
         draw_lengths(lengths, results_dir / "lengths.png")
     write_text(results_dir / f"{args.study}.md", "\n\n".join(parts) + "\n")
-    compared = [result for result in results if result["steps"] == STEPS and result["data"] == "labels"]
     if compared:
         draw_curves(compared, costs, results_dir / "curves.png")
         draw_accuracy(compared, results_dir / "accuracy.png")
-        first = [run for run in runs if (run.steps, run.data, run.seed) == (STEPS, "labels", compared[0]["seed"])]
+        first = [run for run in runs if (run.data, run.seed) == ("labels", compared[0]["seed"])]
         draw_samples(first, args.output_dir, results_dir / "samples.png")
 
 
