@@ -521,7 +521,7 @@ class TestRefusals:
             "--pretrained_vae_model_name_or_path",
             str(vae_dir),
         ]
-        with pytest.raises(ValueError, match="`dataset_name` 'nobody/nothing'"):
+        with pytest.raises(ValueError, match="`--dataset_name` 'nobody/nothing'"):
             script.main(run)
         assert not (tmp_path / "out").exists()
 

@@ -885,7 +885,7 @@ def test_usage_errors(train, capsys, flags, message, tmp_path):
         (["--attention_head_dim", 3], "divisible by 4"),
         (["--model_config_name_or_path", "no/model"], "`--model_config_name_or_path` 'no/model' cannot be loaded"),
         (["--pretrained_vae_model_name_or_path", "no/vae"], "`--pretrained_vae_model.*` 'no/vae' cannot be loaded"),
-        (["--train_data_dir", "no/data"], "`train_data_dir` has to be a folder, but 'no/data' is none"),
+        (["--train_data_dir", "no/data"], "`--train_data_dir` has to be a folder, but 'no/data' is none"),
         (["--resume_from_checkpoint", "checkpoint-7"], "'checkpoint-7' cannot be used: there is no such folder"),
     ],
 )

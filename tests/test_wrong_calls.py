@@ -116,7 +116,7 @@ CALLS = {
     "train_lsep.py": [
         ("--train_data_dir {root}/absent", "absent"),
         ("--train_data_dir {root}/empty", "empty"),
-        ("--train_data_dir {root}/file", "`train_data_dir` has to be a folder"),
+        ("--train_data_dir {root}/file", "`--train_data_dir` has to be a folder"),
         ("--train_data_dir {root}/flat --resolution 8", "label"),
         ("--train_data_dir {root}/broken_images --resolution 8 --preset SiT-S/2", "cannot be read"),
         ("--train_data_dir {root}/images --latents_dir {root}/vae-sd", "only one source of data can be given"),

@@ -18,7 +18,8 @@ from ..evaluation.images import open_images
 from ..evaluation.protocol import METRICS, PROTOCOL_DINOV2, PROTOCOL_IMAGES, ImageSet, evaluate_images
 from ..figures import require_matplotlib
 from ..files import write_text
-from ..hub.model_card import update_evaluation, without_folders
+from ..hub.local_paths import without_folders
+from ..hub.model_card import update_evaluation
 from ..hub.saved_pipeline import SavedPipeline
 from ..sampling import DTYPES, add_precision_arguments
 

@@ -89,7 +89,8 @@ def open_images_to_encode(
         `ValueError`: if there are no images, or it is in doubt what their classes are.
     """
     if train_data_dir is None or (train_data_dir.is_dir() and next(train_data_dir.rglob("*.parquet"), None)):
-        splits = load_image_dataset(dataset_name, dataset_config_name, train_data_dir)
+        argument = "--train_data_dir" if dataset_name is None else "--dataset_name"
+        splits = load_image_dataset(dataset_name, dataset_config_name, train_data_dir, argument=argument)
         if split not in splits:
             raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {split}.")
         return DatasetImages(splits[split], image_column, label_column)

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from ..files import hash_saved_weights, whole_file
 from ..labels import in_one_line
 from ..regularizers import REGULARIZERS, regularizer_key
+from .local_paths import is_local, without_folders
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
@@ -189,7 +190,7 @@ def write_model_card(
     results = without_folders(pipeline.read_evaluation())
     name = repo_id.split("/")[-1] if repo_id is not None else folder.resolve().name
     flags = without_folders(training_args or {})
-    dataset = None if _is_local(dataset) else dataset
+    dataset = None if is_local(dataset) else dataset
     method = _method_of(flags) if source == "training" else source or "lsep"
     losses = [REGULARIZERS[key] for key in flags.get("regularizers") or ()]
     arguments = {"class_labels": pipeline.example_labels, "num_inference_steps": 250, **(sampling or {})}
@@ -205,7 +206,7 @@ def write_model_card(
             *(["flow-map", "arxiv:2510.24474"] if flags.get("flow_map") else []),
         ],
         datasets=[dataset] if dataset is not None else None,
-        base_model=None if _is_local(base_model) else base_model,
+        base_model=None if is_local(base_model) else base_model,
         model_name=name if results else None,
         eval_results=_model_index(results, dataset) if results else None,
     )
@@ -218,7 +219,7 @@ def write_model_card(
         source=source,
         method=method,
         losses=losses,
-        local_base_model=without_folders(base_model) if _is_local(base_model) else None,
+        local_base_model=without_folders(base_model) if is_local(base_model) else None,
         lora_rank=flags.get("lora_rank"),
         repa_encoder=flags.get("repa_encoder"),
         repo_id=repo_id if repo_id is not None else name,
@@ -266,7 +267,7 @@ def write_lora_card(
     with safe_open(folder / LORA_WEIGHTS_NAME, framework="np") as file:
         metadata = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
     flags = without_folders(training_args)
-    dataset = None if _is_local(training_args.get("dataset_name")) else training_args.get("dataset_name")
+    dataset = None if is_local(training_args.get("dataset_name")) else training_args.get("dataset_name")
     names = list((metadata.get("pipeline.id2label") or {}).values())
     data = ModelCardData(
         license=license,
@@ -274,8 +275,8 @@ def write_lora_card(
         pipeline_tag=PIPELINE_TAG,
         tags=["lora", *TAGS, *METHOD_TAGS[_method_of(flags)]],
         datasets=[dataset] if dataset is not None else None,
-        base_model=None if _is_local(base_model) else base_model,
-        base_model_relation=None if _is_local(base_model) else "adapter",
+        base_model=None if is_local(base_model) else base_model,
+        base_model_relation=None if is_local(base_model) else "adapter",
     )
     card = ModelCard.from_template(
         data,
@@ -470,24 +471,6 @@ def _flags_to_show(flags: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in sorted(flags.items())
         if value not in (None, []) and "token" not in key.lower() and not key.startswith(tuple(unused))
     }
-
-
-def _is_local(path: str | None) -> bool:
-    return path is not None and (os.path.isabs(path) or os.path.exists(path))
-
-
-def without_folders(value: Any) -> Any:
-    """A value, or all that is in it, with paths on this machine as the names that they end in."""
-    if isinstance(value, Mapping):
-        return {key: without_folders(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_folders(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    path, separator, rest = value.partition(" (")  # as in `folder (train)`
-    if os.path.exists(path):
-        return os.path.basename(os.path.abspath(path)) + separator + rest
-    return re.sub(r"(?<![\w:/.])/(?:[^/\s]+/)+", "", value)
 
 
 def _model_index(results: dict[str, Any], dataset: str | None) -> list[EvalResult]:

@@ -5,7 +5,6 @@ change it, and whether it says something about the model, so that it belongs on 
 
 import argparse
 import functools
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from ..objective_checks import TIMESTEP_SAMPLINGS
 from ..presets import SIT_PRESETS
 from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS
+from .flag_combinations import check_combinations
 from .flags import Flags
-from .flow_map import add_flow_map_flags, check_flow_map_flags
-from .post_hoc_ema import add_post_hoc_ema_flags, check_post_hoc_ema
+from .flow_map import add_flow_map_flags
+from .post_hoc_ema import add_post_hoc_ema_flags
 from .recipes import choose_recipe
 
 
@@ -480,44 +480,5 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     args.recipe = recipe
     if not sources:
         args.train_data_dir = str(examples / "digits")
-    if len(sources) > 1:
-        parser.error(f"only one source of data can be given, but there are --{' and --'.join(sources)}")
-    if args.streaming:
-        if args.latents_dir is not None:
-            parser.error("--streaming is for images, --latents_dir is on this machine")
-        if args.validation_split is not None and sources:
-            parser.error("--streaming has no held-out images: leave out --validation_split")
-        if args.dataloader_num_workers > 0:  # `datasets` would deal the shards out to them, in another order
-            parser.error(f"--dataloader_num_workers has to be 0 with --streaming, is {args.dataloader_num_workers}")
-        args.validation_split = None
-    if args.resume_from_checkpoint and args.overwrite_output_dir:
-        parser.error(
-            "--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it: give one of them"
-        )
-    if args.push_to_hub and args.license is None:
-        parser.error("--push_to_hub needs --license: nobody but you can say under which one the weights may be used")
-    if args.hub_lora_model_id and (args.lora_rank is None or args.license is None):
-        parser.error("--hub_lora_model_id needs --lora_rank, whose layers it uploads, and --license")
-    if args.probe_fraction == 0:
-        parser.error("argument --probe_fraction: has to be above 0, but is 0.0; --no_lsep trains without a probe")
-    if args.pretrained_model_name_or_path and args.model_config_name_or_path:
-        parser.error("--pretrained_model_name_or_path says what --model_config_name_or_path says: give one of them")
-    for flag in ("new_classes", "lora_rank"):
-        if getattr(args, flag) and not args.pretrained_model_name_or_path:
-            parser.error(f"--{flag} needs a model to start from: --pretrained_model_name_or_path")
-    if args.lora_rank is not None and importlib.util.find_spec("peft") is None:
-        parser.error("--lora_rank needs peft: pip install peft")
-    if args.unconditional:
-        for flag in ("num_classes", "new_classes", "validation_labels"):
-            if getattr(args, flag):
-                parser.error(f"--unconditional trains without classes: leave out --{flag}")
-        args.no_lsep = True
-        args.validation_guidance_scale = 1.0  # nothing to be guided to
-    check_flow_map_flags(args, parser)
-    averaging = [name for name in args.regularizers if REGULARIZERS[name].teacher == "average"]
-    if averaging and not args.use_ema:
-        parser.error(f"--regularizers {averaging[0]} needs the average of the weights: leave out --no-use_ema")
-    check_post_hoc_ema(parser, args)
-    if args.probe_decay_epochs == 0:
-        parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")
+    check_combinations(parser, args, sources)
     return args

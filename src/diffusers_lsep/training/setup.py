@@ -276,17 +276,23 @@ def open_data(
     size, columns = (resolution, image_channels), (args.image_column, args.label_column)
     if args.unconditional:
         columns, num_classes = (args.image_column, None), None
-    location = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+    location = {
+        "dataset_name": args.dataset_name,
+        "dataset_config_name": args.dataset_config_name,
+        "train_data_dir": args.train_data_dir,
+        "cache_dir": args.cache_dir,
+        "argument": "--train_data_dir" if args.dataset_name is None else "--dataset_name",
+    }
     if latents is not None:
         if split is not None:
             raise ValueError(f"`--validation_split` of latents has to be a fraction such as 0.05, but is {split!r}.")
         data = open_moments(args, latents, resolution, num_classes)
     elif args.streaming:
-        splits = load_image_dataset(*location, streaming=True)
+        splits = load_image_dataset(**location, streaming=True)
         stream = open_stream(splits, args.seed, args.num_train_images, *size, *columns, num_classes)
         data = TrainingData(stream, None, stream.names)
     else:
-        source, held_out, names = open_images(load_image_dataset(*location), *size, *columns, num_classes, split)
+        source, held_out, names = open_images(load_image_dataset(**location), *size, *columns, num_classes, split)
         data = TrainingData(source, held_out, names, check_images(args, source))
     if fraction is not None:
         whole, images = data.source, data.images

@@ -4,9 +4,7 @@
 
 import os
 import shutil
-import sys
 import time
-import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,10 +23,9 @@ from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 
 from ..autoencoders import get_normalization
-from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from ..data.stream import SampleStream, StreamBatches, keep_batch
 from ..data.streamed import StreamedSamples
-from ..files import whole_folder, write_text
+from ..files import whole_folder
 from ..objective import LSEPObjective
 from ..pipeline_lsep import LSEPPipeline
 from ..progress import make_progress_bar, shows_bars
@@ -39,25 +36,17 @@ from ..transformer_sit import SiTTransformer2DModel
 from .average import WeightAverage
 from .checkpoint_writer import CheckpointWriter
 from .checkpoints import checkpoint_tensors, load_checkpoint, named_averages, read_state, whole_tensors
+from .errors import collect_errors, report_errors
 from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .flow_map import NUM_DRAWS
 from .inputs import make_teachers, objective_inputs
-from .log import MetricsFile, StepMetrics, batch_means, draw_curves, read_lines
+from .log import MetricsFile, StepMetrics, batch_means, draw_curves
 from .non_finite import NonFiniteSteps
 from .post_hoc_ema import PowerFunctionEMA
 from .results import choose_validation_labels, describe_hardware, describe_training, draw_samples, write_cards
 from .setup import Setup, build_objective
 from .stopping import StopSignal, outlive_signals
-
-
-@contextmanager
-def collect_errors() -> Iterator[list[tuple[str, str]]]:
-    """Ends quietly where the block fails: the list then has the error and its traceback."""
-    problems: list[tuple[str, str]] = []
-    try:
-        yield problems
-    except Exception as error:
-        problems.append((str(error) or type(error).__name__, traceback.format_exc()))
+from .unreadable import UnreadableImages
 
 
 class Trainer:
@@ -122,8 +111,7 @@ class Trainer:
         if data.held_out is not None:
             self.held_out = SampleStream(data.held_out, **stream_options, image_source=data.held_out_images)
         self.stream.__getitems__([0])  # to find now what would go wrong later
-        self.unreadable: dict[str, dict[str, str]] = {}  # in all processes
-        self.newly_unreadable: dict[str, dict[str, str]] = {}  # in this one
+        self.unreadable = UnreadableImages(self.output_dir, args.max_errors)
 
     def prepare_training(self, checkpoint: Path | None):
         """Makes the optimiser and the average, restores the checkpoint, and lets accelerate wrap what it has to."""
@@ -163,8 +151,7 @@ class Trainer:
         )
         # FSDP2 cuts the parameters up here; average and checkpoint come after it, in the pieces of this process.
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, self.optimizer, loader)
-        if (self.output_dir / UNREADABLE_FILE).exists():
-            self.unreadable = {entry["id"]: entry for entry in read_lines(self.output_dir / UNREADABLE_FILE)}
+        self.unreadable.read()
         # A checkpoint is written before its step is validated, and what comes after it may have been cut off.
         self.owes_validation = checkpoint is not None and self.validates_at(self.step)
         if self.owes_validation:
@@ -230,7 +217,7 @@ class Trainer:
         self, batch: dict[str, Any], teachers: dict[str, Teacher], idle: Collection[str] = ()
     ) -> dict[str, Any]:
         """[`objective_inputs`] for a batch."""
-        self.newly_unreadable |= {entry["id"]: entry for entry in batch.pop("unreadable", ())}
+        self.unreadable.add(batch.pop("unreadable", ()))
         if self.compiled:
             # Their number is another one in every step, which is better known before the first is compiled.
             for name in ("separate_rows", "probe_rows"):
@@ -339,7 +326,7 @@ class Trainer:
 
     def log(self):
         """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
-        self.count_unreadable()
+        self.unreadable.count(self.accelerator, self.checkpoints)
         metrics, losses, grad_norms = self.metrics.collect()
         numbers = (self.collected_at + 1, losses, grad_norms)
         metrics |= self.non_finite_steps.count(*numbers, self.checkpoints, self.accelerator.print)
@@ -355,29 +342,6 @@ class Trainer:
         values["waits"] = f"{metrics['data_wait']:.0%}"  # for data
         values["GB"] = f"{metrics['memory_gb']:.1f}"
         self.progress.set_postfix(values, refresh=False)
-
-    def count_unreadable(self):
-        """Lists what any process could not read, and stops all of them if it is too much."""
-        limit, before, path = self.args.max_errors, len(self.unreadable), self.output_dir / UNREADABLE_FILE
-        if limit == 0:  # The first one has stopped the run.
-            return
-        for entries in gather_object([self.newly_unreadable]):
-            self.unreadable |= entries
-        self.newly_unreadable = {}
-        if len(self.unreadable) == before:
-            return
-        if self.accelerator.is_main_process:
-            write_unreadable(self.output_dir, self.unreadable.values())
-        last = list(self.unreadable.values())[-1]
-        found = f"{len(self.unreadable)} unreadable images, listed in {path} (last: {last['id']}: {last['error']})"
-        if len(self.unreadable) > limit:
-            self.checkpoints.finish()
-            good = f"from {self.checkpoints.last}" if self.checkpoints.last is not None else "from the beginning"
-            raise ValueError(
-                f"{found} are more than `--max_errors {limit}`. Repair or remove them and start anew, or go on {good}"
-                " with a higher `--max_errors`."
-            )
-        self.accelerator.print(f"{found} are replaced by others.")
 
     def report(self, metrics: dict[str, Any]):
         if self.accelerator.is_main_process:
@@ -421,7 +385,7 @@ class Trainer:
                 measured = self.measure(objective, self.held_out)
                 if measured:
                     self.report(measured)
-                self.count_unreadable()
+                self.unreadable.count(accelerator, self.checkpoints)
             if accelerator.is_main_process:
                 with collect_errors() as problems:
                     draw_curves(self.output_dir)
@@ -435,13 +399,8 @@ class Trainer:
         accelerator.wait_for_everyone()
 
     def report_problems(self, what: str, problems: list[tuple[str, str]]):
-        """Says what is missing because of some [`collect_errors`], and keeps their tracebacks. One process does."""
-        if problems and self.accelerator.is_main_process:
-            path = self.problems_file
-            path.parent.mkdir(exist_ok=True)
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-            write_text(path, before + "\n".join(trace for _, trace in problems))
-            print(f"No {what} of step {self.step}: {problems[0][0]} ({path} has more.)", file=sys.stderr)
+        if self.accelerator.is_main_process:
+            report_errors(problems, f"{what} of step {self.step}", self.problems_file)
 
     def measure(self, objective: LSEPObjective, held_out: SampleStream) -> dict[str, float]:
         """
