@@ -53,7 +53,7 @@ setup(
     package_data={
         "diffusers_lsep": ["py.typed", "*.json"],
         "diffusers_lsep.hub": ["*.md"],
-        "diffusers_lsep.examples": ["configs/*", "configs/*/*", "digits/*"],
+        "diffusers_lsep.examples": ["configs/*", "configs/*/*", "digits/*", "mnist/*"],
     },
     python_requires=">=3.11",  # that of diffusers 0.42
     # psutil and PyYAML, which we import as well, come with accelerate.

@@ -158,9 +158,9 @@ AFTER_TRAINING = {
 @pytest.mark.slow
 def test_after_training(folder, environment):
     run_blocks(read_blocks("docs/after_training.md"), folder, environment, AFTER_TRAINING)
-    facts = json.loads((folder / "lsep-digits-0.15" / "post_hoc_ema.json").read_text())
+    facts = json.loads((folder / "lsep-averages-0.15" / "post_hoc_ema.json").read_text())
     assert facts["sigma_rel"] == 0.15 and facts["step"] == facts["num_snapshots"] == 4
-    assert DiffusionPipeline.from_pretrained(folder / "lsep-digits-0.15").labels["7"] == 7
+    assert DiffusionPipeline.from_pretrained(folder / "lsep-averages-0.15").labels["7"] == 7
     assert json.loads((folder / "autoguided" / "samples.json").read_text())["autoguidance_scale"] == 1.5
     sweep = json.loads((folder / "figures" / "guidance-sweep.json").read_text())["results"]
     assert {result["guidance"] for result in sweep} == {"classifier-free", "autoguidance"}

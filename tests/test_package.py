@@ -107,7 +107,7 @@ def test_data_files_are_shipped(tmp_path):
         {path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
         for root in (ROOT / "src" / "diffusers_lsep", tmp_path / "diffusers_lsep")
     )
-    examples = [*(ROOT / "examples" / "configs").rglob("*"), *(ROOT / "examples" / "digits").iterdir()]
+    examples = [path for name in ("configs", "digits", "mnist") for path in (ROOT / "examples" / name).rglob("*")]
     here |= {path.relative_to(ROOT) for path in examples if path.is_file()}
     assert here == shipped
 
@@ -120,7 +120,7 @@ def test_an_installed_package_trains_and_draws_without_a_clone(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "ACCELERATE_USE_CPU": "true"}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "diffusers_lsep.cli", *arguments]
+        command = [sys.executable, "-c", "from diffusers_lsep.cli import console_main; console_main()", *arguments]
         return subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
 
     short = ["--max_train_steps", "1", "--num_layers", "3", "--validation_inference_steps", "1", "--report_to", "none"]
@@ -139,8 +139,10 @@ def test_an_installed_package_trains_and_draws_without_a_clone(tmp_path):
     model = ["--pretrained_model_name_or_path", "lsep-digits", "--num_inference_steps", "1"]
     drawn = run("sample", *model, "--class_labels", "3", "--output_dir", "drawn")
     assert drawn.returncode == 0 and (tmp_path / "empty" / "drawn" / "grid.png").is_file(), drawn.stderr
+    planned = run("train", "@mnist", "--dry_run")
+    assert planned.returncode == 0 and "8,000 to train on" in planned.stdout, planned.stderr
     refused = run("train", "@own-images-33")
-    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("train_lsep.py: error: ")
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith("diffusers-lsep train: error: ")
 
 
 def test_what_commands_of_the_pages_write_is_ignored_by_git():

@@ -15,6 +15,8 @@ from image_folders import save_class_folders
 from PIL import Image
 from tiny_models import make_pipeline, make_vae
 
+import diffusers_lsep
+
 
 # After the README, the pages whose code starts from the model of its first command.
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("drawing", "own_images", "evaluation", "probing", "hub"))]
@@ -27,7 +29,7 @@ SUBSTITUTIONS = {
         "accelerate launch examples/train_lsep.py --max_train_steps 4 --validation_steps 4 --checkpointing_steps 4"
         " --validation_inference_steps 2 --num_validation_images 1\n"
     ),
-    '"lsep/sit-xl-256"': '"tiny-imagenet-pipeline"',
+    '"sit-xl-2-256"': '"tiny-imagenet-pipeline"',
     '.to("cuda")': "",
     '["3", "7"], guidance_scale=1.5': '["3", "7"], 3, guidance_scale=1.5',
     "guidance_scale=1.5, generator=generator)": "3, guidance_scale=1.5, generator=generator)",
@@ -97,7 +99,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
 
 
-def test_sizes_of_the_presets_are_true():
+def test_the_page_of_the_api_has_all_of_it_and_true_sizes():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     from diffusers_lsep import SIT_PRESETS, SiTTransformer2DModel
 
@@ -110,6 +112,9 @@ def test_sizes_of_the_presets_are_true():
         assert (int(layers), int(heads)) == (config.num_layers, config.num_attention_heads)
         assert int(width) == config.num_attention_heads * config.attention_head_dim
         assert int(parameters.replace(",", "")) == sum(parameter.numel() for parameter in model.parameters())
+    names = re.findall(r"^::: diffusers_lsep\.\w+\.(\w+)$", text, flags=re.MULTILINE)
+    of_diffusers = {"ModelMixin", "SchedulerMixin"}
+    assert {*names, "SIT_PRESETS"} == {*diffusers_lsep.__all__} - of_diffusers | {"LSEPObjectiveOutput"}
     ((_, code),) = read_blocks("docs/api.md")
     exec(code, {})
 

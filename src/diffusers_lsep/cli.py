@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def console_main():
     """The console command: [`main`], with one line for what a user can set right."""
-    run_script(main, " ".join(["diffusers-lsep", *sys.argv[1:2]]))
+    name = " ".join(["diffusers-lsep", *sys.argv[1:2]])
+    if sys.argv[1:2] and sys.argv[1] in SCRIPTS:
+        sys.argv[0] = name  # by which argparse calls a script
+    run_script(main, name)
 
 
 if __name__ == "__main__":

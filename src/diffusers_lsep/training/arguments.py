@@ -42,9 +42,7 @@ def flags_that_are(what: str) -> frozenset[str]:
 
 def build_parser(description: str) -> ArgumentParser:
     """The command line of `examples/train_lsep.py`."""
-    parser = ArgumentParser(
-        prog="train_lsep.py", usage="%(prog)s [@RECIPE] [--FLAG VALUE ...]", description=description
-    )
+    parser = ArgumentParser(usage="%(prog)s [@RECIPE] [--FLAG VALUE ...]", description=description)
     add_data_flags(Flags(parser, "data"))
     add_model_flags(Flags(parser, "model"))
     add_method_flags(Flags(parser, "method"))
@@ -457,6 +455,14 @@ def find_recipe(word: str, examples: Path) -> str:
     return f"@{recipe}" if word[:1] == "@" and not Path(word[1:]).exists() and recipe.is_file() else word
 
 
+def find_data(folder: str | None, examples: Path) -> str | None:
+    """`examples/NAME` is a folder of bundled data wherever there is no such folder."""
+    if folder is None or Path(folder).exists() or Path(folder).parts[:1] != ("examples",):
+        return folder
+    bundled = examples.joinpath(*Path(folder).parts[1:])
+    return str(bundled) if bundled.is_dir() else folder
+
+
 def read_flags(argv: list[str], description: str, examples: Path) -> argparse.Namespace:
     """The flags as they are given, without the recipe that [`parse_args`] chooses, and without its checks."""
     return build_parser(description).parse_args([find_recipe(word, examples) for word in argv])
@@ -478,7 +484,6 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     if recipe is not None:
         args = read_flags([f"@{recipe}", *argv], description, examples)
     args.recipe = recipe
-    if not sources:
-        args.train_data_dir = str(examples / "digits")
+    args.train_data_dir = find_data(args.train_data_dir, examples) if sources else str(examples / "digits")
     check_combinations(parser, args, sources)
     return args
