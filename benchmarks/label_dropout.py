@@ -151,7 +151,8 @@ def main():
             runs.append({"seed": seed, "steps": args.steps, **found})
             print(f"{name}, seed {seed}: {found}", flush=True)
             write_text(path, json.dumps(results, indent=1) + "\n")
-    write_text(args.output_dir / "table.md", make_table(results))
+    of_length = {name: [run for run in runs if run["steps"] == args.steps] for name, runs in results.items()}
+    write_text(args.output_dir / "table.md", make_table(of_length))
 
 
 if __name__ == "__main__":

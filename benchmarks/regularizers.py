@@ -4,7 +4,7 @@
 
     python benchmarks/regularizers.py                                  # all; can be killed and started again
     python benchmarks/regularizers.py --study choice --jobs 2          # only what chooses LSEP's settings
-    python benchmarks/regularizers.py --methods SiT LSEP --seeds 0     # one pair of runs
+    python benchmarks/regularizers.py --study methods --methods SiT LSEP --seeds 0     # one pair of runs
 
 Every run is `examples/train_lsep.py @examples/configs/mnist` but for what its name says, on one thread. The averaged
 weights are judged after 1,000, 1,500, 2,000 and 3,000 steps: the Frechet distance of 1,000 samples without guidance
@@ -101,6 +101,7 @@ MEASURES: dict[str, Callable[[dict], float]] = {
 class Run:
     method: str
     seed: int
+    study: str
     data: str = "labels"
     steps: int = STEPS
     flags: list[object] = field(default_factory=list)
@@ -115,19 +116,19 @@ def list_runs(study: str, methods: list[str], seeds: list[int] | None) -> Iterat
     if study in ("all", "choice"):
         for seed in CHOICE_SEEDS if seeds is None else seeds:
             for name, flags in CHOICES.items():
-                yield Run(name, seed, steps=SHORT_STEPS, flags=flags)
+                yield Run(name, seed, "choice", steps=SHORT_STEPS, flags=flags)
     if study in ("all", "methods"):
         for seed in PAIR_SEEDS if seeds is None else seeds:
             for name in methods:
                 if name in ("SiT", "LSEP"):
-                    yield Run(name, seed, flags=METHODS[name])
+                    yield Run(name, seed, "methods", flags=METHODS[name])
                 elif seeds is not None or seed in SEEDS:
-                    yield Run(name, seed, steps=SHORT_STEPS, flags=METHODS[name])
+                    yield Run(name, seed, "methods", steps=SHORT_STEPS, flags=METHODS[name])
     if study in ("all", "labels"):
         for data in (WRONG, COARSE):
             for seed in SEEDS if seeds is None else seeds:
                 for name in ("SiT", "LSEP"):
-                    yield Run(name, seed, data, SHORT_STEPS, METHODS[name])
+                    yield Run(name, seed, "labels", data, SHORT_STEPS, METHODS[name])
 
 
 def prepare_data(kind: str, folder: Path) -> Path:
@@ -191,7 +192,7 @@ def measure_costs(methods: list[str], output_dir: Path, results_dir: Path) -> di
             continue
         flags = list(METHODS[method])
         if method == "self-transcendence":
-            teacher = output_dir / Run(TEACHER, 0, "labels", TEACHER_STEPS).name
+            teacher = output_dir / Run(TEACHER, 0, "cost", steps=TEACHER_STEPS).name
             train_run(teacher, MNIST, flags, TEACHER_STEPS, 0)
             flags += ["--self_transcendence_teacher", teacher / f"checkpoint-{TEACHER_STEPS}"]
 
@@ -240,8 +241,9 @@ def draw_lengths(results: list[dict], path: Path):
     for index, result in enumerate(results):
         ordinary, *points = result["lengths"]
         values = [[point[name] for point in points] for name in ("sigma_rel", "frechet_distance")]
-        axis.plot(*values, label=result["method"], color=METHOD_COLOURS[index], marker=MARKERS[index])
-        axis.axhline(ordinary["frechet_distance"], color=METHOD_COLOURS[index], linestyle=":", linewidth=1)
+        colour, label = METHOD_COLOURS[index % len(METHOD_COLOURS)], f"{result['method']}, seed {result['seed']}"
+        axis.plot(*values, label=label, color=colour, marker=MARKERS[index % len(MARKERS)])
+        axis.axhline(ordinary["frechet_distance"], color=colour, linestyle=":", linewidth=1)
     axis.set(
         xlabel="length of the average, sigma_rel (dotted: the ordinary average)",
         ylabel="Fréchet distance to the training images",
@@ -390,7 +392,7 @@ def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
         folder, data = output_dir / run.name, prepare_data(run.data, output_dir)
         flags = list(run.flags)
         if run.method == "self-transcendence":
-            teacher = output_dir / Run(TEACHER, run.seed, run.data, TEACHER_STEPS).name
+            teacher = output_dir / Run(TEACHER, run.seed, run.study, run.data, TEACHER_STEPS).name
             train_run(teacher, data, flags, TEACHER_STEPS, run.seed)
             flags += ["--self_transcendence_teacher", teacher / f"checkpoint-{TEACHER_STEPS}"]
         train_run(folder, data, flags, run.steps, run.seed)
@@ -421,6 +423,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results/regularizers"))
     parser.add_argument("--results_dir", type=Path, help="default: OUTPUT_DIR/results")
     args = parser.parse_args()
+    if args.seeds is not None and len(args.seeds) > len(STUDENT) + 1:
+        parser.error(f"--seeds: at most {len(STUDENT) + 1}, for want of further quantiles")
     results_dir = args.results_dir or args.output_dir / "results"
 
     torch.set_num_threads(1)
@@ -433,17 +437,16 @@ def main():
         prepare_data(kind, args.output_dir)
     results: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(lambda run: finish(run, judge, args.output_dir, results_dir), runs):
-            results.append(result)
+        for run, result in zip(runs, pool.map(lambda run: finish(run, judge, args.output_dir, results_dir), runs)):
+            results.append({**result, "study": run.study})
             last = {name: round(value, 3) for name, value in result["curve"][-1].items() if name != "probing"}
             print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {last}")
     with ThreadPoolExecutor(args.jobs) as pool:
         seeds = LENGTH_SEEDS if args.seeds is None else args.seeds
         names = [name for name in ("SiT", "LSEP") if name in args.methods and args.study in ("all", "lengths")]
-        of_lengths = [Run(name, seed, flags=METHODS[name]) for name in names for seed in seeds]
+        of_lengths = [Run(name, seed, "lengths", flags=METHODS[name]) for name in names for seed in seeds]
         lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), of_lengths))
-    choice = [result for result in results if result["seed"] in CHOICE_SEEDS]
-    compared = [result for result in results if result["data"] == "labels" and result not in choice]
+    choice, compared = ([result for result in results if result["study"] == name] for name in ("choice", "methods"))
     parts = [make_table("choice of LSEP's settings", choice, SHORT_STEPS)] if choice else []
     if compared:
         pair = [result for result in compared if result["steps"] == STEPS]
@@ -458,7 +461,7 @@ def main():
     if compared:
         draw_curves(compared, costs, results_dir / "curves.png")
         draw_accuracy(compared, results_dir / "accuracy.png")
-        first = [run for run in runs if (run.data, run.seed) == ("labels", compared[0]["seed"])]
+        first = [run for run in runs if (run.study, run.seed) == ("methods", compared[0]["seed"])]
         draw_samples(first, args.output_dir, results_dir / "samples.png")
 
 

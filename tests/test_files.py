@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from diffusers_lsep import files
@@ -52,6 +53,13 @@ def test_a_file_that_fails_is_as_it_was(tmp_path, error, was_there):
             raise error
     assert names(tmp_path) == (["a.json"] if was_there else [])
     assert not was_there or path.read_text() == "old"
+
+
+def test_a_disk_that_is_too_small_for_weights_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match="a.safetensors could not be written: .*No space left"):
+        with whole_file(tmp_path / "a.safetensors"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert names(tmp_path) == []
 
 
 def test_a_file_that_nobody_wrote_is_an_error(tmp_path):

@@ -106,6 +106,16 @@ def test_the_same_classes_keep_everything(train, pretrained, images, tmp_path, c
     assert LinearProbe.from_pretrained(tmp_path / "run" / "probe").config.depth == depth
 
 
+def test_classes_without_a_name_are_no_other_classes(train, pretrained, images, capsys):
+    index = json.loads((pretrained / "model_index.json").read_text())
+    for kept, row in (({"0": NAMES[0], "1": NAMES[1]}, None), ({"0": NAMES[0], "2": "elk"}, 2)):
+        (pretrained / "model_index.json").write_text(json.dumps({**index, "id2label": kept}))
+        assert fine_tune(train, pretrained, images[0], "--dry_run") == 0
+        output = capsys.readouterr().out
+        assert ("--new_classes" in output) == (row is not None)
+        assert row is None or f"class {row} is 'elk' there and {NAMES[row]!r} here" in output
+
+
 def test_as_many_classes_of_other_names(train, pretrained, tmp_path, capsys):
     images = make_images(tmp_path / "others", ["ant", "cat", "cow"])
     still = ("--learning_rate", 0, "--probe_learning_rate", 0)

@@ -4,7 +4,9 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from tiny_run import TINY_RUN
 
 from diffusers_lsep import FlowMapScheduler, LinearProbe, LSEPObjective
 from diffusers_lsep.flow_map import derivative_along, guided_velocity, mean_velocity_target
+from diffusers_lsep.regularizers import SRARegularizer
 from diffusers_lsep.training.arguments import parse_args
+from diffusers_lsep.training.inputs import make_teachers, objective_inputs
 from diffusers_lsep.training.log import read_metrics
 from diffusers_lsep.training.setup import choose_validation_flags
 
@@ -241,6 +245,7 @@ def test_any_pipeline_becomes_a_flow_map(train, teacher, tmp_path, capsys, veloc
     [
         (["--flow_map_depth", 1], "--flow_map_depth needs --flow_map"),
         (["--flow_map_velocity", "data"], "--flow_map_velocity needs --flow_map"),
+        (["--flow_map_guidance_scale", 2], "--flow_map_guidance_scale needs --flow_map"),
         (
             ["--flow_map", "--flow_map_velocity", "teacher"],
             "needs --pretrained_model_name_or_path, which is",
@@ -280,6 +285,41 @@ def test_a_teacher_of_something_else_is_refused(train, teacher, flags, problem):
     with pytest.raises(ValueError, match=f"`--flow_map_velocity` has to be data, but is teacher: .*{problem}"):
         train(*flags, tiny=FROM_PIPELINE)
     assert train(*flags, "--flow_map_velocity", "data", tiny=FROM_PIPELINE) == 0
+
+
+@pytest.mark.parametrize("derivative", ["jvp", "difference"])
+def test_targets_in_bfloat16_as_the_trainer_makes_them(derivative):
+    """Close to float32's, of the times that the batch then has, and no hindrance to any gradient."""
+    torch.manual_seed(0)
+    sra = SRARegularizer(32, depth=1, teacher_depth=2)
+    objective = LSEPObjective(make_transformer(num_layers=3, flow_map_depth=2), None, regularizers={"sra": sra})
+    flags = ["--flow_map", "--flow_map_derivative", derivative, "--flow_map_equal_fraction", "0.2"]
+    setup = SimpleNamespace(args=parse_args(flags, "", DIGITS.parent), vae=None, encoder=None, teacher=None)
+    teachers, asked = make_teachers(objective, True, lambda: None), []
+
+    class Average:
+        def __call__(self, noisy_latents, timesteps, class_labels, depth):
+            asked.append(timesteps)
+            return teachers["average"](noisy_latents, timesteps, class_labels, depth)
+
+    def make_inputs(autocast):
+        batch = {name: value for name, value in make_batch(batch_size=64).items() if name != "probe_dropout_mask"}
+        batch["images"], draws = batch.pop("latents"), torch.rand(64, 3, generator=torch.Generator().manual_seed(1))
+        known = {**teachers, "average": Average()}
+        return objective_inputs({**batch, "regularizer_draws": draws}, objective, setup, {}, known, (), autocast)
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    expected = make_inputs(nullcontext)["target_velocity"]
+    with autocast():
+        inputs = make_inputs(autocast)
+        objective(**inputs).loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    shift = inputs["timesteps"] - asked[-1]
+    assert shift.min() >= -1e-6 and shift.max() <= 0.2 + 1e-6 and shift.std() > 0.03
+    error = (inputs["target_velocity"] - expected).std() / expected.std()
+    assert error < 0.02
 
 
 @pytest.mark.parametrize(

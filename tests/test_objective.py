@@ -272,6 +272,15 @@ def test_crop_windows_have_one_size_and_reach_every_place(make_objective):
     assert sizes == {2, 3, 4}
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_integers_of_all_kinds(make_objective, dtype):
+    objective, draws = make_objective(), batch()
+    rows = {"separate_rows": torch.arange(6), "probe_rows": torch.tensor([1, 4])}
+    kinds = {**rows, "class_labels": draws.pop("class_labels")}
+    losses = [objective(**draws, **{k: v.to(kind) for k, v in kinds.items()}).loss for kind in (torch.int64, dtype)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 def test_timestep_distributions(path_type):
     path = get_interpolant(path_type)

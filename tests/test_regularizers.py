@@ -686,6 +686,8 @@ def test_wrong_values_stop_the_run_before_it_writes(train, tmp_path, flags, mess
 
 def test_a_teacher_has_to_fit(train, first_stage, tmp_path):
     flags = ["--regularizers", "self-transcendence", "--self_transcendence_teacher", first_stage]
+    with pytest.raises(ValueError, match="teacher` has to be a model with `--path_type cosine`, but has linear"):
+        train(*flags, "--path_type", "cosine")
     with pytest.raises(ValueError, match="`--self_transcendence_teacher` has to be a model with `patch_size=4`"):
         train(*flags, "--patch_size", 4, "--crop_size_min", 1)
     with pytest.raises(ValueError, match=r"`--self_transcendence_teacher_depth` has to lie in 1\.\.2, .* but is 3"):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
-from tiny_models import make_pipeline
+from tiny_models import make_pipeline, make_vae
 
 from diffusers_lsep import (
     FlowMatchHeunODEScheduler,
@@ -109,6 +109,14 @@ def test_of_many_classes_a_summary_is_printed(run, save_pipeline, capsys):
     run("out", "--num_images", 40, "--label_sampling", "balanced")
     summary = "images to draw: 40, 1 to 2 of each of 30 classes, from class 0, 'class 0', to class 29, 'class 29'\n"
     assert summary in capsys.readouterr().out
+
+
+def test_another_pipeline_is_refused(run, tmp_path):
+    DiTPipeline(DiTTransformer2DModel(1, 8, 4, num_layers=1), make_vae(), DDIMScheduler()).save_pretrained(
+        tmp_path / "dit"
+    )
+    with pytest.raises(ValueError, match="has to be an LSEPPipeline, but is a DiTPipeline"):
+        run("out", "--class_labels", 1, "--pretrained_model_name_or_path", tmp_path / "dit")
 
 
 @pytest.mark.parametrize("name", ["sample", "figures"])

@@ -497,6 +497,15 @@ def test_the_average_follows_from_the_length(train, capsys):
     assert average("--ema_decay", 0.99, "--ema_warmup") == (0.99, True)
 
 
+def test_a_gradient_norm_of_zero_leaves_gradients_alone(train, tmp_path):
+    kept = {}
+    for limit in (0, 1e9, 1e-3):
+        train("--max_train_steps", 1, "--max_grad_norm", limit, output_dir=tmp_path / str(limit))
+        kept[limit] = load_file(tmp_path / str(limit) / "checkpoint-1" / "optimizer.safetensors")
+    assert all(torch.equal(value, kept[1e9][name]) for name, value in kept[0].items())
+    assert not all(torch.equal(value, kept[1e9][name]) for name, value in kept[1e-3].items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("probe", [[], ["--coupled_dropout", "--probe_fraction", 0.25, "--seed", 5]])
 def test_accumulation_and_checkpointing_give_the_same_gradients(train, tmp_path, probe):

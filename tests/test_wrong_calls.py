@@ -132,6 +132,8 @@ CALLS = {
         ("--latents_dir {root}/vae-sd", "`--latents_dir` has to hold moments"),
         ("--dataset_name no/such/id", "no/such/id"),
         ("--validation_labels zebra", "zebra"),
+        ("--repa_weight 1", "--repa_weight needs --repa_encoder"),
+        ("--sra_weight 1 --regularizers layersync", "--sra_weight needs --regularizers sra"),
         ("--num_layers 2 --probe_depth 3", "probe_depth"),
         ("--crop_size_min 99", "`--crop_size_min`"),
         ("--report_to paper", "`--report_to` has to be"),

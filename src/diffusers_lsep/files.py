@@ -48,6 +48,8 @@ def whole_file(path: str | os.PathLike, suffix: str = ".partial", durable: bool 
         os.replace(partial, path)
         if durable:
             _sync(path.parent)
+    except SafetensorError as error:  # of a full disk, for one
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

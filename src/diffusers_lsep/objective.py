@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .argument_checks import check_count, check_tensor, check_type, make_plain
+from .devices import exact_dtype
 from .interpolants import Interpolant, get_interpolant
 from .objective_checks import (
     check_batch,
@@ -230,8 +231,8 @@ class LSEPObjective(nn.Module):
             raise ValueError("`crop_size` has to be (low, high) for windows to be drawn, but is None.")
         low, high = self.crop_size
         size = torch.randint(low, high + 1, (1, 1), generator=generator, device=device).expand(batch_size, 1)
-        uniform = torch.rand(batch_size, 2, generator=generator, device=device, dtype=torch.float64)
-        start = (uniform * (grid_size - size + 1)).long()
+        uniform = torch.rand(batch_size, 2, generator=generator, device=device, dtype=exact_dtype(device))
+        start = (uniform * (grid_size - size + 1)).long().minimum(grid_size - size)  # float32 may round up
         return torch.cat([start, size], dim=1)
 
     def draw_dropout_masks(
@@ -354,6 +355,10 @@ class LSEPObjective(nn.Module):
         needed = [name for name, regularizer in self.regularizers.items() if "target" in regularizer.reads]
         if targets.keys() != set(needed):
             raise ValueError(f"`targets` has to be given for {needed}, but is for {list(targets)}.")
+
+        class_labels = class_labels.long()  # of all integers the only ones that everything below takes
+        separate_rows = separate_rows.long() if separate_rows is not None else None
+        probe_rows = probe_rows.long() if probe_rows is not None else None
 
         # 1. Draws
         if noise is None:

@@ -392,7 +392,8 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 The tensors that `callback_kwargs` holds: `"latents"`, the ids `"class_labels"` and
                 `"negative_class_labels"`, `[B]`, and `"pred_original_sample"`, the data `x_0` that the model, guided
-                as it is, saw in the latents of before the step. A callback of diffusers brings its own list.
+                as it is, saw in the latents of before the step (a flow map with its scheduler: where its step leads
+                if it is made longer, up to `t = 0`). A callback of diffusers brings its own list.
             negative_class_labels (`int`, `str` or a list of these, *optional*):
                 Classes that guidance leads away from, one for all or one for each of `class_labels`; no class if not
                 given.

@@ -187,6 +187,8 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         name = str(pretrained_model_name_or_path)
         raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be loaded: {error}") from error
+    if not isinstance(pipe, LSEPPipeline):
+        raise ValueError(f"`pretrained_model_name_or_path` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
     pipe.check_decodable()
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, scheduler)

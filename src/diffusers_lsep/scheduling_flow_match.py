@@ -19,6 +19,7 @@ from .argument_checks import (
     describe,
     make_plain,
 )
+from .devices import exact_dtype
 from .interpolants import get_interpolant
 from .reverse_sde import MIN_TIME
 
@@ -277,7 +278,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
             )
 
         # 1. Upcast: hundreds of small steps add up.
-        dtype = torch.float32 if sample.device.type in ("mps", "npu") else torch.float64
+        dtype = exact_dtype(sample.device)
         velocity, state = model_output.to(dtype), sample.to(dtype)
 
         # 2. Step

@@ -11,6 +11,7 @@ import torch
 
 from ..data.draws import Purpose, keyed_generator
 from ..data.sources import SampleSource
+from ..devices import exact_dtype
 from ..pipeline_lsep import LSEPPipeline
 from ..progress import make_progress_bar
 from .labelled_data import load_latents
@@ -19,11 +20,6 @@ from .labelled_data import load_latents
 TRACES = ("hutchinson", "exact")
 # Images have 256 levels, and the model sees them in [-1, 1].
 PIXEL_STEP = 2 / 255
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if device.type in ("mps", "npu") else torch.float64
 
 
 def velocity_and_divergence(

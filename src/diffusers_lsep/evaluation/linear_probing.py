@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.draws import Purpose, keyed_generator
 from ..data.sources import SampleSource
+from ..devices import exact_dtype
 from ..figures import add_accuracy_scale, draw_accuracies, figure_style, save_figure
 from ..files import make_temporary_array
 from ..interpolants import get_interpolant
@@ -122,6 +123,9 @@ class NormalEquations:
 
     def add(self, features: torch.Tensor, labels: torch.Tensor):
         """Takes in features `[B, D]` of the classes `[B]`."""
+        self._device = features.device
+        if exact_dtype(features.device) != torch.float64:
+            features, labels = features.cpu(), labels.cpu()
         if self._shift is None:
             self._shift = features[0].double()
         x, targets = features.double() - self._shift, F.one_hot(labels, self.num_classes).double()
@@ -145,7 +149,7 @@ class NormalEquations:
         gram += regularization * torch.eye(len(mean), dtype=gram.dtype, device=gram.device)
         targets = (products_with_classes - torch.outer(mean, share)) * inverse_std[:, None]
         weight = torch.linalg.solve(gram, targets) * inverse_std[:, None]
-        linear = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device)
+        linear = nn.Linear(weight.shape[0], weight.shape[1], device=self._device)
         linear.weight.data.copy_(weight.T)
         linear.bias.data.copy_(share - (mean + self._shift) @ weight)
         return linear.requires_grad_(False)

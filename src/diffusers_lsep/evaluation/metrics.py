@@ -287,7 +287,7 @@ def precision_recall(
             distances = _squared_distances(reference_block, sample_block)
             sample_inside[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
             reference_inside[rows] |= (distances <= sample_radii[None, columns]).any(dim=1)
-    return sample_inside.double().mean().item(), reference_inside.double().mean().item()
+    return sample_inside.sum().item() / len(samples), reference_inside.sum().item() / len(reference)
 
 
 def _squared_distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

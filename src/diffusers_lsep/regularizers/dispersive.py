@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispersive Loss (arXiv 2506.09027) as a regularizer of [`LSEPObjective`]: samples that differ from each other."""
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..argument_checks import check_count, check_positive
 from .regularizer import Flag, Regularizer, RegularizerContext
@@ -64,7 +64,12 @@ class DispersiveRegularizer(Regularizer):
             `torch.Tensor`: scalar, in float32, not above 0.
         """
         samples = context.tokens[self.depth].flatten(1).float()
-        # Differences first, not |a|^2 + |b|^2 - 2 ab, which loses the small ones among large tokens.
-        distances = F.pdist(samples).square() / (self.temperature * samples.shape[1])
-        batch_size = len(samples)
-        return torch.log((2 * torch.exp(-distances).sum() + batch_size) / batch_size**2)
+        with torch.autocast(samples.device.type, enabled=False):
+            # By products, since the differences of all pairs would fill a GPU; less what all have in common, in which
+            # small differences would be lost.
+            samples = samples - samples.mean(dim=0)
+            products = samples @ samples.T
+            squares = products.diagonal()
+            distances = (squares[:, None] + squares - 2 * products).clamp(min=0)
+            exponents = -distances / (self.temperature * samples.shape[1])
+            return exponents.flatten().logsumexp(dim=0) - 2 * math.log(len(samples))

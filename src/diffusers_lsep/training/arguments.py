@@ -336,7 +336,12 @@ def add_optimisation_flags(flags: Flags):
     add("--adam_beta2", type=probability, default=0.999, help="AdamW's decay of the gradients' mean square.")
     add("--adam_weight_decay", type=positive, default=0.0, help="AdamW's weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon.")
-    add("--max_grad_norm", type=positive, default=1.0, help="A longer gradient is scaled down to this norm.")
+    add(
+        "--max_grad_norm",
+        type=positive,
+        default=1.0,
+        help="A longer gradient is scaled down to this norm; 0: never.",
+    )
     add(
         "--max_skipped_steps",
         type=count,

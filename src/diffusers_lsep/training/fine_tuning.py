@@ -29,7 +29,7 @@ class PretrainedPipeline:
     name_or_path: str
     config: dict[str, Any]  # of the transformer
     path_type: str
-    names: list[str] | None  # of the classes
+    names: dict[int, str] | None  # of the classes that have one
     has_vae: bool
     has_probe: bool
 
@@ -63,7 +63,7 @@ def read_pretrained(name_or_path: str) -> PretrainedPipeline:
         name_or_path=name_or_path,
         config={name: value for name, value in config.items() if not name.startswith("_")},
         path_type=index.get("path_type", "linear"),
-        names=[id2label[key] for key in sorted(id2label, key=int)] if id2label else None,
+        names={int(key): name for key, name in id2label.items()} if id2label else None,
         has_vae=index.get("vae", [None])[0] is not None,
         has_probe=has_probe,
     )
@@ -92,11 +92,12 @@ class Start:
         else:
             lines.append("all weights are kept, the label table included")
             lines.append("the probe too" if pretrained.has_probe else "there is no probe with them: it starts anew")
-            if pretrained.names is not None and pretrained.names != self.names:
-                row = next(i for i, pair in enumerate(zip(pretrained.names, self.names)) if pair[0] != pair[1])
+            there, here = pretrained.names or {}, dict(enumerate(self.names))
+            row = next((row for row in sorted(there) if there[row] != here.get(row, there[row])), None)
+            if row is not None:
                 lines.append(
-                    f"class {row} is {pretrained.names[row]!r} there and {self.names[row]!r} here: if these are not"
-                    " the same classes in the same order, give `--new_classes`"
+                    f"class {row} is {there[row]!r} there and {here[row]!r} here: if these are not the same classes in"
+                    " the same order, give `--new_classes`"
                 )
         depth = self.config["flow_map_depth"]
         if depth is not None and pretrained.config.get("flow_map_depth") is None:

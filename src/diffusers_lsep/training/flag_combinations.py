@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from ..command_line import ArgumentParser
-from ..regularizers import REGULARIZERS
+from ..regularizers import REGULARIZERS, regularizer_key
 from .flow_map import check_flow_map_flags
 from .post_hoc_ema import check_post_hoc_ema
 
@@ -55,6 +55,11 @@ def check_combinations(parser: ArgumentParser, args: argparse.Namespace, sources
         args.no_lsep = True
         args.validation_guidance_scale = 1.0  # nothing to be guided to
     check_flow_map_flags(args, parser)
+    if args.repa_encoder is None:
+        parser.refuse_without("--repa_encoder", args, "repa_")
+    for name in REGULARIZERS:
+        if name not in args.regularizers:
+            parser.refuse_without(f"--regularizers {name}", args, f"{regularizer_key(name)}_")
     averaging = [name for name in args.regularizers if REGULARIZERS[name].teacher == "average"]
     if averaging and not args.use_ema:
         parser.error(f"--regularizers {averaging[0]} needs the average of the weights: leave out --no-use_ema")

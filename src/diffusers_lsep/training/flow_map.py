@@ -67,9 +67,7 @@ def add_flow_map_flags(flags: Flags):
 def check_flow_map_flags(args: argparse.Namespace, parser: ArgumentParser):
     """Flags that do not go together are a usage error."""
     if not args.flow_map:
-        for flag in ("flow_map_depth", "flow_map_velocity", "flow_map_equal_fraction"):
-            if getattr(args, flag) is not None:
-                parser.error(f"--{flag} needs --flow_map")
+        parser.refuse_without("--flow_map", args, "flow_map_")
         return
     for flag, why in (
         ("lora_rank", "trains every weight"),

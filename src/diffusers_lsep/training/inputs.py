@@ -77,6 +77,10 @@ def objective_inputs(
             targets["repa"] = setup.encoder(images)
     batch["latents"] = images if setup.vae is None else encode(batch, images, setup.vae, normalization)
 
+    if setup.args.flow_map:  # before the other teachers: it changes the times
+        assert draws is not None
+        with autocast():
+            add_flow_map_target(batch, setup.args, teachers["student"], setup.teacher, draws[:, -NUM_DRAWS:])
     by_name = {name: module.teacher for name, module in objective.regularizers.items() if module.teacher is not None}
     if by_name:
         known: dict[str, Any] = {**teachers, "frozen": setup.teacher}
@@ -93,10 +97,6 @@ def objective_inputs(
         targets |= {name: batch["latents"].new_zeros(shape) for name in by_name if name not in asked}
     if targets:
         batch["targets"] = targets
-    if setup.args.flow_map:
-        assert draws is not None
-        with autocast():
-            add_flow_map_target(batch, setup.args, teachers["student"], setup.teacher, draws[:, -NUM_DRAWS:])
     return batch
 
 

@@ -3,8 +3,10 @@
 """From flags to the losses beside LSEP's."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from ..pipeline_lsep import LSEPPipeline
 from ..regularizers import REGULARIZERS, Regularizer, REPAEncoder, REPARegularizer, regularizer_key
 from ..regularizers.teachers import Teacher, load_teacher
 from ..transformer_sit import SiTTransformer2DModel
@@ -36,8 +38,12 @@ def open_teacher(args: argparse.Namespace, config: dict[str, Any]) -> Teacher | 
     """The frozen teacher of Self-Transcendence's second stage, if there is to be one."""
     if "self-transcendence" not in args.regularizers or args.self_transcendence_teacher is None:
         return None
-    flag = "--self_transcendence_teacher"
-    teacher = load_teacher(args.self_transcendence_teacher, flag)
+    flag, folder = "--self_transcendence_teacher", args.self_transcendence_teacher
+    teacher = load_teacher(folder, flag)
+    pipeline = Path(folder, "pipeline") if Path(folder, "model.safetensors").is_file() else folder
+    path_type = LSEPPipeline.load_config(pipeline).get("path_type", "linear")
+    if path_type != args.path_type:
+        raise ValueError(f"`{flag}` has to be a model with `--path_type {args.path_type}`, but has {path_type}.")
     sizes = ("sample_size", "patch_size", "in_channels", "num_classes", "num_attention_heads", "attention_head_dim")
     for name in sizes:
         if teacher.transformer.config[name] != config[name]:

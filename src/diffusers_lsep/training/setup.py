@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace, num_processes: int) -> Setup:
     if pretrained is not None:
         check_fit(args, config, pretrained.config, pretrained.path_type)
         new_classes = args.new_classes or len(data.names) != pretrained.config["num_classes"]
-        new_classes |= args.unconditional and pretrained.names != data.names
+        new_classes |= args.unconditional and pretrained.names != dict(enumerate(data.names))
         start = Start(pretrained, config, data.names, new_classes)
         if method.get("flow_map_velocity") == "teacher":
             check_flow_map_teacher(start)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: what a step does, what is reported, measured, drawn and saved."""
 
+import math
 import os
 import shutil
 import time
@@ -308,7 +309,8 @@ class Trainer:
                 rows = batch.get("probe_rows", slice(None))
                 self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                    limit = args.max_grad_norm or math.inf
+                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
                     if isinstance(grad_norm, DTensor):  # of sharded parameters
                         grad_norm = grad_norm.full_tensor()
                     self.metrics.add_step(grad_norm)
