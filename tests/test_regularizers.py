@@ -209,7 +209,8 @@ def test_weights_run_over_the_steps():
     assert [sra.weight_at(0, epoch) for epoch in (0, 149, 649, 1149)] == pytest.approx(
         [0.2, 0.2, 0.2 * 0.1**0.5, 0.02]
     )
-    second = SelfTranscendenceRegularizer(8, stop_step=3)
+    second = SelfTranscendenceRegularizer(8, stop_step=3, projector_dim=16)
+    assert [layer.out_features for layer in second.projector if hasattr(layer, "weight")] == [16, 16, 8]
     assert [second.weight_at(step, 0) for step in (0, 2, 3, 4)] == [0.5, 0.5, 0, 0]
     assert LayerSyncRegularizer().weight_at(10**6, 800) == 0.2
 

@@ -525,6 +525,7 @@ REGULARIZERS = {
         "time_range": Argument(st.sampled_from([(0.4, 0.7), [0, 1]]), judge_pair(0, 1, False)),
         "mask": Argument(st.sampled_from(["samples", "batch"]), choice("samples", "batch")),
         "stop_step": Argument(st.sampled_from([None, 0, 100]), count(0, 10**6, math.inf, none=GOOD)),
+        "projector_dim": Argument(st.just(2048), count(1, 4096, 10**9)),
     },
 }
 

@@ -44,6 +44,7 @@ class SelfTranscendenceRegularizer(Regularizer):
             code does, which multiplies a `[B, 1, 1, 1]` mask with a `[B]` loss: every sample counts, times the part
             of the batch whose time lies inside.
         stop_step (`int`, *optional*): From which step on the loss has no weight.
+        projector_dim (`int`, defaults to `2048`): Width of the head's layers.
 
     Raises:
         `ValueError`: if an argument is none of these.
@@ -76,6 +77,7 @@ class SelfTranscendenceRegularizer(Regularizer):
             "samples",
             MASKS,
         ),
+        Flag("projector_dim", "Width of the layers behind its tokens.", int, 2048),
         Flag("stop_step", "From which step on the loss has no weight (default: never; published: 100000).", int),
     )
 
@@ -90,6 +92,7 @@ class SelfTranscendenceRegularizer(Regularizer):
         time_range: Sequence[float] = (0.4, 0.7),
         mask: str = "samples",
         stop_step: int | None = None,
+        projector_dim: int = 2048,
     ):
         super().__init__(weight)
         check_choice("mask", mask, MASKS)
@@ -103,7 +106,8 @@ class SelfTranscendenceRegularizer(Regularizer):
         self.time_range = check_interval("time_range", time_range)
         self.mask = mask
         self.stop_step = None if stop_step is None else check_count("stop_step", stop_step, low=0, high=2**63)
-        self.projector = make_mlp(hidden_size, 2048, 2048, hidden_size)
+        projector_dim = check_count("projector_dim", projector_dim)
+        self.projector = make_mlp(hidden_size, projector_dim, projector_dim, hidden_size)
         self.output: nn.Module = nn.Identity()
         if velocity_size is not None:
             norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
