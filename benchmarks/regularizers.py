@@ -16,11 +16,11 @@ classifier takes for the class that was asked for; after 1,500 and 3,000 steps l
 distance of plain SiT falls fastest; plain SiT and LSEP go on to 3,000. `labels` takes a fifth of wrong labels and two
 coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA), of one run of plain SiT and
 one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
-Depths and widths are those of the papers in proportion to 6 blocks of width 128. Self-Transcendence has a run before it,
-its teacher, whose 1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file in
-`--results_dir`, and a run that has its file is not trained again: with `--results_dir benchmarks/regularizers` the command
-goes on with the results that the repository has. Beside them: `STUDY.md`, `curves.png`, `accuracy.png`, `samples.png`,
-`lengths.png`.
+Depths and widths are those of the papers in proportion to 6 blocks of width 128. Self-Transcendence has a run before
+it, its teacher, whose 1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file
+in `--results_dir`, and a run that has its file is not trained again: with `--results_dir benchmarks/regularizers` the
+command goes on with the results that the repository has. Beside them: `STUDY.md`, `curves.png`, `accuracy.png`,
+`samples.png`, `lengths.png`.
 """
 
 import argparse
