@@ -196,12 +196,18 @@ def main(argv: list[str] | None = None):
             print(f"{len(class_ids)} images with these settings are in {result} already.")
         accelerator.wait_for_everyone()
         return
+    other = output_dir / ("grid.png" if args.num_images is not None else "samples.npz")
+    if other.exists() and not args.overwrite_output_dir:  # samples.json is about one of the two
+        raise ValueError(
+            f"`--output_dir` {args.output_dir} already has {other.name}, of another run. Choose another folder, or"
+            " give `--overwrite_output_dir`."
+        )
     accelerator.wait_for_everyone()  # everybody has seen the same folder before somebody writes to it
     if accelerator.is_main_process:
         if args.overwrite_output_dir:
             store.delete()
             # There may have been more images.
-            for path in (result, settings_file, *(output_dir / "images").glob("*-class-*.png")):
+            for path in (result, other, settings_file, *(output_dir / "images").glob("*-class-*.png")):
                 path.unlink(missing_ok=True)
         store.create({**settings, **models}, may_differ=tuple(place))
         print(describe_classes(class_ids, {**id2label, num_classes: "no class"}))

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from image_folders import save_class_folders
 
 from diffusers_lsep.data.archives import pair_labels
 from diffusers_lsep.data.images import (
@@ -215,6 +216,25 @@ def test_wrong_sources(arguments, message):
 def test_folder_without_images(tmp_path):
     with pytest.raises(ValueError, match="`train_data_dir` .* cannot be read as a data set of images"):
         load_image_dataset(train_data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("splits", [[""], ["train", "test"]])
+def test_the_class_is_the_folder_below_the_data(tmp_path, splits):
+    """One class is a class; deeper ones are in doubt, but for training without classes; `datasets` sees no links."""
+    for split in splits:
+        save_class_folders(tmp_path / "one" / split, ["ant"], [(8, 8)])
+        for deeper in ("images", "day"):
+            save_class_folders(tmp_path / "deep" / split / "ant", [deeper], [(8, 8)])
+        save_class_folders(tmp_path / "linked" / split, ["ant"], [(8, 8)])
+    assert open_images(load_image_dataset(train_data_dir=tmp_path / "one"), 8, 3)[2] == ["ant"]
+    deep = load_image_dataset(train_data_dir=tmp_path / "deep")
+    with pytest.raises(ValueError, match="there is no 'label'"):
+        open_images(deep, 8, 3)
+    assert len(open_images(deep, 8, 3, label_column=None)[0].labels) == 2
+    link = tmp_path / "linked" / splits[0] / "bee"
+    link.symlink_to(tmp_path / "one" / splits[0] / "ant")
+    with pytest.raises(ValueError, match=f"`--data` has to hold no links to folders, .* but holds {link}"):
+        load_image_dataset(train_data_dir=tmp_path / "linked", argument="--data")
 
 
 def labelled(labels, feature=None) -> datasets.Dataset:

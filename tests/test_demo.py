@@ -27,6 +27,7 @@ from hub_server import HubServer
 from PIL import Image
 from tiny_models import make_pipeline, make_vae
 
+import diffusers_lsep
 from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler
 from diffusers_lsep.cli import main
 from diffusers_lsep.demo import MAX_IMAGES, SAMPLER_TITLES, Drawer, launch_demo, list_classes
@@ -425,6 +426,7 @@ def test_a_space_has_versions_and_the_id_of_the_model(tmp_path, capsys):
     assert requirements["torch"] == torch.__version__.partition("+")[0]
     assert requirements["gradio"] == gradio.__version__ and "diffusers" in requirements
     assert not {"pytest", "matplotlib", "diffusers_lsep"} & requirements.keys()
+    assert not (tmp_path / "space" / "diffusers_lsep" / "examples").exists(), "where one works in a clone"
     assert not list(tmp_path.rglob("__pycache__")) and str(Path.home()) not in "".join(lines)
 
 
@@ -439,6 +441,10 @@ def test_a_space_is_not_written_over_other_things(tmp_path):
     with pytest.raises(ValueError, match="`--overwrite_output_dir` replaces a Space only, but .*'mine.txt'"):
         make_space("me/model", folder, "--overwrite_output_dir")
     assert (folder / "mine.txt").exists()
+    inside = Path(diffusers_lsep.__file__).parent / "space"
+    with pytest.raises(ValueError, match="`output_dir` has to lie outside of the package"):
+        make_space("me/model", inside)
+    assert not inside.exists()
 
 
 @pytest.mark.parametrize("model", ["lsep-digits", "a/b/c", "your name/model", "me/model--x"])

@@ -18,7 +18,15 @@ from safetensors.torch import save_file
 from diffusers_lsep import files
 from diffusers_lsep.data.moments_writer import MomentsShardWriter, moments_features, write_json
 from diffusers_lsep.figures import save_figure
-from diffusers_lsep.files import held_folder, make_array, make_temporary_array, whole_file, whole_folder, write_text
+from diffusers_lsep.files import (
+    held_folder,
+    make_array,
+    make_temporary_array,
+    whole_file,
+    whole_folder,
+    write_rows,
+    write_text,
+)
 from diffusers_lsep.training.log import plot_curves
 
 
@@ -60,6 +68,19 @@ def test_a_disk_that_is_too_small_for_weights_is_an_error_of_the_system(tmp_path
         with whole_file(tmp_path / "a.safetensors"):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_rows_are_written_and_what_is_beside_them_is_not(tmp_path, durable):
+    path, expected = tmp_path / "array.npy", np.zeros((5, 3, 2), np.float32)
+    make_array(path, np.float32, expected.shape)
+    before = np.load(path, mmap_mode="r+")
+    before[:] = expected[:] = 7
+    before.flush()
+    for first, count in ((3, 2), (0, 1)):
+        expected[first : first + count] = np.arange(count * 6).reshape(count, 3, 2)
+        write_rows(path, first, expected[first : first + count].astype(np.float64), durable)
+    np.testing.assert_array_equal(np.load(path), expected)
 
 
 def test_a_file_that_nobody_wrote_is_an_error(tmp_path):

@@ -546,6 +546,12 @@ class TestImageFiles:
         assert images.id2label == {0: "unconditional"} and not images.labels.any()
         assert images.read(images.names.index("loose.png")) == (folder / "loose.png").read_bytes()
 
+    def test_archives_beside_folders(self, images_dir, tmp_path):
+        folder = Path(shutil.copytree(images_dir, tmp_path / "images"))
+        shutil.make_archive(str(folder / "n09"), "tar", images_dir / "n01")
+        with pytest.raises(ValueError, match="either archives or folders of images, but .* has both, such as n09.tar"):
+            open_image_files(folder)
+
     def test_images_without_a_class(self, tmp_path):
         (tmp_path / "loose.png").touch()
         with pytest.raises(ValueError, match="one folder of images per class, but loose.png lies in none"):

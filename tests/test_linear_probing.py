@@ -432,6 +432,25 @@ class TestCommand:
         assert results["training_probe"]["layer"] == 2 and len(results["training_probe"]["accuracy"]) == 2
         assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
 
+    def test_training_probe_of_other_numbers(self, pipe, arguments, tmp_path, caplog):
+        """Classes are the same by their names, whatever their numbers are."""
+        torch.manual_seed(1)
+        probe, accuracies = LinearProbe(32, 3, depth=2), []
+        torch.nn.init.normal_(probe.norm.weight)
+        index = tmp_path / "pipeline" / "model_index.json"
+        for names in (["dark", "grey", "light"], ["grey", "light", "dark"], ["one", "two", "three"]):
+            call = arguments("--layers", "1", "--overwrite_output_dir")
+            index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": dict(enumerate(names))}))
+            if len(accuracies) == 1:
+                head = probe.linear
+                head.weight.data, head.bias.data = head.weight.data[[1, 2, 0]], head.bias.data[[1, 2, 0]]
+            probe.save_pretrained(tmp_path / "pipeline" / "probe")
+            main(call)
+            found = read_results(tmp_path)["training_probe"]
+            accuracies.append(found and found["accuracy"])
+        assert accuracies[0] == accuracies[1] and accuracies[2] is None
+        assert "is not measured, as it knows other classes" in caplog.text
+
     @pytest.mark.slow
     def test_pipeline_on_the_hub(self, arguments, images, tmp_path):
         """The probe is found beside the pipeline, with its depth; a pipeline without one says so."""

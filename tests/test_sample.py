@@ -111,6 +111,16 @@ def test_of_many_classes_a_summary_is_printed(run, save_pipeline, capsys):
     assert summary in capsys.readouterr().out
 
 
+def test_a_grid_is_not_drawn_beside_images_to_measure(run):
+    """Of which samples.json would speak no more."""
+    folder = run("out", "--num_images", 2)
+    with pytest.raises(ValueError, match="already has samples.npz, of another run"):
+        run("out", "--class_labels", 1)
+    assert json.loads((folder / "samples.json").read_text())["num_images"] == 2
+    run("out", "--class_labels", 1, "--overwrite_output_dir")
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "images", "samples.json"]
+
+
 def test_another_pipeline_is_refused(run, tmp_path):
     DiTPipeline(DiTTransformer2DModel(1, 8, 4, num_layers=1), make_vae(), DDIMScheduler()).save_pretrained(
         tmp_path / "dit"

@@ -215,6 +215,35 @@ def make_array(path: Path, dtype: type, shape: tuple[int, ...]):
         _allocate(file, str(path))
 
 
+def write_rows(path: Path, first: int, rows: np.ndarray, durable: bool = False):
+    """
+    Writes rows of an `.npy` from [`make_array`], which other processes may write to at the same time, from other
+    machines too: not through a map, of which a network's file system writes back whole pages, with what lay beside the
+    rows when they were read.
+
+    Args:
+        path (`Path`): The array.
+        first (`int`): Where the rows go.
+        rows (`np.ndarray`): The rows.
+        durable (`bool`, defaults to `False`): Whether they are on disk afterwards.
+
+    Raises:
+        `OSError`: if they cannot be written.
+    """
+    array = np.load(path, mmap_mode="r")
+    place = array.offset + first * array.strides[0]
+    view = np.ascontiguousarray(rows, array.dtype).data.cast("B")
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        while view:
+            written = os.pwrite(descriptor, view, place)
+            view, place = view[written:], place + written
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def make_temporary_array(folder: str | os.PathLike, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     """
     A memory-mapped array in a file without a name, in a folder. It is gone with the process, however that ends.

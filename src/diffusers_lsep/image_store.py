@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .data.archives import find_member
-from .files import make_array, whole_file, write_text
+from .files import make_array, whole_file, write_rows, write_text
 
 
 class ImageStore:
@@ -84,9 +84,7 @@ class ImageStore:
 
     def write(self, batch: int, images: np.ndarray):
         """Stores the images of a batch, then the fact that it is there."""
-        array = np.load(self.array_path, mmap_mode="r+")
-        array[batch * self.batch_size : batch * self.batch_size + len(images)] = images
-        array.flush()
+        write_rows(self.array_path, batch * self.batch_size, images, durable=True)
         with open(self.done_path, "r+b") as file:
             file.seek(batch)
             file.write(b"\1")

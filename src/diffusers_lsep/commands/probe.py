@@ -30,6 +30,7 @@ from ..evaluation.labelled_data import (
 from ..evaluation.linear_probing import DEFAULT_TIMESTEPS, MAE_EPOCHS, METHODS, draw_heat_map, probe_layers
 from ..figures import require_matplotlib
 from ..files import write_text
+from ..labels import find_class_ids
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
 from ..sampling import DTYPES, add_precision_arguments
@@ -141,7 +142,8 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_lsep_pipeline(args.pipeline, state.device, DTYPES[args.dtype])
     record = _read_record(args.pipeline)
     train, held_out, names, origin = _open_data(args, pipe, record)
-    training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, len(names), record)
+    of_classes = (names, pipe.config.id2label)
+    training_probe, probe_depth = _load_training_probe(args.pipeline, args.probe_depth, *of_classes, record)
     if args.max_train_images is not None and args.max_train_images < len(train.labels):
         _, train = cut_off(train, args.max_train_images / len(train.labels), args.seed)
 
@@ -316,7 +318,11 @@ def _read_record(pipeline: str) -> dict[str, Any]:
 
 
 def _load_training_probe(
-    pipeline: str, probe_depth: int | None, num_classes: int, record: dict[str, Any]
+    pipeline: str,
+    probe_depth: int | None,
+    names: list[str],
+    id2label: dict[int, str] | None,
+    record: dict[str, Any],
 ) -> tuple[LinearProbe | None, int | None]:
     """The probe that a training left beside the pipeline, and its depth; none if it cannot be measured."""
     if _find_file(pipeline, "probe/config.json") is None:
@@ -330,6 +336,7 @@ def _load_training_probe(
     if probe_depth is None:
         logger.warning("`--probe_depth` is not known, so the training's own probe is not measured")
         return None, None
+    num_classes = len(names)
     if probe.config.num_classes != num_classes:
         logger.warning(
             "the training's own probe knows %d classes, the data has %d: it is not measured",
@@ -337,4 +344,12 @@ def _load_training_probe(
             num_classes,
         )
         return None, None
+    if id2label:
+        try:
+            order = find_class_ids(names, id2label, num_classes, "--data")
+        except ValueError as error:
+            logger.warning("the training's own probe is not measured, as it knows other classes: %s", error)
+            return None, None
+        for parameter in (probe.linear.weight, probe.linear.bias):  # from the numbers there to those of the data
+            parameter.data = parameter.data[order]
     return probe, probe_depth

@@ -90,6 +90,11 @@ def open_image_files(train_data_dir: str | os.PathLike, labelled: bool = True) -
     path = Path(train_data_dir)
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
+        if tars and any(_is_image(name) for name in walk_files(path)):
+            raise ValueError(
+                f"`train_data_dir` has to hold either archives or folders of images, but {path} has both, such as"
+                f" {tars[0].name}."
+            )
         images = _open_tars(path, tars, labelled) if tars else _open_folder(path, labelled)
     elif path.is_file() and path.suffix == ".tar":
         images = _open_tars(path, [path], labelled)
@@ -232,7 +237,7 @@ def _classes_of_folders(names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     return np.array([index[name.split("/", 1)[0]] for name in names], np.int64), dict(enumerate(classes))
 
 
-def walk_files(folder: str | os.PathLike) -> Iterable[str]:
+def walk_files(folder: str | os.PathLike, argument: str = "train_data_dir") -> Iterable[str]:
     """
     Paths of all files below `folder`, relative to it, with forward slashes; links to folders are followed. What is no
     file, such as a pipe, from which one would read for ever, is left out.
@@ -245,7 +250,7 @@ def walk_files(folder: str | os.PathLike) -> Iterable[str]:
         info = os.stat(path)
         place = (info.st_dev, info.st_ino)
         if place in above:
-            raise ValueError(f"`train_data_dir` has to hold no link to a folder that it lies in, but holds {path}.")
+            raise ValueError(f"`{argument}` has to hold no link to a folder that it lies in, but holds {path}.")
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.is_dir():

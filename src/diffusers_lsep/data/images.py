@@ -116,8 +116,7 @@ def load_image_dataset(
         if not (folder / "train").is_dir() and not any(folder.rglob("*.parquet")):
             # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
             path, options = "imagefolder", {"data_files": {"train": str(folder / "**")}}
-        if has_one_class(folder):
-            options["drop_labels"] = False  # which `datasets` does with a single label
+        options |= _label_options(folder, name)
     try:
         return datasets.load_dataset(path, cache_dir=cache_dir, streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -125,19 +124,34 @@ def load_image_dataset(
         raise ValueError(f"`{name}` {value!r} cannot be read as a data set of images: {error}") from error
 
 
-def has_one_class(folder: Path) -> bool:
-    """Whether all images of a folder, or of its splits, lie in subfolders of one name."""
+def _label_options(folder: Path, name: str) -> dict[str, bool]:
+    """
+    What `datasets` has to be told about the labels of a folder of images: it drops those of a single class, and takes
+    the last folder for the class, however deep it lies. Where images lie deeper than in folders of classes, or beside
+    these, there are no labels, unless metadata give them.
+
+    Raises:
+        `ValueError`: if there is a link to a folder, which `datasets` would leave out.
+    """
     import PIL.Image
 
-    extensions, names = PIL.Image.registered_extensions(), set()
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in extensions:
-            if path.parent == folder or path.parent == folder / "train":
-                return False
-            names.add(path.parent.name)
-            if len(names) > 1:
-                return False
-    return len(names) == 1
+    extensions, classes, depths = PIL.Image.registered_extensions(), set(), set()
+    for parent, folders, files in os.walk(folder):
+        folders[:] = (child for child in folders if not child.startswith((".", "__")))  # as `datasets` does
+        for path in (Path(parent, child) for child in folders):
+            if path.is_symlink():
+                raise ValueError(
+                    f"`{name}` has to hold no links to folders, which are not followed, but holds {path}."
+                )
+        if any(file.startswith("metadata.") for file in files):
+            return {}
+        if any(os.path.splitext(file)[1].lower() in extensions for file in files):
+            classes.add(Path(parent).name)
+            depths.add(len(Path(parent).relative_to(folder).parts))
+    class_depth = 2 if (folder / "train").is_dir() else 1
+    if depths and max(depths) > class_depth:
+        return {"drop_labels": True}
+    return {"drop_labels": False} if len(classes) == 1 and depths == {class_depth} else {}
 
 
 def read_labels(
@@ -205,6 +219,11 @@ def read_labels(
         )
 
     num_classes = len(names) if num_classes is None else num_classes
+    if num_classes < len(names) and isinstance(feature, datasets.ClassLabel):
+        raise ValueError(
+            f"`num_classes` has to be at least {len(names)}, the number of classes of `label_column` {label_column!r},"
+            f" but is {num_classes}."
+        )
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise ValueError(

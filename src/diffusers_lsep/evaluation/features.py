@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from ..files import held_folder, make_array
+from ..files import held_folder, make_array, write_rows
 from ..progress import make_progress_bar
 from ..sampling import DrawnSamples
 from .dinov2 import DINOv2Features
@@ -28,7 +29,9 @@ MAX_PIXEL_VALUES = 4096
 
 def process_state() -> PartialState:
     """This process among the others. By itself `PartialState` takes every process on CPUs for the only one."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # Some draw a batch more than others, for which ten minutes can be too few.
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=12))
 
 
 def default_cache_dir() -> Path:
@@ -126,7 +129,6 @@ def extract_features(
                 for name, width in extractor.widths.items():
                     make_array(partial / f"{name}.npy", np.float32, (images.count, width))
             state.wait_for_everyone()
-            arrays = {name: np.load(partial / f"{name}.npy", mmap_mode="r+") for name in extractor.widths}
 
             num_batches = math.ceil(images.count / batch_size)
             shares = [rank * num_batches // state.num_processes * batch_size for rank in range(state.num_processes)]
@@ -135,12 +137,10 @@ def extract_features(
             with make_progress_bar(total=stop - start, desc=description, unit="img", disable=is_silent) as progress:
                 for batch in images.batches(start, stop, batch_size):
                     features = extractor(batch)
-                    for name, array in arrays.items():
-                        array[start : start + len(batch)] = features[name]
+                    for name in extractor.widths:
+                        write_rows(partial / f"{name}.npy", start, features[name])
                     start += len(batch)
                     progress.update(len(batch))
-            for array in arrays.values():
-                array.flush()
             state.wait_for_everyone()
             if state.is_main_process and not folder.is_dir():  # else a concurrent run was faster
                 partial.rename(folder)

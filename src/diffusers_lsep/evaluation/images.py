@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..data.archives import ZIP_ERRORS
+from ..data.archives import ZIP_ERRORS, walk_files
 from ..data.images import center_crop, convert_mode, load_image_dataset
 from ..files import parse_json
 from .inception import InceptionFeatures
@@ -336,7 +336,8 @@ def open_images(
             )
         return images
     if path.is_dir() and not _is_saved_dataset(path) and not any(path.rglob("*.parquet")):
-        return _open_files(str(source), sorted(filter(is_image_file, path.rglob("*"))), resolution, argument)
+        files = sorted(path / name for name in walk_files(path, argument))
+        return _open_files(str(source), list(filter(is_image_file, files)), resolution, argument)
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(
             f"`{argument}` has to be an .npz, a folder of images or a data set (a .parquet file, a folder of such, an "

@@ -122,8 +122,12 @@ def write_space(model: str, output_dir: str | os.PathLike, title: str | None = N
         tags=["diffusers", "lsep", "image-generation"],
     )
     target = Path(output_dir).resolve()
+    if target.is_relative_to(PACKAGE.resolve()):
+        raise ValueError(f"`output_dir` has to lie outside of the package, but is {target}.")
     with whole_folder(target) as folder:
-        shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        # Without the scripts: in a clone that is the folder where one works, with whatever has been trained there.
+        ignored = shutil.ignore_patterns("__pycache__", "examples")
+        shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored)
         if is_folder:
             for name in model_files:
                 (folder / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,10 @@ def check_combinations(parser: ArgumentParser, args: argparse.Namespace, sources
     """
     if len(sources) > 1:
         parser.error(f"only one source of data can be given, but there are --{' and --'.join(sources)}")
+    if args.num_train_images is not None and not args.streaming:
+        parser.error("--num_train_images needs --streaming: otherwise all images are taken")
+    if args.dataset_config_name is not None and args.dataset_name is None:
+        parser.error("--dataset_config_name needs --dataset_name")
     if args.streaming:
         if args.latents_dir is not None:
             parser.error("--streaming is for images, --latents_dir is on this machine")

@@ -68,7 +68,8 @@ def start_accelerator(args: argparse.Namespace) -> tuple[Accelerator, argparse.N
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if tracker == "none" else tracker,
         project_dir=str(Path(args.output_dir, args.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # Elsewhere batches are not pinned, and a copy that nobody waits for may read what is no longer theirs.
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         kwargs_handlers=[
             # The buffers are constants.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),

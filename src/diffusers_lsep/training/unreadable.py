@@ -5,8 +5,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.moments_writer import UNREADABLE_FILE, write_unreadable
 from .checkpoint_writer import CheckpointWriter
@@ -28,9 +28,10 @@ class UnreadableImages:
         self.new: dict[str, dict[str, str]] = {}  # to this one
 
     def read(self):
-        """Reads those that an earlier part of the run has listed."""
-        if (self.folder / UNREADABLE_FILE).exists():
+        """Reads those that an earlier part of the run has listed, which not every machine may see."""
+        if PartialState().is_main_process and (self.folder / UNREADABLE_FILE).exists():
             self.known = {entry["id"]: entry for entry in read_lines(self.folder / UNREADABLE_FILE)}
+        self.known = broadcast_object_list([self.known])[0]
 
     def add(self, entries: Iterable[dict[str, str]]):
         """Takes note of those that this process has met, each with its `id` and its `error`."""
