@@ -315,8 +315,8 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
     """The distance against steps and, where the costs are known, against the time of a core."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.6))
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(9 if costs else 6, 4))
+    axes = np.atleast_1d(figure.subplots(1, 2 if costs else 1, sharey=True))
     seconds = statistics.median(cost["seconds_of_sit"] for cost in costs.values()) if costs else math.nan
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
         curve = {step: list(values_at(results, method, "Fréchet distance", step).values()) for step in JUDGED_STEPS}
@@ -325,11 +325,12 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curve.values()]
         style = {"label": method, "color": METHOD_COLOURS[index], "marker": MARKERS[index]}
         axes[0].errorbar(steps, mean, yerr=spread, capsize=2, **style)
-        ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
-        before = TEACHER_STEPS if method == "self-transcendence" else 0
-        axes[1].errorbar((steps + before) * ratio * seconds / 60, mean, yerr=spread, capsize=2, **style)
+        if costs:
+            ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
+            before = TEACHER_STEPS if method == "self-transcendence" else 0
+            axes[1].errorbar((steps + before) * ratio * seconds / 60, mean, yerr=spread, capsize=2, **style)
+            axes[1].set(xlabel="minutes of one core")
     axes[0].set(xlabel="steps of 64 images", ylabel="Fréchet distance to the training images", yscale="log")
-    axes[1].set(xlabel="minutes of one core")
     axes[0].legend()
     save_figure(path, figure)
 

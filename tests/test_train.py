@@ -879,7 +879,7 @@ def test_usage_errors(train, capsys, flags, message, tmp_path):
         (["--probe_depth", 3], r"`probe_depth` has to lie in 1..2, .* but is 3"),
         (["--crop_size_min", 5], "`--crop_size_min` has to lie in 1..4, .* but is 5"),
         (["--resolution", 9], "`--resolution` has to be divisible by 2 .* but is 9"),
-        (["--num_classes", 4], r"labels in 0..3, but row \d+ has"),
+        (["--num_classes", 4], "`num_classes` has to be at least 10, the number of classes of `label_column` 'label'"),
         (["--label_column", "digit"], r"`label_column` .* no 'digit'; the columns are \['image', 'label'\]"),
         (["--image_column", "png"], "`image_column` .* no 'png'"),
         (["--validation_split", "val"], "`validation_split` has no split 'val'"),

@@ -28,7 +28,9 @@ class UnreadableImages:
         self.new: dict[str, dict[str, str]] = {}  # to this one
 
     def read(self):
-        """Reads those that an earlier part of the run has listed, which not every machine may see."""
+        """Reads those that an earlier part of the run has listed, which not every machine may see. A call for all."""
+        if self.limit == 0:
+            return
         if PartialState().is_main_process and (self.folder / UNREADABLE_FILE).exists():
             self.known = {entry["id"]: entry for entry in read_lines(self.folder / UNREADABLE_FILE)}
         self.known = broadcast_object_list([self.known])[0]
