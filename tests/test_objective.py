@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from tiny_models import make_batch
 
 from diffusers_lsep import LinearProbe, LSEPObjective
-from diffusers_lsep.interpolants import get_interpolant
-from diffusers_lsep.objective import timesteps_from_uniform
+from diffusers_lsep.interpolants import get_interpolant, timesteps_from_uniform
 
 
 @pytest.fixture

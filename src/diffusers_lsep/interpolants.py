@@ -128,3 +128,20 @@ def get_interpolant(path_type: str) -> Interpolant:
     """
     check_choice("path_type", path_type, _INTERPOLANTS)
     return _INTERPOLANTS[path_type]
+
+
+def timesteps_from_uniform(uniform: torch.Tensor, path: Interpolant, timestep_sampling: str) -> torch.Tensor:
+    """
+    Maps draws from U(0, 1) to the times that training looks at.
+
+    Args:
+        uniform (`torch.Tensor`): Draws in [0, 1).
+        path (`Interpolant`): The path of the model.
+        timestep_sampling (`str`):
+            `"uniform"`, or `"logit_normal"`: `ln(sigma / alpha)` is a standard normal variable (by its inverse
+            distribution function, so that one uniform draw per sample serves both).
+    """
+    if timestep_sampling == "uniform":
+        return uniform
+    # A draw of exactly 0 has no finite image.
+    return path.time_of_ratio(torch.special.ndtri(uniform.clamp(min=2**-25)).exp())

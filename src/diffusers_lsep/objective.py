@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 
 from .argument_checks import check_count, check_tensor, check_type, make_plain
 from .devices import exact_dtype
-from .interpolants import Interpolant, get_interpolant
+from .interpolants import get_interpolant, timesteps_from_uniform
 from .objective_checks import (
     check_batch,
     check_factor,
@@ -96,23 +96,6 @@ def window_weights(window: torch.Tensor, num_tokens: int) -> torch.Tensor:
     position = torch.arange(grid_size, device=window.device)
     inside = ((position >= start) & (position < start + size)).float() / size  # [B, 2, grid]
     return (inside[:, 0].unsqueeze(-1) * inside[:, 1].unsqueeze(-2)).flatten(1)
-
-
-def timesteps_from_uniform(uniform: torch.Tensor, path: Interpolant, timestep_sampling: str) -> torch.Tensor:
-    """
-    Maps draws from U(0, 1) to the times that training looks at.
-
-    Args:
-        uniform (`torch.Tensor`): Draws in [0, 1).
-        path (`Interpolant`): The path of the model.
-        timestep_sampling (`str`):
-            `"uniform"`, or `"logit_normal"`: `ln(sigma / alpha)` is a standard normal variable (by its inverse
-            distribution function, so that one uniform draw per sample serves both).
-    """
-    if timestep_sampling == "uniform":
-        return uniform
-    # A draw of exactly 0 has no finite image.
-    return path.time_of_ratio(torch.special.ndtri(uniform.clamp(min=2**-25)).exp())
 
 
 @dataclass

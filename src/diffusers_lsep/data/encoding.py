@@ -231,11 +231,8 @@ def encode_batch(
     Raises:
         `ValueError`: if moments are not finite in the dtype that they are stored in.
     """
-    pixels = (
-        batch["pixels"].to(vae.device, non_blocking=vae.device.type == "cuda").permute(0, 3, 1, 2).to(torch.float32)
-        / 127.5
-        - 1
-    )
+    pixels = batch["pixels"].to(vae.device, non_blocking=vae.device.type == "cuda")
+    pixels = pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
     good = batch["good"]
     ids = [images.names[rows[position]] for position in good]
     columns = {"id": ids, "label": [int(images.labels[rows[position]]) for position in good]}

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..interpolants import get_interpolant
-from ..objective import timesteps_from_uniform
+from ..interpolants import get_interpolant, timesteps_from_uniform
 from .draws import Purpose, keyed_generator
 from .images import UnreadableImageError
 from .sources import SampleSource

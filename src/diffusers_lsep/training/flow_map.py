@@ -9,8 +9,7 @@ import torch
 
 from ..command_line import ArgumentParser, number
 from ..flow_map import DERIVATIVES, guided_velocity, mean_velocity_target
-from ..interpolants import get_interpolant
-from ..objective import timesteps_from_uniform
+from ..interpolants import get_interpolant, timesteps_from_uniform
 from ..regularizers.teachers import Teacher, load_teacher
 from .fine_tuning import Start
 from .flags import Flags

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DynamoBackend,
-    broadcast_object_list,
-    gather_object,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 
