@@ -113,8 +113,8 @@ class WeightsTeacher(Teacher):
 
     def _gather(self, but_for: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
         """Whole weights, without those whose names begin like this."""
-        # Detached: of a parameter autocast keeps the rounded copy, and up to torch 2.12 one that was made without
-        # gradient would serve the pass that has to have it.
+        # Detached: of a parameter autocast keeps the rounded copy, and in older versions of torch (2.6 is one) that
+        # which is made here, without gradient, would serve the pass that has to have it.
         return {
             name: weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
             for name, weight in self.weights().items()
