@@ -7,15 +7,16 @@
     python benchmarks/regularizers.py --study methods --methods SiT LSEP --seeds 0     # one pair of runs
 
 Every run is `examples/train_lsep.py @examples/configs/mnist` but for what its name says, on one thread. The averaged
-weights are judged after 1,000, 1,500, 2,000 and 3,000 steps: the Frechet distance of 1,000 samples without guidance
-(32 steps of `FlowMatchSDEMultistepScheduler`) to the 8,000 training images, in the features of the classifier of
-`mnist_classifier.py` and on pixels, precision and recall in these features, and the share of samples that the
-classifier takes for the class that was asked for; after 1,500 and 3,000 steps linear probes of every block too.
+weights are judged after 1,000, 1,500, 2,000 and 3,000 steps, in the other studies at the end: the Frechet distance of
+1,000 samples without guidance (32 steps of `FlowMatchSDEMultistepScheduler`) to the 8,000 training images, in the
+features of the classifier of `mnist_classifier.py` and on pixels, precision and recall in these features, and the
+share of samples that the classifier takes for the class that was asked for; after 1,500 and 3,000 steps linear probes
+of every block too.
 
 `choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison, of 1,500 steps, where the
-distance of plain SiT falls fastest; plain SiT and LSEP go on to 3,000. `labels` takes a fifth of wrong labels and two
-coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA), of one run of plain SiT and
-one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
+distance of plain SiT falls fastest; plain SiT and LSEP go on to 3,000 with three of their five seeds. `labels` takes a
+fifth of wrong labels and two coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA),
+of one run of plain SiT and one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
 Depths and widths are those of the papers in proportion to 6 blocks of width 128. Self-Transcendence has a run before
 it, its teacher, whose 1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file
 in `--results_dir`, and a run that has its file is not trained again: with `--results_dir benchmarks/regularizers` the
@@ -84,6 +85,7 @@ CHOICES: dict[str, list[object]] = {
     "LSEP, dropout 0.5": ["--probe_dropout_prob", 0.5],
     "LSEP, dropout 0": ["--probe_dropout_prob", 0],
 }
+PAIR = ("SiT", "LSEP")  # the two that have more seeds, and more steps with the seeds of all
 SEEDS, PAIR_SEEDS, CHOICE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4), (100, 101)
 WRONG, COARSE = "wrong labels", "coarse labels"
 METHOD_COLOURS = (*COLOURS, "0.55")
@@ -123,14 +125,13 @@ def list_runs(study: str, methods: list[str], seeds: list[int] | None) -> Iterat
     if study in ("all", "methods"):
         for seed in PAIR_SEEDS if seeds is None else seeds:
             for name in methods:
-                if name in ("SiT", "LSEP"):
-                    yield Run(name, seed, "methods", flags=METHODS[name])
-                elif seeds is not None or seed in SEEDS:
-                    yield Run(name, seed, "methods", steps=SHORT_STEPS, flags=METHODS[name])
+                if name in PAIR or seeds is not None or seed in SEEDS:
+                    steps = STEPS if name in PAIR and seed in SEEDS else SHORT_STEPS
+                    yield Run(name, seed, "methods", steps=steps, flags=METHODS[name])
     if study in ("all", "labels"):
         for data in (WRONG, COARSE):
             for seed in SEEDS if seeds is None else seeds:
-                for name in ("SiT", "LSEP"):
+                for name in PAIR:
                     yield Run(name, seed, "labels", data, SHORT_STEPS, METHODS[name])
 
 
@@ -402,7 +403,8 @@ def finish(run: Run, judge: Judge, output_dir: Path, results_dir: Path) -> dict:
         train_run(folder, data, flags, run.steps, run.seed)
         num_classes = 2 if run.data == COARSE else 10
         asked_for, curve = np.arange(NUM_SAMPLES) % num_classes, []
-        for step in [step for step in JUDGED_STEPS if step <= run.steps]:
+        judged = JUDGED_STEPS if run.study == "methods" else (run.steps,)
+        for step in [step for step in judged if step <= run.steps]:
             pipe = load_for_sampling(folder / f"checkpoint-{step}" / "pipeline")
             samples = draw(pipe, asked_for.tolist(), run.seed, num_inference_steps=SAMPLING_STEPS)
             curve.append({"step": step, **judge(samples, asked_for, num_classes)})
@@ -447,7 +449,7 @@ def main():
             print(f"{len(results)} of {len(runs)}: {result['method']}, seed {result['seed']}: {last}")
     with ThreadPoolExecutor(args.jobs) as pool:
         seeds = LENGTH_SEEDS if args.seeds is None else args.seeds
-        names = [name for name in ("SiT", "LSEP") if name in args.methods and args.study in ("all", "lengths")]
+        names = [name for name in PAIR if name in args.methods and args.study in ("all", "lengths")]
         of_lengths = [Run(name, seed, "lengths", flags=METHODS[name]) for name in names for seed in seeds]
         lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), of_lengths))
     choice, compared = ([result for result in results if result["study"] == name] for name in ("choice", "methods"))
