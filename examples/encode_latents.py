@@ -67,7 +67,7 @@ def build_parser() -> ArgumentParser:
     )
     source.add_argument("--dataset_name", help="Id of a data set of images on the Hub.")
     parser.add_argument("--dataset_config_name", help="Configuration of --dataset_name, if it has several.")
-    parser.add_argument("--split", default="train", help="Split of the data set or the Parquet files.")
+    parser.add_argument("--split", help="Split of the data set or the Parquet files; train if not given.")
     parser.add_argument("--image_column", default="image", help="Column of images there.")
     parser.add_argument("--label_column", default="label", help="Column of labels there.")
     parser.add_argument(
@@ -147,7 +147,12 @@ def resolve_settings(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.dataset_name is None:
+        parser.refuse_without("--dataset_name", args, "dataset_config_name")
+    if args.unconditional and args.label_column != parser.get_default("label_column"):
+        parser.error("--unconditional reads no labels: leave out --label_column")
     # Processes that finish first wait for the last one: for longer than the ten minutes that NCCL allows by default.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
 

@@ -60,6 +60,41 @@ def test_usage_and_version(capsys):
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "a.npz", "--reference", "b.npz", "--num_images", "9"], "--num_images needs --checkpoints"),
+        (["evaluate", "a.npz", "--reference", "b.npz", "--dtype", "bfloat16"], "--dtype needs --checkpoints"),
+        (
+            ["evaluate", "--checkpoints", "run", "--reference", "b.npz", "--samples_split", "test"],
+            "--samples_split needs SAMPLES",
+        ),
+        (
+            ["evaluate", "a.npz", "--reference", "b.npz", "--dinov2_model", "a/b"],
+            "--dinov2_model needs --metrics fd_dinov2",
+        ),
+        (
+            ["likelihood", "pipe", "--data", "images", "--trace", "exact", "--num_directions", "2"],
+            "--num_directions needs --trace hutchinson",
+        ),
+        (["probe", "pipe", "--data", "images", "--method", "ridge", "--epochs", "9"], "--epochs needs --method mae"),
+        (
+            ["encode", "--train_data_dir", "images", "--dataset_config_name", "full"],
+            "--dataset_config_name needs --dataset_name",
+        ),
+        (
+            ["encode", "--train_data_dir", "images", "--unconditional", "--label_column", "digit"],
+            "--unconditional reads no labels: leave out --label_column",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value.split()[0].strip("-"),
+)
+def test_flags_that_would_do_nothing_are_refused(argv, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*argv, "--output_dir", str(tmp_path / "out")])
+    assert end.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_help_of_convert_names_its_flags(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])

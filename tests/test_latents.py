@@ -504,13 +504,15 @@ class TestRefusals:
             script.main(arguments(images_dir, tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
-    def test_dataset_columns(self, script, arguments, tmp_path):
+    def test_dataset_columns(self, script, arguments, images_dir, tmp_path):
         (tmp_path / "data").mkdir()
         datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]}).to_parquet(tmp_path / "data" / "train.parquet")
         with pytest.raises(ValueError, match="`--image_column` has to be a column of images, but is image"):
             script.main(arguments(tmp_path / "data", tmp_path / "out"))
         with pytest.raises(ValueError, match="`--split` has to be one of train, but is test"):
             script.main(arguments(tmp_path / "data", tmp_path / "out", "--split", "test"))
+        with pytest.raises(ValueError, match="`--split test` is of data sets, but .* is of files"):
+            script.main(arguments(images_dir, tmp_path / "out", "--split", "test"))
 
     def test_unknown_hub_dataset(self, script, vae_dir, tmp_path):
         run = [

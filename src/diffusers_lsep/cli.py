@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if argv[:1] == [name]:
             module = importlib.import_module(f".{module_name}", __package__)
             module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, parser=command)
     args = parser.parse_args(argv)
     return args.run(args)
 

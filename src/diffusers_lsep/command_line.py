@@ -61,8 +61,8 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
-    def refuse_without(self, needed: str, args: argparse.Namespace, prefix: str):
-        """Ends with a usage error if a flag whose name begins so is not its default: it needs another."""
+    def refuse_without(self, needed: str, args: argparse.Namespace, prefix: str | tuple[str, ...]):
+        """Ends with a usage error if a flag whose name begins so (or so) is not its default: it needs another."""
         for action in self._actions:
             if action.dest.startswith(prefix) and getattr(args, action.dest) != action.default:
                 self.error(f"--{action.dest} needs {needed}")

@@ -100,6 +100,13 @@ def run(args: argparse.Namespace) -> None:
             f"exactly one of `SAMPLES` and `--checkpoints` has to be given, but they are {args.samples!r} and"
             f" {args.checkpoints!r}."
         )
+    if args.checkpoints is None:
+        drawing = ("num_images", "num_inference_steps", "dtype", "allow_tf32")
+        args.parser.refuse_without("--checkpoints, whose samples may have to be drawn", args, drawing)
+    else:
+        args.parser.refuse_without("SAMPLES", args, "samples_split")
+    if "fd_dinov2" not in (args.metrics or ()):
+        args.parser.refuse_without("--metrics fd_dinov2", args, "dinov2_model")
     if args.update_card is not None and args.checkpoints is not None:
         raise ValueError("`--update_card` needs `SAMPLES`: a card is about one model, not about `--checkpoints`.")
     if args.update_card is not None and not (Path(args.update_card) / "model_index.json").is_file():

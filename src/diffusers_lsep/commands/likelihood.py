@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     """Does the work of `diffusers-lsep likelihood`."""
     # 1. What can be refused at once
+    if args.trace == "exact":
+        args.parser.refuse_without("--trace hutchinson", args, "num_directions")
     path = Path(args.output_dir) / RESULTS_FILE
     check_writable("--output_dir", args.output_dir)
     if path.exists() and not args.overwrite_output_dir:

@@ -128,6 +128,8 @@ def run(args: argparse.Namespace) -> None:
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # 1. What can be refused at once
+    if args.method != "mae":
+        args.parser.refuse_without("--method mae", args, "epochs")
     output_dir = Path(args.output_dir)
     check_writable("--output_dir", output_dir)
     results_file = output_dir / RESULTS_FILE  # written last: without it the heat map is of a run that was killed

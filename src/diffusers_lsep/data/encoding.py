@@ -64,7 +64,7 @@ def open_images_to_encode(
     train_data_dir: Path | None = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     image_column: str = "image",
     label_column: str | None = "label",
 ) -> ImageFiles | DatasetImages:
@@ -78,22 +78,25 @@ def open_images_to_encode(
             In its place, a data set on the Hub.
         dataset_config_name (`str`, *optional*):
             Its configuration.
-        split (`str`, defaults to `"train"`):
-            Its split, or that of the Parquet files; as are the columns.
+        split (`str`, *optional*):
+            Its split, or that of the Parquet files, as are the columns; `"train"` if not given.
         image_column (`str`, defaults to `"image"`):
             The column of images.
         label_column (`str`, defaults to `"label"`):
             The column of labels. None for images without labels, whatever they are given as.
 
     Raises:
-        `ValueError`: if there are no images, or it is in doubt what their classes are.
+        `ValueError`: if there are no images, it is in doubt what their classes are, or there is no such split.
     """
     if train_data_dir is None or (train_data_dir.is_dir() and next(train_data_dir.rglob("*.parquet"), None)):
         argument = "--train_data_dir" if dataset_name is None else "--dataset_name"
         splits = load_image_dataset(dataset_name, dataset_config_name, train_data_dir, argument=argument)
-        if split not in splits:
-            raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {split}.")
-        return DatasetImages(splits[split], image_column, label_column)
+        chosen = split or "train"
+        if chosen not in splits:
+            raise ValueError(f"`--split` has to be one of {', '.join(splits)}, but is {chosen}.")
+        return DatasetImages(splits[chosen], image_column, label_column)
+    if split is not None:
+        raise ValueError(f"`--split {split}` is of data sets, but {train_data_dir} is of files, which have none.")
     return open_image_files(train_data_dir, labelled=label_column is not None)
 
 
