@@ -77,7 +77,6 @@ COST_PAIRS, COST_STEPS = 5, 60
 STORED_LENGTHS, LENGTHS, LENGTH_SEEDS = (0.05, 0.1), (0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25), (0,)
 # What was tried to choose LSEP's settings.
 CHOICES: dict[str, list[object]] = {
-    "SiT": ["--no_lsep"],
     "LSEP": [],
     "LSEP, weight 0.1": ["--probe_weight_start", 0.1, "--probe_weight_end", 0.1, "--num_probe_weights", 1],
     "LSEP, depth 2": ["--probe_depth", 2],
@@ -91,15 +90,24 @@ WRONG, COARSE = "wrong labels", "coarse labels"
 METHOD_COLOURS = (*COLOURS, "0.55")
 # 97.5 % quantiles of Student's distribution by its degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-# The numbers of a judged step that the tables have.
+# The numbers of a judged step.
 MEASURES: dict[str, Callable[[dict], float]] = {
-    "Fréchet distance": lambda point: point["frechet_distance"],
-    "on pixels": lambda point: point["pixel_frechet_distance"],
+    "distance": lambda point: point["frechet_distance"],
+    "distance of pixels": lambda point: point["pixel_frechet_distance"],
     "precision": lambda point: point["precision"],
     "recall": lambda point: point["recall"],
     "drawn as asked for": lambda point: point["as_asked_for"],
-    "accuracy of linear probes": lambda point: float(np.mean(point["probing"]["accuracy"])),
+    "probes": lambda point: float(np.mean(point["probing"]["accuracy"])),
 }
+SHARES = ("precision", "recall", "drawn as asked for", "probes")
+# The columns of the tables: the main ones, and those beside them.
+COLUMNS = [
+    *(("distance", 1000), ("distance", SHORT_STEPS), ("drawn as asked for", SHORT_STEPS), ("probes", SHORT_STEPS))
+]
+MORE_COLUMNS = [(name, SHORT_STEPS) for name in ("distance of pixels", "precision", "recall")]
+TITLES = {"SiT": "plain SiT", "dispersive": "Dispersive Loss", "layersync": "LayerSync", "sra": "SRA"}
+TITLES["self-transcendence"] = "Self-Transcendence (and 1,000 steps for its teacher)"
+TITLES |= {"internal-guidance": "Internal Guidance", "LSEP and internal-guidance": "LSEP and Internal Guidance"}
 
 
 @dataclass
@@ -280,7 +288,7 @@ def values_at(results: list[dict], method: str, measure: str, step: int) -> dict
     return {
         seed: MEASURES[measure](point)
         for seed, point in points.items()
-        if point is not None and (measure != "accuracy of linear probes" or "probing" in point)
+        if point is not None and (measure != "probes" or "probing" in point)
     }
 
 
@@ -294,20 +302,47 @@ def paired_differences(ours: dict[int, float], plain: dict[int, float]) -> tuple
     return statistics.mean(differences), STUDENT[count - 1] * spread, count
 
 
-def make_table(title: str, results: list[dict], step: int) -> str:
-    """Markdown: of each method the means after so many steps, and the paired differences from plain SiT."""
-    lines = [f"| {title}, {step:,} steps | {' | '.join(MEASURES)} | runs |", "|---" * (len(MEASURES) + 2) + "|"]
+def format_value(measure: str, value: float) -> str:
+    return f"{value:.0%}".replace("%", " %") if measure in SHARES else f"{value:.{0 if value >= 20 else 1}f}"
+
+
+def format_difference(measure: str, ours: dict[int, float], plain: dict[int, float]) -> str:
+    """The paired difference with its interval, bold if 0 is outside; nothing of less than two pairs."""
+    mean, half, count = paired_differences(ours, plain)
+    if count < 2:
+        return ""
+    if measure in SHARES:
+        mean, half = 100 * mean, 100 * half
+    digits = 0 if measure in SHARES or half >= 10 else 1
+    text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def make_table(results: list[dict], columns: list[tuple[str, int]], baseline: str = "SiT") -> str:
+    """Markdown: of each method the means of measures after so many steps, and the paired differences from one."""
+    titles = [f"{measure} at {step:,} | less {baseline}'s" for measure, step in columns]
+    lines = [f"| | seeds | {' | '.join(titles)} |", "|---" * (2 + 2 * len(columns)) + "|"]
     for method in dict.fromkeys(result["method"] for result in results):
-        cells, num_runs = [], len(values_at(results, method, "Fréchet distance", step))
-        for measure in MEASURES:
-            ours, plain = (values_at(results, name, measure, step) for name in (method, "SiT"))
-            cell = f"{statistics.mean(ours.values()):.3g}" if ours else "-"
-            if method != "SiT" and ours:
-                mean, half, count = paired_differences(ours, plain)
-                cell += f" ({mean:+.3g} ± {half:.2g})" if count > 1 else f" ({mean:+.3g})" if count else ""
-            cells.append(cell)
-        if num_runs:
-            lines.append(f"| {method} | {' | '.join(cells)} | {num_runs} |")
+        cells = [TITLES.get(method, method), str(sum(result["method"] == method for result in results))]
+        for measure, step in columns:
+            ours, plain = (values_at(results, name, measure, step) for name in (method, baseline))
+            cells.append(format_value(measure, statistics.mean(ours.values())) if ours else "")
+            cells.append("" if method == baseline else format_difference(measure, ours, plain))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def make_pair_table(results: list[dict]) -> str:
+    """Markdown: plain SiT, LSEP and their paired differences at every step that was judged."""
+    steps = [point["step"] for point in results[0]["curve"]]
+    lines = [f"| steps | {' | '.join(f'{step:,}' for step in steps)} |", "|---" * (1 + len(steps)) + "|"]
+    for measure in ("distance", "drawn as asked for"):
+        plain, ours = ([values_at(results, name, measure, step) for step in steps] for name in PAIR)
+        for title, values in ((f"{measure}: SiT", plain), ("LSEP", ours)):
+            means = [format_value(measure, statistics.mean(of_step.values())) for of_step in values]
+            lines.append(f"| {title} | {' | '.join(means)} |")
+        differences = [format_difference(measure, *both) for both in zip(ours, plain)]
+        lines.append(f"| difference | {' | '.join(differences)} |")
     return "\n".join(lines)
 
 
@@ -320,7 +355,7 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
     axes = np.atleast_1d(figure.subplots(1, 2 if costs else 1, sharey=True))
     seconds = statistics.median(cost["seconds_of_sit"] for cost in costs.values()) if costs else math.nan
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
-        curve = {step: list(values_at(results, method, "Fréchet distance", step).values()) for step in JUDGED_STEPS}
+        curve = {step: list(values_at(results, method, "distance", step).values()) for step in JUDGED_STEPS}
         curve = {step: values for step, values in curve.items() if values}
         steps, mean = np.array(list(curve)), [statistics.mean(values) for values in curve.values()]
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curve.values()]
@@ -344,7 +379,7 @@ def draw_accuracy(results: list[dict], path: Path):
     figure = Figure(figsize=(6, 4.5))
     axis = figure.subplots()
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
-        names = ("Fréchet distance", "accuracy of linear probes")
+        names = ("distance", "probes")
         distances, accuracies = (values_at(results, method, name, SHORT_STEPS) for name in names)
         points = [[distances[seed] for seed in accuracies], list(accuracies.values())]
         axis.scatter(*points, label=method, color=METHOD_COLOURS[index], marker=MARKERS[index])
@@ -453,13 +488,14 @@ def main():
         of_lengths = [Run(name, seed, "lengths", flags=METHODS[name]) for name in names for seed in seeds]
         lengths = list(pool.map(lambda run: judge_lengths(run, judge, args.output_dir, results_dir), of_lengths))
     choice, compared = ([result for result in results if result["study"] == name] for name in ("choice", "methods"))
-    parts = [make_table("choice of LSEP's settings", choice, SHORT_STEPS)] if choice else []
+    parts = [make_table(choice, COLUMNS[1:], "LSEP")] if choice else []
     if compared:
-        pair = [result for result in compared if result["steps"] == STEPS]
-        parts += [make_table("methods", compared, SHORT_STEPS), make_table("methods", pair, STEPS)]
+        parts += [make_table(compared, COLUMNS), make_table(compared, MORE_COLUMNS)]
+    if pair := [result for result in compared if result["steps"] == STEPS]:
+        parts.append(make_pair_table(pair))
     for kind in (WRONG, COARSE):
         of_kind = [result for result in results if result["data"] == kind]
-        parts += [make_table(kind, of_kind, SHORT_STEPS)] if of_kind else []
+        parts += [f"{kind}:\n\n{make_table(of_kind, COLUMNS[1:])}"] if of_kind else []
     if lengths:
         parts.append(make_length_table(lengths))
         draw_lengths(lengths, results_dir / "lengths.png")

@@ -30,6 +30,7 @@ def test_counted_operations_equal_the_formula(batch_size):
     assert count_flops(shape) == formula_flops(shape)
 
 
+@pytest.mark.slow
 @on_this_version
 def test_kernels_that_the_compiler_fuses():
     class Layer(nn.Module):
@@ -149,6 +150,7 @@ def test_the_compared_schedulers_work(load_example):
         assert len(states) > 1 and all(state.isfinite().all() for state in states), name
 
 
+@pytest.mark.slow
 def test_precision_of_one_seed(load_example, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     make_pipeline(num_layers=1, patch_size=4, in_channels=1).save_pretrained(tmp_path / "model")

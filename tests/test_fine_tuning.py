@@ -128,6 +128,7 @@ def test_as_many_classes_of_other_names(train, pretrained, tmp_path, capsys):
     assert all(torch.equal(row, weights(pretrained)["class_embedding.weight"][3]) for row in table)
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_a_probe(train, pretrained, images, capsys, tmp_path):
     shutil.rmtree(pretrained / "probe")
     assert fine_tune(train, pretrained, images[0]) == 0
@@ -247,6 +248,7 @@ def draw(pipeline, labels=(0, 1), **options):
     return pipeline(list(labels), generator=torch.Generator().manual_seed(0), **options).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which, flags, labels",
     [(0, (), (0, 1)), (1, (), (0, 1)), (1, ("--unconditional",), (0, 0))],

@@ -87,6 +87,7 @@ def test_the_figure_of_the_guide():
     assert size / 1e9 == pytest.approx(18.5, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--no-use_ema"], ["--post_hoc_ema_sigmas", 0.05, 0.1]])
 def test_copies_for_checkpoints_are_counted(train, monkeypatch, flags):
     """What is counted ahead, and what is there at the end, but for the numbers of AdamW's steps."""

@@ -109,6 +109,7 @@ def test_recipe_of_mnist(train, capsys, monkeypatch):
     assert "tokens: 49 per image" in output[end:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sit")])
 def test_papers_recipes(dry_run, name):
     """They pass all checks of the script, and come to the paper's model, method and optimiser."""
@@ -156,6 +157,7 @@ def test_papers_recipes_say_everything_themselves(name):
         assert int(steps.replace(",", "")) == math.ceil(int(epochs) * IMAGENET_IMAGES / 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("fine-tune")])
 def test_fine_tuning_recipes(dry_run, name):
     settings, output = dry_run(name)
@@ -171,6 +173,7 @@ def test_recipes_fit_other_classes(name):
     assert "--validation_labels" not in shlex.split((CONFIGS / name).read_text(), comments=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("own-images")])
 def test_recipes_for_own_images(train, vae, capsys, tmp_path, monkeypatch, name):
     """Some hundred images are seen often enough, reports and checkpoints come in time, and it fits its machine."""

@@ -732,6 +732,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.name for path in LOSSES.iterdir() if path.name != "irepa"))
 @pytest.mark.parametrize("by", ["recipe", "default"])
 def test_recipes_and_defaults_are_the_published_values(train, tmp_path, capsys, recipe, by):
@@ -755,6 +756,7 @@ def test_recipes_and_defaults_are_the_published_values(train, tmp_path, capsys, 
     assert REGULARIZERS[name].paper in text and f"@examples/configs/losses/{recipe} " in text
 
 
+@pytest.mark.slow
 def test_the_example_for_contributors(train, tmp_path, monkeypatch):
     """A class, a line in the table: it has flags, is trained and reported."""
     ((_, code),) = [block for block in read_blocks("CONTRIBUTING.md") if "(Regularizer)" in block[1]]

@@ -461,6 +461,7 @@ def test_repa_needs_pixels(train, dinov2, latents, original_layout, tiny_vae_fol
     refused(tmp_path / "data" / "vae-sd", ".*/images lacks the images of 1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "depth"), [("SiT-XL/2", 8), ("SiT-L/4", 8), ("SiT-B/2", 4), ("SiT-S/2", 4)])
 def test_depth_of_repa_follows_the_size(train, dinov2, own_images, capsys, preset, depth):
     flags = ["--dry_run", "--train_data_dir", own_images, "--preset", preset, "--repa_encoder", dinov2]

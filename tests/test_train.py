@@ -194,6 +194,7 @@ def test_streaming(train, own_images, tmp_path):
         train("--streaming", "--train_data_dir", tmp_path / "images", output_dir=tmp_path / "own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset, expected",
     [
@@ -331,6 +332,7 @@ def test_from_a_folder_of_images_to_a_grid_that_shows_them(train, coloured_image
         assert np.abs(drawn - colour).max() < 40, (column, drawn, colour)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, gpu, recipe, model",
     [
@@ -394,6 +396,7 @@ def test_plain_sit(train, tmp_path):
     assert set(lines[-1]) == {"step", "epoch", "validation_denoising_loss"}
 
 
+@pytest.mark.slow
 def test_cheaper_probes(train, tmp_path):
     train("--coupled_dropout", "--probe_fraction", 0.25, "--logging_steps", 1)
     settings = settings_of(tmp_path / "run")
@@ -471,6 +474,7 @@ def test_averages(train, tmp_path):
     assert all(torch.equal(raw[name], saved[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_an_average_that_holds_the_start_is_said(train, capsys, tmp_path):
     sentence = "After 4 steps with `--ema_decay 0.9` the average of the weights still holds 65.6% of the initial"
     train("--ema_decay", 0.9, tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN])
@@ -497,6 +501,7 @@ def test_the_average_follows_from_the_length(train, capsys):
     assert average("--ema_decay", 0.99, "--ema_warmup") == (0.99, True)
 
 
+@pytest.mark.slow
 def test_a_gradient_norm_of_zero_leaves_gradients_alone(train, tmp_path):
     kept = {}
     for limit in (0, 1e9, 1e-3):
@@ -706,6 +711,7 @@ def test_the_vae_computes_in_float32(train, own_images, tiny_vae_folder, tmp_pat
     assert {"_encode", "_decode"} == set(computed)
 
 
+@pytest.mark.slow
 def test_latents_in_the_original_layout_train_like_the_images(train, own_images, tiny_vae_folder, tmp_path):
     """The same moments, from the VAE at every step or from files, are the same run."""
     from diffusers_lsep.data.images import load_image_dataset, open_images
@@ -935,6 +941,7 @@ def test_a_second_run_is_refused(train, tmp_path):
     assert not all(torch.equal(tensor, before[name]) for name, tensor in final_weights(run).items())
 
 
+@pytest.mark.slow
 def test_folders_that_are_links_are_unlinked(train, tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     train("--max_train_steps", 1)
@@ -1048,6 +1055,7 @@ def test_a_run_of_an_older_version_goes_on_as_it_began(train, tmp_path, capsys):
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_resuming_before_the_first_checkpoint_starts_anew(train, tmp_path, capsys):
     run = tmp_path / "run"
     assert train("--resume_from_checkpoint", "latest") == 0
@@ -1058,6 +1066,7 @@ def test_resuming_before_the_first_checkpoint_starts_anew(train, tmp_path, capsy
         train("--resume_from_checkpoint", "latest", "--seed", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [(Fingerprint, "save"), (output_folder, "write_text")], ids=["data", "settings"])
 def test_a_run_that_is_killed_as_it_begins_can_begin_again(train, tmp_path, monkeypatch, place):
     """Before either of the first two files that it writes, of which the other may be there."""
@@ -1073,6 +1082,7 @@ def test_a_run_that_is_killed_as_it_begins_can_begin_again(train, tmp_path, monk
     assert (tmp_path / "run" / "fingerprint.npy").is_file()
 
 
+@pytest.mark.slow
 def test_checkpoints_are_limited_and_milestones_stay(train, tmp_path):
     flags = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 1, "--milestone_steps", 2]
     train(*flags, "--max_train_steps", 5)
@@ -1158,6 +1168,7 @@ def test_a_validation_that_was_cut_off_is_done_before_the_run_goes_on(train, tmp
     assert steps == [line["step"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_drawn_cost_no_step(train, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         for name in ("draw_samples", "draw_curves"):
