@@ -13,15 +13,16 @@ features of the classifier of `mnist_classifier.py` and on pixels, precision and
 share of samples that the classifier takes for the class that was asked for; after 1,500 and 3,000 steps linear probes
 of every block too.
 
-`choice` tries LSEP's settings on seeds that nothing else uses; `methods` is the comparison, of 1,500 steps, where the
-distance of plain SiT falls fastest; plain SiT and LSEP go on to 3,000 with three of their five seeds. `labels` takes a
-fifth of wrong labels and two coarse classes; `lengths` judges averages of the weights of other lengths (post-hoc EMA),
-of one run of plain SiT and one of LSEP; `cost` takes the seconds of a step over plain SiT's, from short runs in turns.
-Depths and widths are those of the papers in proportion to 6 blocks of width 128. Self-Transcendence has a run before
-it, its teacher, whose 1,000 steps count as its time. The runs lie in `--output_dir`. What was found of each is a file
-in `--results_dir`, and a run that has its file is not trained again: with `--results_dir benchmarks/regularizers` the
-command goes on with the results that the repository has. Beside them: `STUDY.md`, `curves.png`, `accuracy.png`,
-`samples.png`, `lengths.png`.
+`choice` tries LSEP's settings on seeds that nothing else uses. `methods` is the comparison, of 1,500 steps: chosen
+when plain SiT and LSEP had been run to 3,000, as where these differ most. Those two have two more seeds, of 1,500
+steps. `labels` takes a fifth of wrong labels and two coarse classes; `lengths` judges averages of the weights of other
+lengths (post-hoc EMA), of one run of plain SiT and one of LSEP; `cost` takes the seconds of a step over plain SiT's,
+from short runs in turns.
+LSEP's depth is that of the digits, 3 of 6 blocks; the depths and widths of the others are those of the papers in
+proportion. Self-Transcendence has a run before it, its teacher, whose 1,000 steps count as its time. The runs lie in
+`--output_dir`. What was found of each is a file in `--results_dir`, and a run that has its file is not trained again:
+with `--results_dir benchmarks/regularizers` the command goes on with the results that the repository has. Beside them:
+the tables of `docs/methods.md`, `curves.png`, `accuracy.png`, `samples.png`, `lengths.png`.
 """
 
 import argparse
@@ -69,6 +70,11 @@ METHODS: dict[str, list[object]] = {
     ],
     "internal-guidance": ["--no_lsep", "--regularizers", "internal-guidance"],
     "LSEP and internal-guidance": ["--regularizers", "internal-guidance"],
+    "LSEP, labels hidden": ["--probe_dropout_prob", 1],  # the probe's stream never sees the label
+    "dispersive, JAX": [
+        *("--no_lsep", "--regularizers", "dispersive", "--dispersive_depth", 2),
+        *("--dispersive_weight", 0.5, "--dispersive_temperature", 0.5),
+    ],
 }
 TEACHER, TEACHER_STEPS = "self-transcendence, first stage", 1000
 INTERNAL_GUIDANCE_SCALE = 1.4  # at which models with the head are judged once more
@@ -87,7 +93,7 @@ CHOICES: dict[str, list[object]] = {
 PAIR = ("SiT", "LSEP")  # the two that have more seeds, and more steps with the seeds of all
 SEEDS, PAIR_SEEDS, CHOICE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4), (100, 101)
 WRONG, COARSE = "wrong labels", "coarse labels"
-METHOD_COLOURS = (*COLOURS, "0.55")
+METHOD_COLOURS = (*COLOURS, "0.55", "tab:olive", "tab:cyan")
 # 97.5 % quantiles of Student's distribution by its degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # The numbers of a judged step.
@@ -104,10 +110,12 @@ SHARES = ("precision", "recall", "drawn as asked for", "probes")
 COLUMNS = [
     *(("distance", 1000), ("distance", SHORT_STEPS), ("drawn as asked for", SHORT_STEPS), ("probes", SHORT_STEPS))
 ]
-MORE_COLUMNS = [(name, SHORT_STEPS) for name in ("distance of pixels", "precision", "recall")]
+MORE_COLUMNS = [("distance of pixels", 1000)]
+MORE_COLUMNS += [(name, SHORT_STEPS) for name in ("distance of pixels", "precision", "recall")]
 TITLES = {"SiT": "plain SiT", "dispersive": "Dispersive Loss", "layersync": "LayerSync", "sra": "SRA"}
 TITLES["self-transcendence"] = "Self-Transcendence (and 1,000 steps for its teacher)"
 TITLES |= {"internal-guidance": "Internal Guidance", "LSEP and internal-guidance": "LSEP and Internal Guidance"}
+TITLES["dispersive, JAX"] = "Dispersive Loss, settings of the JAX code"
 
 
 @dataclass
@@ -199,10 +207,11 @@ def measure_costs(methods: list[str], output_dir: Path, results_dir: Path) -> di
     """Seconds of a step over those of plain SiT, of runs that take turns: median and quartiles of their pairs."""
     path = results_dir / "costs.json"
     costs = json.loads(path.read_text()) if path.is_file() else {}
-    for method in methods:
+    stages = [TEACHER] if "self-transcendence" in methods else []
+    for method in [*stages, *methods]:
         if method == "SiT" or method in costs:
             continue
-        flags = list(METHODS[method])
+        flags = list(METHODS.get(method, METHODS["self-transcendence"]))
         if method == "self-transcendence":
             teacher = output_dir / Run(TEACHER, 0, "cost", steps=TEACHER_STEPS).name
             train_run(teacher, MNIST, flags, TEACHER_STEPS, 0)
@@ -332,8 +341,21 @@ def make_table(results: list[dict], columns: list[tuple[str, int]], baseline: st
     return "\n".join(lines)
 
 
-def make_pair_table(results: list[dict]) -> str:
-    """Markdown: plain SiT, LSEP and their paired differences at every step that was judged."""
+def values_between(results: list[dict], method: str, measure: str, step: float) -> dict[int, float]:
+    """As [`values_at`], between the judged steps too: on a straight line, of the logarithm where it is a distance."""
+    steps = [point["step"] for point in results[0]["curve"]]
+    curves = [values_at(results, method, measure, judged) for judged in steps]
+    if not steps[0] <= step <= steps[-1]:
+        return {}
+    there, back = (lambda x: x, lambda x: x) if measure in SHARES else (np.log, np.exp)
+    return {seed: float(back(np.interp(step, steps, there([curve[seed] for curve in curves])))) for seed in curves[0]}
+
+
+def make_pair_table(results: list[dict], cost: float | None = None) -> str:
+    """
+    Markdown: plain SiT, LSEP and their paired differences at every step that was judged; with the cost of a step of
+    LSEP over one of plain SiT also the differences after as much work.
+    """
     steps = [point["step"] for point in results[0]["curve"]]
     lines = [f"| steps | {' | '.join(f'{step:,}' for step in steps)} |", "|---" * (1 + len(steps)) + "|"]
     for measure in ("distance", "drawn as asked for"):
@@ -342,7 +364,11 @@ def make_pair_table(results: list[dict]) -> str:
             means = [format_value(measure, statistics.mean(of_step.values())) for of_step in values]
             lines.append(f"| {title} | {' | '.join(means)} |")
         differences = [format_difference(measure, *both) for both in zip(ours, plain)]
-        lines.append(f"| difference | {' | '.join(differences)} |")
+        lines.append(f"| difference after as many steps | {' | '.join(differences)} |")
+        if cost is not None:
+            as_long = [values_between(results, PAIR[0], measure, step * cost) for step in steps]
+            differences = [format_difference(measure, *both) for both in zip(ours, as_long)]
+            lines.append(f"| difference after as much work | {' | '.join(differences)} |")
     return "\n".join(lines)
 
 
@@ -363,8 +389,9 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
         axes[0].errorbar(steps, mean, yerr=spread, capsize=2, **style)
         if costs:
             ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
-            before = TEACHER_STEPS if method == "self-transcendence" else 0
-            axes[1].errorbar((steps + before) * ratio * seconds / 60, mean, yerr=spread, capsize=2, **style)
+            before = TEACHER_STEPS * costs.get(TEACHER, {}).get("ratio", math.nan)
+            cost = steps * ratio + (before if method == "self-transcendence" else 0)
+            axes[1].errorbar(cost * seconds / 60, mean, yerr=spread, capsize=2, **style)
             axes[1].set(xlabel="minutes of one core")
     axes[0].set(xlabel="steps of 64 images", ylabel="Fréchet distance to the training images", yscale="log")
     axes[0].legend()
@@ -491,8 +518,9 @@ def main():
     parts = [make_table(choice, COLUMNS[1:], "LSEP")] if choice else []
     if compared:
         parts += [make_table(compared, COLUMNS), make_table(compared, MORE_COLUMNS)]
-    if pair := [result for result in compared if result["steps"] == STEPS]:
-        parts.append(make_pair_table(pair))
+    pair = [result for result in compared if result["steps"] == STEPS]
+    if {result["method"] for result in pair} == set(PAIR):
+        parts.append(make_pair_table(pair, costs.get("LSEP", {}).get("ratio")))
     for kind in (WRONG, COARSE):
         of_kind = [result for result in results if result["data"] == kind]
         parts += [f"{kind}:\n\n{make_table(of_kind, COLUMNS[1:])}"] if of_kind else []

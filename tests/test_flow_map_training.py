@@ -236,6 +236,7 @@ def test_any_pipeline_becomes_a_flow_map(train, teacher, tmp_path, capsys, veloc
     assert type(pipe.scheduler) is FlowMapScheduler and pipe.transformer.config.flow_map_depth == 2
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "arxiv:2510.24474" in card and "flow_map_guidance_scale" in card and "num_inference_steps=2" in card
+    assert "mean velocity between two times" in card and "plain SiT" not in card
     with pytest.raises(ValueError, match="`--flow_map` has to be given for a model with `flow_map_depth=2`"):
         train(*flags[2:4], "--pretrained_model_name_or_path", tmp_path / "whole", tiny=FROM_PIPELINE)
 
