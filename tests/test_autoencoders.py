@@ -109,6 +109,16 @@ class TestEveryClass:
         torch.testing.assert_close(latents, to_model(name, vae, mean + std * noise), rtol=1e-5, atol=1e-6)
         assert (std.max() == 0) == (name in ("Tiny", "DC"))
 
+    def test_it_may_be_compiled(self, name):
+        vae = make_autoencoder(name)
+        pipe = pipeline_with(vae)
+        pipe.vae = torch.compile(vae, backend="eager")
+        images = [
+            LSEPPipeline(**part)(3, num_inference_steps=2, output_type="pt", generator=torch.manual_seed(0)).images
+            for part in (pipe.components, {**pipe.components, "vae": vae})
+        ]
+        torch.testing.assert_close(*images)
+
     def test_the_way_back(self, name):
         vae, normalization = make_autoencoder(name), get_normalization(make_autoencoder(name))
         latents = torch.randn(2, get_latent_channels(vae), 4, 4, generator=torch.Generator().manual_seed(0))
@@ -134,7 +144,9 @@ class TestEveryClass:
         pipe.save_pretrained(tmp_path / "pipeline")
         write_model_card(tmp_path / "pipeline")
         with caplog.at_level(logging.WARNING):
-            LSEPPipeline.from_pretrained(tmp_path / "pipeline", vae=vae)
+            for pipeline_class in (LSEPPipeline, DiffusionPipeline):
+                assert pipeline_class.from_pretrained(tmp_path / "pipeline", vae=vae).vae is vae
+                assert pipeline_class.from_pretrained(tmp_path / "pipeline", vae=None).vae is None
             again = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
         assert "Expected types" not in caplog.text
         assert type(again) is LSEPPipeline and type(again.vae) is type(vae)

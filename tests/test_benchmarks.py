@@ -3,13 +3,16 @@
 """The benchmarks: those for GPUs run to their end without one, and their counts are right."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import regularizers
 import torch
 import torch.nn as nn
 from code_blocks import ROOT
+from committed_figures import check_figure
 from diffusers.utils import is_torch_version
 from roofline import DEVICES, Shape, compiled_kernels, count_flops, eager_kernels, formula_flops, schedule
 from tiny_models import make_pipeline
@@ -21,6 +24,7 @@ from diffusers_lsep.training.memory import trace_block, without_values
 on_this_version = pytest.mark.skipif(
     torch.version.cuda is None or is_torch_version("<", "2.15.0"), reason="needs PyTorch 2.15, built with CUDA"
 )
+STUDY = ROOT / "benchmarks" / "regularizers"
 TINY = {"patch_size": 2, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
 
 
@@ -161,3 +165,52 @@ def test_precision_of_one_seed(load_example, monkeypatch, tmp_path, capsys):
     assert [row["dtype"] for row in rows] == list(script.DTYPES)
     assert rows[0]["mean change of a pixel"] == rows[0]["largest"] == 0 < rows[-1]["mean change of a pixel"]
     assert all(len(row["distances"]) == 1 and "between seeds, root mean square" not in row for row in rows)
+
+
+@pytest.fixture
+def compared():
+    """What was found of the runs of the comparison, method by method."""
+    results = [json.loads(path.read_text()) for path in STUDY.glob("*-labels-*-seed-?.json")]
+    return sorted(results, key=lambda result: (list(regularizers.METHODS).index(result["method"]), result["seed"]))
+
+
+def test_the_tables_of_the_comparison_are_those_of_its_results(compared):
+    page = (ROOT / "docs" / "methods.md").read_text()
+    costs = json.loads((STUDY / "costs.json").read_text())
+    pair = [result for result in compared if result["steps"] == regularizers.STEPS]
+    for table in (
+        regularizers.make_table(compared, regularizers.COLUMNS),
+        regularizers.make_table(compared, regularizers.MORE_COLUMNS),
+        regularizers.make_pair_table(pair, costs["LSEP"]["ratio"]),
+    ):
+        assert table in page, table
+
+
+def test_the_figure_of_the_comparison_is_that_of_its_results(compared, tmp_path):
+    costs = json.loads((STUDY / "costs.json").read_text())
+    regularizers.draw_curves(compared, costs, tmp_path / "methods-curves.png")
+    check_figure(tmp_path / "methods-curves.png")
+
+
+def test_intervals_of_paired_differences():
+    """Of the differences 1, 2 and 6 of the common seeds: Student's quantile has a closed form for three."""
+    ours, plain = {0: 11.0, 1: 22.0, 2: 36.0, 7: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0, 8: 50.0}
+    mean, half, count = regularizers.paired_differences(ours, plain)
+    quantile = 0.95 / math.sqrt(2 * 0.975 * 0.025)
+    assert (mean, count) == (3.0, 3) and half == pytest.approx(quantile * math.sqrt(7 / 3), rel=1e-3)
+    assert regularizers.format_difference("distance", ours, plain) == "+3.0 ± 6.6"
+    assert regularizers.format_difference("recall", {0: 0.5, 1: 0.7}, {0: 0.4, 1: 0.6}) == "**+10 ± 0**"
+    assert regularizers.format_difference("distance", {0: 1.0}, plain) == ""
+
+
+def test_values_between_judged_steps():
+    """A distance that falls by a factor in equal steps, and a share that grows by as much, are met exactly."""
+    points = [
+        {"step": step, "frechet_distance": 100 * 0.5 ** (step / 1000), "as_asked_for": step / 1e4}
+        for step in (1000, 1500, 3000)
+    ]
+    results = [{"method": "SiT", "seed": 4, "curve": points}]
+    between = regularizers.values_between(results, "SiT", "distance", 2000)
+    assert between == {4: pytest.approx(25)}
+    assert regularizers.values_between(results, "SiT", "drawn as asked for", 2000) == {4: pytest.approx(0.2)}
+    assert regularizers.values_between(results, "SiT", "distance", 3001) == {}

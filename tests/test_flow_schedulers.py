@@ -210,6 +210,9 @@ def test_lcm_takes_sigmas_and_a_generator_for_each_image():
         (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), {"path_type": "cosine"}, "cosine"),
         (DPMSolverMultistepScheduler(**FLOW), {"path_type": "cosine"}, "cosine"),
         (FlowMatchSDEScheduler(), {"path_type": "cosine"}, "cosine"),
+        (UniPCMultistepScheduler(**FLOW, solver_type="bh1"), {"solver_type": "bh2"}, "linear"),
+        (UniPCMultistepScheduler(**FLOW, predict_x0=False), {"predict_x0": True}, "linear"),
+        (UniPCMultistepScheduler(**FLOW, lower_order_final=False), {"lower_order_final": True}, "linear"),
         # It goes by settings of FlowMatchEuler that are none of its own.
         (
             LTXEulerAncestralRFScheduler.from_config(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config),

@@ -140,6 +140,39 @@ def test_classes_come_and_go_with_the_adapter(tmp_path, way):
     assert pipe.labels == {"ant": 0, "bee": 1, "cow": 2} and pipe.transformer.config.num_classes == 3
 
 
+def test_an_adapter_that_is_loaded_twice_stays(tmp_path):
+    pipe = make()
+    save_adapter(tmp_path, classes=NEW)
+    pipe.load_lora_weights(tmp_path, adapter_name="pets")
+    expected = draw(pipe)
+    with pytest.raises(ValueError, match="`adapter_name` has to be a new one, but there is an adapter 'pets' already"):
+        pipe.load_lora_weights(tmp_path, adapter_name="pets")
+    assert pipe.labels == {"dog": 0, "elk": 1}
+    np.testing.assert_array_equal(draw(pipe), expected)
+
+
+def test_classes_go_though_another_adapter_is_fused(tmp_path):
+    pipe, fused = make(), make()
+    for part in (pipe, fused):
+        part.load_lora_weights(save_adapter(tmp_path / "style", 1, targets=("to_q",)), adapter_name="style")
+    fused.fuse_lora()
+    pipe.load_lora_weights(save_adapter(tmp_path / "pets", classes=NEW), adapter_name="pets")
+    pipe.fuse_lora(adapter_names=["style"])
+    pipe.delete_adapters("pets")
+    assert pipe.labels == {"ant": 0, "bee": 1, "cow": 2}
+    np.testing.assert_allclose(draw(pipe), draw(fused), rtol=0, atol=1e-5)
+
+
+def test_another_pipeline_of_the_same_transformer_gives_the_classes_back(tmp_path):
+    pipe = make()
+    before = draw(pipe)
+    pipe.load_lora_weights(save_adapter(tmp_path, classes=NEW))
+    other = LSEPPipeline.from_pipe(pipe)
+    other.unload_lora_weights()
+    assert other.labels == {"ant": 0, "bee": 1, "cow": 2}
+    np.testing.assert_array_equal(draw(other), before)
+
+
 def test_fused_classes_stay_and_are_saved(tmp_path):
     pipe = make()
     pipe.load_lora_weights(save_adapter(tmp_path / "lora", classes=NEW))

@@ -1050,7 +1050,7 @@ def test_model_offload_and_from_pipe(make_pipeline):
         ({"generator": 0}, "`generator` has to be a `torch.Generator`, or a list of them, but is of type int"),
         ({"generator": [0]}, "`generator` has to be a `torch.Generator`, or a list of them, but is of type int"),
         ({"latents": np.zeros((1, 4, 8, 8))}, "`latents` has to be a tensor, but is of type ndarray"),
-        ({"sigmas": "all", "output_type": "latent"}, "`sigmas` has to be a list of numbers, but is 'all'"),
+        ({"sigmas": "all", "output_type": "latent"}, "`sigmas` has to be a list of at least one number, but is 'all'"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(make_pipeline, arguments, message):
@@ -1064,8 +1064,44 @@ def test_sigmas_for_schedulers_of_diffusers_have_to_be_a_list(make_pipeline):
     pipe = make_pipeline()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     for sigmas in (float("nan"), "all", [[1.0, 0.5]]):
-        with pytest.raises(ValueError, match="`sigmas` has to be a list of numbers, but is"):
+        with pytest.raises(ValueError, match="`sigmas` has to be a list of at least one number, but is"):
             pipe(1, sigmas=sigmas, output_type="latent")
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_sigmas_for_schedulers_of_diffusers_are_checked(make_pipeline, scheduler_class):
+    """As for the package's own: with or without the last 0."""
+    pipe = make_pipeline()
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipe.scheduler = scheduler_class.from_config(
+        pipe.scheduler.config, **(flow if scheduler_class is UniPCMultistepScheduler else {})
+    )
+    latents = [
+        pipe(1, sigmas=sigmas, generator=torch.manual_seed(0), output_type="latent").images
+        for sigmas in ([1.0, 0.5, 0.25], [1.0, 0.5, 0.25, 0.0])
+    ]
+    assert torch.equal(*latents) and latents[0].isfinite().all()
+    for sigmas in ([], [0.0]):
+        with pytest.raises(ValueError, match="`sigmas` ha"):
+            pipe(1, sigmas=sigmas, output_type="latent")
+    for sigmas in (
+        [0.5, 1.0],
+        [1.0, 0.5, 0.5],
+        [1.0, float("nan"), 0.2],
+        [2.0, 1.0],
+        [1.0, 0.5, 0.0, 0.0],
+        [1.0, -0.5],
+    ):
+        with pytest.raises(ValueError, match=r"`sigmas` have to decrease and to lie in \(0, 1\], but are"):
+            pipe(1, sigmas=sigmas, output_type="latent")
+
+
+def test_uploading_into_a_subfolder_is_refused(make_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`subfolder` has to be None, since .* but is 'a'"):
+        make_pipeline().push_to_hub("lsep/x", subfolder="a")
+    with pytest.raises(ValueError, match="`subfolder` is none of the arguments for uploading, which are commit_mes"):
+        make_pipeline().save_pretrained(tmp_path / "new", push_to_hub=True, subfolder="a")
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_need_an_id2label(tiny_transformer):

@@ -21,9 +21,11 @@ from diffusers_lsep import (
     FlowMatchHeunODEScheduler,
     FlowMatchSDEMultistepScheduler,
     FlowMatchSDEScheduler,
+    LSEPPipeline,
     SiTTransformer2DModel,
 )
 from diffusers_lsep.hub.remote_code import LEFT_TO_BASE_CLASS, REMOTE_COMPONENTS, add_code
+from diffusers_lsep.sampling import load_pipeline
 from diffusers_lsep.training.fine_tuning import read_pretrained
 
 
@@ -332,6 +334,20 @@ def test_with_the_package_such_a_folder_needs_trust_too(folders):
     model = SiTTransformer2DModel.from_pretrained(folders / "linear", subfolder="transformer")
     assert model.config.num_classes == 3 and "auto_map" not in model.config
     assert read_pretrained(str(folders / "linear")).config == read_pretrained(str(folders / "plain" / "linear")).config
+
+
+def test_the_package_and_its_commands_take_their_own_classes(folders, tmp_path):
+    """Nothing of the folder is executed, so that nothing asks for trust."""
+    images = []
+    for folder in (folders / "linear", folders / "plain" / "linear"):
+        pipe = load_pipeline(folder, "cpu")
+        assert [type(part) for part in (pipe, pipe.transformer)] == [LSEPPipeline, SiTTransformer2DModel]
+        images.append(pipe(1, num_inference_steps=2, output_type="np", generator=torch.manual_seed(0)).images)
+        file = next((folder / "transformer").glob("*.safetensors"))
+        assert type(LSEPPipeline.from_single_file(file, config=folder)) is LSEPPipeline
+        pipe.save_pretrained(tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"] == "LSEPPipeline"
+    assert (images[0] == images[1]).all()
 
 
 def test_refuses_other_pipelines(tmp_path):

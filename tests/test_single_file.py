@@ -151,6 +151,8 @@ def test_pipelines_with_a_config(folder, tmp_path):
         folder / "transformer" / WEIGHTS, config=folder, vae=vae, dtype=torch.bfloat16
     )
     assert pipe.vae is vae and pipe.transformer.dtype == torch.bfloat16
+    cosine = LSEPPipeline.from_single_file(folder / "transformer" / WEIGHTS, config=folder, path_type="cosine")
+    assert cosine.config.path_type == "cosine"
     plain = LSEPPipeline.from_single_file(folder / "transformer" / WEIGHTS)
     assert plain.vae is None and plain.config.path_type == "linear"
     # an original file, and all else from a pipeline

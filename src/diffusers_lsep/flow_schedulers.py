@@ -20,6 +20,7 @@ from diffusers.schedulers import (
     LTXEulerAncestralRFScheduler,
     SASolverScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 
 from .argument_checks import describe
@@ -49,6 +50,9 @@ _FLOW_SETTINGS = {
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
 }
+
+# With which UniPC stays finite down to t = 0.
+_UNIPC_SETTINGS = {"predict_x0": True, "solver_type": "bh2", "lower_order_final": True}
 
 # What the shift of a grid follows from, beside the number of tokens. Defaults as in FlowMatchEuler, as `from_config`
 # leaves out what was not given.
@@ -140,6 +144,13 @@ def check_scheduler(
                 f"`scheduler` has to take a velocity, `prediction_type='flow_prediction'`, but {name} has"
                 f" `prediction_type={config.get('prediction_type')!r}`. {advice}"
             )
+        unfit = {key: value for key, value in _UNIPC_SETTINGS.items() if config.get(key, value) != value}
+        if isinstance(scheduler, UniPCMultistepScheduler) and unfit:
+            setting = next(iter(unfit))
+            raise ValueError(
+                f"`scheduler` {name} cannot end at t = 0 with `{setting}={config[setting]!r}`."
+                f" {_advise(scheduler, path_type, unfit)}"
+            )
     if sigmas is not None and not _takes_sigmas(scheduler):
         raise ValueError(f"`sigmas` cannot be used with {name}, which does not take any.")
 
@@ -226,8 +237,14 @@ def set_timesteps(
             arguments["sigmas"] = np.asarray(sigmas, dtype=np.float64)
         except (TypeError, ValueError):
             arguments["sigmas"] = np.empty(())
-        if arguments["sigmas"].ndim != 1:
-            raise ValueError(f"`sigmas` has to be a list of numbers, but is {describe(sigmas)}.")
+        if arguments["sigmas"].ndim != 1 or not arguments["sigmas"].size:
+            raise ValueError(f"`sigmas` has to be a list of at least one number, but is {describe(sigmas)}.")
+        if not has_path(scheduler):
+            # As this package's check theirs. The others append the last 0 themselves.
+            times = arguments["sigmas"][: -1 if arguments["sigmas"][-1] == 0 else None]
+            if not (times.size and 0 < times[-1] and times[0] <= 1 and (np.diff(times) < 0).all()):
+                raise ValueError(f"`sigmas` have to decrease and to lie in (0, 1], but are {describe(sigmas)}.")
+            arguments["sigmas"] = times
     else:
         arguments["num_inference_steps"] = num_inference_steps
     scheduler.set_timesteps(**arguments)

@@ -5,6 +5,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ def _set_label_table(transformer: SiTTransformer2DModel, table: torch.Tensor):
     transformer.register_to_config(num_classes=len(table) - 1)
 
 
+@dataclass
+class _LoadedClasses:
+    """
+    What adapters changed, beside the layers, and what was there before: the label table, if it was replaced, and
+    `id2label`. An attribute of the transformer, which several pipelines may share.
+    """
+
+    table: torch.Tensor | None
+    id2label: dict[int, str] | None
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)  # the classes that each brought
+    deleted: set[str] = field(default_factory=set)  # adapters that brought classes, and may have been fused
+
+
 class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
     r"""
     Loads LoRA layers into the transformer of an [`LSEPPipeline`], as diffusers' pipelines with a transformer do. What
@@ -51,11 +65,6 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
     made of its null row before (a weight of 0 then draws anything). With the last such adapter the classes of before
     come back, unless it was fused.
     """
-
-    # By adapter, the classes that it brought; and what was there before the first of them: the label table, if it was
-    # replaced, and `id2label`.
-    _adapter_classes: dict[str, dict[str, Any]] = {}
-    _classes_before: tuple[torch.Tensor | None, dict[int, str] | None] | None = None
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs):
@@ -117,6 +126,11 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
             if classes.get("id2label"):
                 classes["id2label"] = {int(class_id): label for class_id, label in classes["id2label"].items()}
             self._check_classes(classes, hotswap)
+            if adapter_name in getattr(self.transformer, "peft_config", {}):
+                raise ValueError(
+                    f"`adapter_name` has to be a new one, but there is an adapter {adapter_name!r} already:"
+                    f" `pipe.delete_adapters({adapter_name!r})` removes it."
+                )
 
         with self._without_offloading():
             if classes:
@@ -189,7 +203,7 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
     def unload_lora_weights(self):
         """Removes all adapters, see [`~loaders.LoraBaseMixin.unload_lora_weights`], with the classes they brought."""
         with self._without_offloading():
-            self._end_classes(list(self._adapter_classes))
+            self._end_classes(list(self._loaded_classes.adapters) if self._loaded_classes else [])
             super().unload_lora_weights()
 
     def delete_adapters(self, adapter_names: list[str] | str):
@@ -199,10 +213,14 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
             self._end_classes(adapter_names)
             super().delete_adapters(adapter_names)
 
+    @property
+    def _loaded_classes(self) -> _LoadedClasses | None:
+        return getattr(self.transformer, "_loaded_classes", None)
+
     def _check_classes(self, classes: dict[str, Any], hotswap: bool):
         if hotswap:
             raise ValueError("`hotswap` has to be False for an adapter that brings its classes along, but is True.")
-        for name, loaded in self._adapter_classes.items():
+        for name, loaded in (self._loaded_classes.adapters if self._loaded_classes else {}).items():
             if any(loaded.get(key) != classes.get(key) for key in ("num_classes", "new_classes", "id2label")):
                 raise ValueError(
                     f"`pretrained_model_name_or_path_or_dict` was trained on other classes than the adapter {name!r}:"
@@ -222,27 +240,31 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
             )
 
     def _begin_classes(self, adapter_name: str, classes: dict[str, Any]):
-        if self._classes_before is None:
+        if self._loaded_classes is None:
             table = None
             if classes.get("new_classes"):
                 table = self.transformer.class_embedding.weight.detach()
                 replace_classes(self.transformer, classes["num_classes"])
-            self._classes_before = (table, self.config.id2label)
+            self.transformer._loaded_classes = _LoadedClasses(table, self.config.id2label)
             if classes.get("id2label") is not None:
                 self.register_to_config(id2label=classes["id2label"])
-        self._adapter_classes = {**self._adapter_classes, adapter_name: classes}
+        self._loaded_classes.adapters[adapter_name] = classes
 
     def _end_classes(self, adapter_names: list[str]):
-        self._adapter_classes = {k: v for k, v in self._adapter_classes.items() if k not in adapter_names}
-        if self._adapter_classes or self._classes_before is None:
+        loaded = self._loaded_classes
+        if loaded is None:
+            return
+        loaded.deleted |= loaded.adapters.keys() & {*adapter_names}
+        loaded.adapters = {name: classes for name, classes in loaded.adapters.items() if name not in adapter_names}
+        if loaded.adapters:
             return
         # What is fused stays when its adapter goes, and so do the classes.
-        if not any(getattr(module, "merged_adapters", None) for module in self.transformer.modules()):
-            table, id2label = self._classes_before
-            if table is not None:
-                _set_label_table(self.transformer, table.to(self.transformer.class_embedding.weight))
-            self.register_to_config(id2label=id2label)
-        self._classes_before = None
+        layers = self.transformer.modules()
+        if loaded.deleted.isdisjoint(name for layer in layers for name in getattr(layer, "merged_adapters", ())):
+            if loaded.table is not None:
+                _set_label_table(self.transformer, loaded.table.to(self.transformer.class_embedding.weight))
+            self.register_to_config(id2label=loaded.id2label)
+        self.transformer._loaded_classes = None
 
     @contextmanager
     def _without_offloading(self) -> Iterator[None]:

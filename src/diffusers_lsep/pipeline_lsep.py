@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -134,6 +135,13 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Here a folder that brings its code along is one like the others: this package's own classes are taken."""
+        from .hub.remote_code import without_code
+
+        return without_code(super()._dict_from_json_file(json_file))
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -153,12 +161,18 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             kwargs:
                 For uploading: `repo_id` (the name of the folder if not given), and the arguments of [`push_to_hub`].
         """
+        if push_to_hub:
+            from .hub.push import push_folder
+
+            known = inspect.signature(push_folder).parameters.keys() - {"folder"}
+            if unknown := kwargs.keys() - known:
+                raise ValueError(
+                    f"`{min(unknown)}` is none of the arguments for uploading, which are {', '.join(sorted(known))}."
+                )
         super().save_pretrained(
             save_directory, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack
         )
         if push_to_hub:
-            from .hub.push import push_folder
-
             defaults = {"repo_id": os.path.basename(os.path.abspath(save_directory)), "license": None}
             push_folder(save_directory, **{**defaults, **kwargs})
 
@@ -171,6 +185,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
+        subfolder: str | None = None,
         revision: str | None = None,
         license: str | None = None,
         with_code: bool = False,
@@ -186,6 +201,7 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             create_pr (`bool`, defaults to `False`): Whether to open a pull request in place of a commit.
             safe_serialization (`bool`, defaults to `True`): Pickles are not uploaded, so nothing else is allowed.
             variant (`str`, *optional*): The variant to save the weights as, such as `"fp16"`.
+            subfolder (`str`, *optional*): Not supported: the model card belongs at the top of the repository.
             revision (`str`, *optional*): The branch to push to, made if it does not exist.
             license (`str`, *optional*):
                 Licence of the weights, as the Hub spells it. The model card claims none if not given.
@@ -197,13 +213,18 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
             [`~huggingface_hub.CommitInfo`]: the commit.
 
         Raises:
-            `ValueError`: if `safe_serialization` is False.
+            `ValueError`: if `safe_serialization` is False, or `subfolder` is given.
             `ConnectionError`: if the connection breaks. Calling it again completes the upload.
         """
         from .hub.push import push_pipeline
 
         if not safe_serialization:
             raise ValueError("`safe_serialization` has to be True for uploading, but is False.")
+        if subfolder is not None:
+            raise ValueError(
+                f"`subfolder` has to be None, since the model card belongs at the top of the repository, but is"
+                f" {subfolder!r}."
+            )
         return push_pipeline(
             self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
         )
@@ -495,3 +516,23 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         self.maybe_free_model_hooks()
 
         return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+
+def _show_components(pipeline_class: type[LSEPPipeline]):
+    """
+    Shows diffusers which arguments are components. `DiffusionPipeline.from_pretrained` asks its own class what is
+    optional, and else keeps what was saved in place of what is given; without a default in the signature that it looks
+    at, `vae=vae` is taken as for every other pipeline. How the class is called does not change.
+    """
+    signature = inspect.signature(pipeline_class.__init__)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name in pipeline_class._optional_components:
+            parameter = parameter.replace(default=parameter.empty)
+        if parameter.name not in ("self", "transformer", "scheduler"):
+            parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
+        parameters.append(parameter)
+    pipeline_class.__init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+
+_show_components(LSEPPipeline)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from .command_line import number
 from .files import hash_weights
@@ -130,7 +130,7 @@ def load_guidance_transformer(pipe: LSEPPipeline, pretrained_model_name_or_path:
     pipe.register_modules(guidance_transformer=weaker.to(pipe.device))
 
 
-def set_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
+def set_scheduler(pipe: LSEPPipeline, name: str | None) -> None:
     """Gives the pipeline the sampler of that name, one of `SAMPLERS`; None keeps the one that it was saved with."""
     config = {"path_type": pipe.config.path_type, "num_train_timesteps": pipe.scheduler.config.num_train_timesteps}
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -156,6 +156,32 @@ def describe_scheduler(scheduler: SchedulerMixin) -> dict[str, Any]:
     return {"sampler": type(scheduler).__name__, "sampler_config": config}
 
 
+def open_pipeline(
+    name_or_path: str | os.PathLike, argument: str, dtype: torch.dtype = torch.float32, **arguments
+) -> LSEPPipeline:
+    """
+    A pipeline with its VAE in float32.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+        argument (`str`): What messages call it.
+        dtype (`torch.dtype`, defaults to `torch.float32`): Of the transformer.
+        arguments: For `LSEPPipeline.from_pretrained`.
+
+    Raises:
+        `ValueError`: if it cannot be loaded, or is another pipeline.
+    """
+    try:
+        class_name = LSEPPipeline.load_config(name_or_path, **arguments).get("_class_name")
+        if class_name == "LSEPPipeline":
+            return LSEPPipeline.from_pretrained(
+                name_or_path, dtype={"default": dtype, "vae": torch.float32}, **arguments
+            )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{argument}` {str(name_or_path)!r} cannot be loaded: {error}") from error
+    raise ValueError(f"`{argument}` has to be an LSEPPipeline, but is a {class_name}.")
+
+
 def load_pipeline(
     pretrained_model_name_or_path: str | os.PathLike,
     device: str | torch.device,
@@ -176,19 +202,12 @@ def load_pipeline(
         scheduler (`str`, *optional*):
             Of [`set_scheduler`].
         arguments:
-            For `DiffusionPipeline.from_pretrained`, such as `revision`.
+            For `LSEPPipeline.from_pretrained`, such as `revision`.
 
     Raises:
         `ValueError`: if it cannot be loaded, or if it draws latents but no images, for want of a VAE.
     """
-    dtypes = {"default": dtype, "vae": torch.float32}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, dtype=dtypes, **arguments)
-    except (OSError, ValueError) as error:
-        name = str(pretrained_model_name_or_path)
-        raise ValueError(f"`pretrained_model_name_or_path` {name!r} cannot be loaded: {error}") from error
-    if not isinstance(pipe, LSEPPipeline):
-        raise ValueError(f"`pretrained_model_name_or_path` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
+    pipe = open_pipeline(pretrained_model_name_or_path, "pretrained_model_name_or_path", dtype, **arguments)
     pipe.check_decodable()
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, scheduler)

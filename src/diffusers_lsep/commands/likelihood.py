@@ -12,11 +12,11 @@ import numpy as np
 from ..command_line import check_writable, number
 from ..data.sources import SourceSubset
 from ..evaluation.features import process_state
-from ..evaluation.labelled_data import VALIDATION_SPLITS, load_lsep_pipeline, open_validation_data
+from ..evaluation.labelled_data import VALIDATION_SPLITS, open_validation_data
 from ..evaluation.likelihood import TRACES, measure_likelihood
 from ..files import write_text
 from ..labels import find_class_ids
-from ..sampling import float32_products
+from ..sampling import float32_products, open_pipeline
 
 
 RESULTS_FILE = "likelihood_results.json"
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace):
         )
 
     # 2. Model and data
-    pipe = load_lsep_pipeline(args.pipeline, state.device)
+    pipe = open_pipeline(args.pipeline, "PIPELINE").to(state.device)
     pipe.transformer.requires_grad_(False)
     flags = ("--data", args.data, "--split", args.split)
     source, names, split = open_validation_data(*flags, args.pipeline, pipe, args.image_column, args.label_column)

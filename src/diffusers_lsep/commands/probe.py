@@ -22,7 +22,6 @@ from ..evaluation.labelled_data import (
     VALIDATION_SPLITS,
     holds_latents,
     image_size,
-    load_lsep_pipeline,
     load_splits,
     open_latents,
     open_validation_data,
@@ -33,7 +32,7 @@ from ..files import write_text
 from ..labels import find_class_ids
 from ..objective import LinearProbe
 from ..pipeline_lsep import LSEPPipeline
-from ..sampling import DTYPES, add_precision_arguments
+from ..sampling import DTYPES, add_precision_arguments, open_pipeline
 from ..training.checkpoints import STATE_FILE
 
 
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`diffusers-lsep probe` has to run in one process, but there are {state.num_processes}.")
 
     # 2. Model and data
-    pipe = load_lsep_pipeline(args.pipeline, state.device, DTYPES[args.dtype])
+    pipe = open_pipeline(args.pipeline, "PIPELINE", DTYPES[args.dtype]).to(state.device)
     record = _read_record(args.pipeline)
     train, held_out, names, origin = _open_data(args, pipe, record)
     of_classes = (names, pipe.config.id2label)

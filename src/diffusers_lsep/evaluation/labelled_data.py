@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from ..autoencoders import encode_moments, get_image_channels, get_normalization
 from ..data.images import ImageSource, load_image_dataset, read_labels
@@ -22,22 +21,6 @@ from ..pipeline_lsep import LSEPPipeline
 
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
-
-
-def load_lsep_pipeline(pipeline: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> LSEPPipeline:
-    """
-    The argument `PIPELINE` of a command, with its VAE in float32.
-
-    Raises:
-        `ValueError`: if it cannot be loaded, or is another pipeline.
-    """
-    try:
-        pipe = DiffusionPipeline.from_pretrained(pipeline, dtype={"default": dtype, "vae": torch.float32})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`PIPELINE` {pipeline!r} cannot be loaded: {error}") from error
-    if not isinstance(pipe, LSEPPipeline):
-        raise ValueError(f"`PIPELINE` has to be an LSEPPipeline, but is a {type(pipe).__name__}.")
-    return pipe.to(device)
 
 
 def holds_latents(data: str) -> bool:

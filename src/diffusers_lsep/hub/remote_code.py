@@ -7,8 +7,10 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..files import write_text
+from ..registration import LIBRARY_NAME
 from .saved_pipeline import SavedPipeline
 
 
@@ -27,7 +29,7 @@ REMOTE_STAND_INS = {"transformer_sit": "from diffusers import ModelMixin as SiTT
 
 # Methods that work only where this package is installed: the base class's stand in their place.
 LEFT_TO_BASE_CLASS = {
-    "LSEPPipeline": ("save_pretrained", "push_to_hub"),
+    "LSEPPipeline": ("_dict_from_json_file", "save_pretrained", "push_to_hub"),
     "SiTSingleFileMixin": ("from_single_file",),
     "LSEPSingleFileMixin": ("from_single_file",),
 }
@@ -39,8 +41,9 @@ def add_code(folder: str | os.PathLike):
     """
     Adds the code of the model, the scheduler and the pipeline to a saved pipeline, so that diffusers loads it with
     `trust_remote_code=True` where this package is not installed, and the transformer alone by `AutoModel`. From then
-    on diffusers asks for that argument wherever the folder is loaded. Components of other libraries are left as they
-    are. Code that was added for another class of a component is removed.
+    on `DiffusionPipeline.from_pretrained` asks for that argument wherever the folder is loaded; `LSEPPipeline` takes
+    the classes of the package, as do its commands. Components of other libraries are left as they are. Code that was
+    added for another class of a component is removed.
 
     The files are made of this package's modules. Each stands alone and holds what it imports from other modules.
 
@@ -71,6 +74,18 @@ def add_code(folder: str | os.PathLike):
     config = pipeline.transformer | {"auto_map": index["auto_map"]}
     write_text(folder / "transformer" / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def without_code(index: dict[str, Any]) -> dict[str, Any]:
+    """The `model_index.json` of a folder as it was before [`add_code`]."""
+    before = {name: value for name, value in index.items() if name != "auto_map"}
+    if index.get("_class_name") == [REMOTE_PIPELINE_FILE.removesuffix(".py"), "LSEPPipeline"]:
+        before["_class_name"] = "LSEPPipeline"
+    for name, value in before.items():
+        class_name = value[1] if isinstance(value, list) and len(value) == 2 else None
+        if isinstance(class_name, str) and value[0] == REMOTE_COMPONENTS.get(class_name, (None, None))[1]:
+            before[name] = [LIBRARY_NAME, class_name]
+    return before
 
 
 def _standalone_source(module: str, imported: set[str] | None = None) -> str:
