@@ -374,12 +374,11 @@ def make_pair_table(results: list[dict], cost: float | None = None) -> str:
 
 @figure_style()
 def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: Path):
-    """The distance against steps and, where the costs are known, against the time of a core."""
+    """The distance against steps and, where the costs are known, against work."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9 if costs else 6, 4))
     axes = np.atleast_1d(figure.subplots(1, 2 if costs else 1, sharey=True))
-    seconds = statistics.median(cost["seconds_of_sit"] for cost in costs.values()) if costs else math.nan
     for index, method in enumerate(dict.fromkeys(result["method"] for result in results)):
         curve = {step: list(values_at(results, method, "distance", step).values()) for step in JUDGED_STEPS}
         curve = {step: values for step, values in curve.items() if values}
@@ -391,8 +390,8 @@ def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: P
             ratio = 1.0 if method == "SiT" else costs.get(method, {}).get("ratio", math.nan)
             before = TEACHER_STEPS * costs.get(TEACHER, {}).get("ratio", math.nan)
             cost = steps * ratio + (before if method == "self-transcendence" else 0)
-            axes[1].errorbar(cost * seconds / 60, mean, yerr=spread, capsize=2, **style)
-            axes[1].set(xlabel="minutes of one core")
+            axes[1].errorbar(cost, mean, yerr=spread, capsize=2, **style)
+            axes[1].set(xlabel="work, in steps of plain SiT")
     axes[0].set(xlabel="steps of 64 images", ylabel="Fréchet distance to the training images", yscale="log")
     axes[0].legend()
     save_figure(path, figure)
