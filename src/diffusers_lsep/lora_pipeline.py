@@ -240,15 +240,16 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
             )
 
     def _begin_classes(self, adapter_name: str, classes: dict[str, Any]):
-        if self._loaded_classes is None:
+        loaded = self._loaded_classes
+        if loaded is None:
             table = None
             if classes.get("new_classes"):
                 table = self.transformer.class_embedding.weight.detach()
                 replace_classes(self.transformer, classes["num_classes"])
-            self.transformer._loaded_classes = _LoadedClasses(table, self.config.id2label)
+            loaded = self.transformer._loaded_classes = _LoadedClasses(table, self.config.id2label)
             if classes.get("id2label") is not None:
                 self.register_to_config(id2label=classes["id2label"])
-        self._loaded_classes.adapters[adapter_name] = classes
+        loaded.adapters[adapter_name] = classes
 
     def _end_classes(self, adapter_names: list[str]):
         loaded = self._loaded_classes

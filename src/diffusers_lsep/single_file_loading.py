@@ -122,7 +122,7 @@ def load_pipeline(
             raise ValueError(
                 f"`{name}` is for `SiTTransformer2DModel.from_single_file`, a pipeline has more than one."
             )
-    components = {name: kwargs.pop(name) for name in ("vae", "scheduler", "id2label") if name in kwargs}
+    components: dict[str, Any] = {n: kwargs.pop(n) for n in ("vae", "scheduler", "id2label") if n in kwargs}
     given_path = kwargs.get("path_type")
     of_model: dict[str, Any] = {"config": config, "subfolder": "transformer"} if config is not None else {}
     model_class = SiTTransformer2DModel
