@@ -107,15 +107,21 @@ MEASURES: dict[str, Callable[[dict], float]] = {
 }
 SHARES = ("precision", "recall", "drawn as asked for", "probes")
 # The columns of the tables: the main ones, and those beside them.
-COLUMNS = [
-    *(("distance", 1000), ("distance", SHORT_STEPS), ("drawn as asked for", SHORT_STEPS), ("probes", SHORT_STEPS))
+COLUMNS = [("distance", 1000), *((name, SHORT_STEPS) for name in ("distance", "drawn as asked for", "probes"))]
+MORE_COLUMNS = [
+    *(("distance of pixels", step) for step in (1000, SHORT_STEPS)),
+    *((name, SHORT_STEPS) for name in ("precision", "recall")),
 ]
-MORE_COLUMNS = [("distance of pixels", 1000)]
-MORE_COLUMNS += [(name, SHORT_STEPS) for name in ("distance of pixels", "precision", "recall")]
-TITLES = {"SiT": "plain SiT", "dispersive": "Dispersive Loss", "layersync": "LayerSync", "sra": "SRA"}
-TITLES["self-transcendence"] = "Self-Transcendence (and 1,000 steps for its teacher)"
-TITLES |= {"internal-guidance": "Internal Guidance", "LSEP and internal-guidance": "LSEP and Internal Guidance"}
-TITLES["dispersive, JAX"] = "Dispersive Loss, settings of the JAX code"
+TITLES = {
+    "SiT": "plain SiT",
+    "dispersive": "Dispersive Loss",
+    "layersync": "LayerSync",
+    "sra": "SRA",
+    "self-transcendence": "Self-Transcendence (and 1,000 steps for its teacher)",
+    "internal-guidance": "Internal Guidance",
+    "LSEP and internal-guidance": "LSEP and Internal Guidance",
+    "dispersive, JAX": "Dispersive Loss, settings of the JAX code",
+}
 
 
 @dataclass

@@ -23,6 +23,7 @@ from diffusers.models import (
     AutoencoderKLWan,
     AutoencoderTiny,
 )
+from diffusers.utils.torch_utils import unwrap_module
 
 
 # Those that tests cover. Others work if they have a config like one of these.
@@ -84,7 +85,7 @@ def check_autoencoder(vae: Autoencoder, argument: str, in_channels: int | None =
         argument (`str`): What messages call it.
         in_channels (`int`, *optional*): Channels of the transformer, if it is known.
     """
-    vae = _uncompiled(vae)
+    vae = unwrap_module(vae)
     class_name = type(vae).__name__
     if not hasattr(vae, "config") or not hasattr(vae, "decode"):
         raise ValueError(f"`{argument}` has to be an autoencoder of diffusers, but is of the class {class_name}.")
@@ -118,7 +119,7 @@ def get_scale_factor(vae: Autoencoder) -> int:
     Raises:
         `ValueError`: if the autoencoder does not say it.
     """
-    vae = _uncompiled(vae)
+    vae = unwrap_module(vae)
     # Asked of the object's own attributes: for a part of the config, `vae.name` would log a warning.
     factor = vars(vae).get("spatial_compression_ratio") or vae.config.get("spatial_compression_ratio")
     if factor is None:
@@ -133,7 +134,7 @@ def get_latent_channels(vae: Autoencoder) -> int:
 
 def get_image_channels(vae: Autoencoder) -> int:
     """Channels of the images: 1 for grey, 3 for RGB. Errors as in [`get_scale_factor`]."""
-    vae = _uncompiled(vae)
+    vae = unwrap_module(vae)
     channels = _read_config(vae, "in_channels", "input_channels", "num_channels", "encoder_in_channels")
     if isinstance(vae, AutoencoderKLWan) and vae.config.get("patch_size"):  # of the images, which its encoder unfolds
         channels //= vae.config["patch_size"] ** 2
@@ -142,7 +143,7 @@ def get_image_channels(vae: Autoencoder) -> int:
 
 def _read_config(vae: Autoencoder, *names: str) -> Any:
     """What the first of these says that the config has."""
-    vae = _uncompiled(vae)
+    vae = unwrap_module(vae)
     for name in names:
         if vae.config.get(name) is not None:
             return vae.config[name]
@@ -152,14 +153,9 @@ def _read_config(vae: Autoencoder, *names: str) -> Any:
     )
 
 
-def _uncompiled(vae: Autoencoder) -> Autoencoder:
-    """What `torch.compile` wrapped, if it did: its class tells what it is."""
-    return getattr(vae, "_orig_mod", vae)
-
-
 def _patch_size(vae: Autoencoder) -> int:
     """Side of the patches of latents that are one to the transformer: 2 for Flux2, as in its own pipeline."""
-    vae = _uncompiled(vae)
+    vae = unwrap_module(vae)
     return vae.config["patch_size"][0] if isinstance(vae, AutoencoderKLFlux2) else 1
 
 
@@ -178,7 +174,7 @@ def get_normalization(vae: Autoencoder, device: torch.device | None = None) -> d
     batch norm, over the channels of a patch. Arguments of [`normalize_latents`] and [`denormalize_latents`]: lists, as
     JSON has them, or tensors on `device` where that is given and they are used again and again.
     """
-    vae = _uncompiled(vae)
+    vae = unwrap_module(vae)
     config = vae.config
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     values = {name: config.get(name) for name in names}

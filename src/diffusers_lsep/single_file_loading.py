@@ -123,7 +123,6 @@ def load_pipeline(
                 f"`{name}` is for `SiTTransformer2DModel.from_single_file`, a pipeline has more than one."
             )
     components: dict[str, Any] = {n: kwargs.pop(n) for n in ("vae", "scheduler", "id2label") if n in kwargs}
-    given_path = kwargs.get("path_type")
     of_model: dict[str, Any] = {"config": config, "subfolder": "transformer"} if config is not None else {}
     model_class = SiTTransformer2DModel
     transformer, path_type, is_original = load_model(model_class, given, source, weights, **of_model, **kwargs)
@@ -135,8 +134,8 @@ def load_pipeline(
 
     options = {name: kwargs[name] for name in ("dtype", "torch_dtype", *HUB_OPTIONS) if name in kwargs}
     options["revision"] = kwargs.get("config_revision")
-    if given_path is not None:
-        components["path_type"] = given_path
+    if kwargs.get("path_type") is not None:
+        components["path_type"] = kwargs["path_type"]
     pipeline = pipeline_class.from_pretrained(config, transformer=transformer, **options, **components)
     if path_type not in (None, pipeline.config.path_type):
         raise ValueError(
