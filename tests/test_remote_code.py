@@ -301,9 +301,11 @@ def test_methods_that_need_the_package_are_named(folders):
     assert found == {(name, method) for name, methods in LEFT_TO_BASE_CLASS.items() for method in methods}
 
     tree = ast.parse((folders / "linear" / "pipeline.py").read_text())
-    (pipeline,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LSEPPipeline")
-    methods = {part.name for part in pipeline.body if isinstance(part, ast.FunctionDef)}
-    assert "__call__" in methods and not methods.intersection(LEFT_TO_BASE_CLASS["LSEPPipeline"])
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    methods = {node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)} for node in classes}
+    assert "__call__" in methods["LSEPPipeline"] and LEFT_TO_BASE_CLASS["LSEPSavingMixin"]
+    for name in ("LSEPPipeline", "LSEPSavingMixin"):
+        assert not methods[name].intersection(LEFT_TO_BASE_CLASS["LSEPSavingMixin"])
 
 
 def test_code_of_another_scheduler_goes(pipelines, tmp_path):

@@ -1,7 +1,5 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
-import inspect
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,6 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo
 
 from .argument_checks import check_choice, check_count, check_generator, check_tensor, check_type, describe
 from .auto_map import AutoMapMixin
@@ -31,6 +28,7 @@ from .guidance import GuidanceMixin, check_guidance_transformer, is_in_interval
 from .interpolants import get_interpolant
 from .labels import check_names, find_call_ids, find_class_ids, find_names, unique_names
 from .lora_pipeline import LSEPLoraLoaderMixin
+from .saving import LSEPSavingMixin, show_components
 from .single_file import LSEPSingleFileMixin
 from .transformer_sit import SiTTransformer2DModel
 
@@ -54,7 +52,10 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoaderMixin, LSEPSingleFileMixin):
+@show_components
+class LSEPPipeline(
+    AutoMapMixin, LSEPSavingMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoaderMixin, LSEPSingleFileMixin
+):
     r"""
     Class-conditional image generation with a [`SiTTransformer2DModel`], in the latent space of a VAE or on pixels.
 
@@ -134,100 +135,6 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
     @property
     def interrupt(self) -> bool:
         return self._interrupt
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Here a folder that brings its code along is one like the others: this package's own classes are taken."""
-        from .hub.remote_code import without_code
-
-        return without_code(super()._dict_from_json_file(json_file))
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        **kwargs,
-    ):
-        """
-        Saves the pipeline in a folder, as [`DiffusionPipeline.save_pretrained`] does.
-
-        Args:
-            push_to_hub (`bool`, defaults to `False`):
-                Whether to upload the pipeline afterwards, but nothing else that the folder may hold.
-            kwargs:
-                For uploading: `repo_id` (the name of the folder if not given), and the arguments of [`push_to_hub`].
-        """
-        if push_to_hub:
-            from .hub.push import push_folder
-
-            known = inspect.signature(push_folder).parameters.keys() - {"folder"}
-            if unknown := kwargs.keys() - known:
-                raise ValueError(
-                    f"`{min(unknown)}` is none of the arguments for uploading, which are {', '.join(sorted(known))}."
-                )
-        super().save_pretrained(
-            save_directory, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack
-        )
-        if push_to_hub:
-            defaults = {"repo_id": os.path.basename(os.path.abspath(save_directory)), "license": None}
-            push_folder(save_directory, **{**defaults, **kwargs})
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
-        with_code: bool = False,
-    ) -> CommitInfo:
-        """
-        Uploads the pipeline to the Hub, as safetensors and with a model card.
-
-        Args:
-            repo_id (`str`): The repository, `"namespace/name"`; created if it does not exist.
-            commit_message (`str`, *optional*): Title of the commit.
-            private (`bool`, *optional*): Whether a new repository is private.
-            token (`str`, *optional*): Access token; the one of `hf auth login` if not given.
-            create_pr (`bool`, defaults to `False`): Whether to open a pull request in place of a commit.
-            safe_serialization (`bool`, defaults to `True`): Pickles are not uploaded, so nothing else is allowed.
-            variant (`str`, *optional*): The variant to save the weights as, such as `"fp16"`.
-            subfolder (`str`, *optional*): Not supported: the model card belongs at the top of the repository.
-            revision (`str`, *optional*): The branch to push to, made if it does not exist.
-            license (`str`, *optional*):
-                Licence of the weights, as the Hub spells it. The model card claims none if not given.
-            with_code (`bool`, defaults to `False`):
-                Whether to add the code, with which diffusers loads the pipeline with `trust_remote_code=True` where
-                diffusers_lsep is not installed.
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`]: the commit.
-
-        Raises:
-            `ValueError`: if `safe_serialization` is False, or `subfolder` is given.
-            `ConnectionError`: if the connection breaks. Calling it again completes the upload.
-        """
-        from .hub.push import push_pipeline
-
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` has to be True for uploading, but is False.")
-        if subfolder is not None:
-            raise ValueError(
-                f"`subfolder` has to be None, since the model card belongs at the top of the repository, but is"
-                f" {subfolder!r}."
-            )
-        return push_pipeline(
-            self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
-        )
 
     def get_label_ids(
         self, label: int | str | list[int | str] | torch.Tensor, argument: str = "class_labels"
@@ -516,23 +423,3 @@ class LSEPPipeline(AutoMapMixin, DiffusionPipeline, GuidanceMixin, LSEPLoraLoade
         self.maybe_free_model_hooks()
 
         return ImagePipelineOutput(images=image) if return_dict else (image,)
-
-
-def _show_components(pipeline_class: type[LSEPPipeline]):
-    """
-    Shows diffusers which arguments are components. `DiffusionPipeline.from_pretrained` asks its own class what is
-    optional, and else keeps what was saved in place of what is given; without a default in the signature that it looks
-    at, `vae=vae` is taken as for every other pipeline. How the class is called does not change.
-    """
-    signature = inspect.signature(pipeline_class.__init__)
-    parameters = []
-    for name, parameter in signature.parameters.items():
-        if name in pipeline_class._optional_components:
-            parameter = parameter.replace(default=parameter.empty)
-        if parameter.name not in ("self", "transformer", "scheduler"):
-            parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
-        parameters.append(parameter)
-    pipeline_class.__init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-
-
-_show_components(LSEPPipeline)

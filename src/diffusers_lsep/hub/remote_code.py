@@ -29,7 +29,7 @@ REMOTE_STAND_INS = {"transformer_sit": "from diffusers import ModelMixin as SiTT
 
 # Methods that work only where this package is installed: the base class's stand in their place.
 LEFT_TO_BASE_CLASS = {
-    "LSEPPipeline": ("_dict_from_json_file", "save_pretrained", "push_to_hub"),
+    "LSEPSavingMixin": ("_dict_from_json_file", "save_pretrained", "push_to_hub"),
     "SiTSingleFileMixin": ("from_single_file",),
     "LSEPSingleFileMixin": ("from_single_file",),
 }
