@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -66,18 +68,21 @@ def load_example():
 def train(load_example, tmp_path):
     """
     Calls `main` of `examples/train_lsep.py` in this process: without data flags on the digits, by default with a tiny
-    model for four steps and into `tmp_path / "run"`.
+    model for four steps, into `tmp_path / "run"`, and without `curves.png`, which takes a third of such a run.
     """
     from accelerate.state import AcceleratorState, GradientState
+
+    from diffusers_lsep.training import trainer
 
     script = load_example("train_lsep")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
     threads = torch.get_num_threads()
 
-    def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run") -> int:
+    def train(*arguments, tiny=(*TINY_MODEL, *TINY_RUN), output_dir=tmp_path / "run", curves=False) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])
+        with nullcontext() if curves else patch.object(trainer, "draw_curves"):
+            return script.main([*tiny, "--output_dir", str(output_dir), *map(str, arguments)])
 
     yield train
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -260,6 +260,7 @@ def test_training_sees_the_statistics(train, images_dir, save, tmp_path):
         train(*flags, *resume, output_dir=tmp_path / "run-mean")
 
 
+@pytest.mark.slow
 def test_latents_of_other_statistics_are_refused(train, load_example, images_dir, save, tmp_path):
     flag = "--pretrained_vae_model_name_or_path"
     arguments = ["--train_data_dir", images_dir, "--output_dir", tmp_path / "moments", "--resolution", 16]
@@ -356,6 +357,7 @@ def test_classes_that_cannot_be_used():
         LSEPPipeline(pipe.transformer, pipe.scheduler, vae=vae)
 
 
+@pytest.mark.slow
 def test_latents_of_other_channels_than_the_vae(train, save, tmp_path):
     folder = tmp_path / "vae-sd"
     folder.mkdir()

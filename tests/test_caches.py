@@ -99,6 +99,7 @@ def test_mag_cache_leaves_nothing_out_at_threshold_0_whatever_its_ratios_are(pip
     assert torch.equal(draw(pipe), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVE)
 def test_cache_changes_images_a_little_and_disabling_it_restores_them(pipe, name):
     """With guidance at all times, at some, and at none; every call starts anew."""

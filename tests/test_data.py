@@ -122,6 +122,7 @@ def test_bundled_digits():
     assert images.min() == -1 and images.max() == 1
 
 
+@pytest.mark.slow
 def test_bundled_part_of_mnist():
     splits = load_image_dataset(train_data_dir=DIGITS.parent / "mnist")
     source, held_out, names = open_images(splits, 28, 1, validation_split="test")
@@ -443,6 +444,7 @@ def test_coupled_dropout_is_even_over_a_step_and_agrees_most(samples_per_step):
         assert len(half["separate_rows"]) == pytest.approx(0.4 * samples_per_step, abs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.125, 0.25, 0.3, 1.0])
 @pytest.mark.parametrize("samples_per_step", [1, 2, 3, 5, 8, 32, 128])
 def test_each_place_in_a_step_is_dropped_and_probed_with_its_probability(samples_per_step, fraction):

@@ -151,6 +151,7 @@ def test_samples_that_follow_the_protocol_are_not_warned_of(tmp_path):
     assert command._comparability_notes(Protocol, Virtual, command.DEFAULT_METRICS, command.PROTOCOL_DINOV2) == []
 
 
+@pytest.mark.slow
 def test_reference_of_statistics_alone(arguments, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "frechet_distance", lambda *moments: 1.0)  # of 2,048 features it takes seconds
     np.savez(folder / "statistics.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
@@ -164,6 +165,7 @@ def test_reference_of_statistics_alone(arguments, folder, tmp_path, monkeypatch)
         main(arguments("--overwrite_output_dir", samples=folder / "statistics.npz"))
 
 
+@pytest.mark.slow
 def test_features_of_the_cache_are_used(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(InceptionFeatures, "__call__", lambda self, images: 1 / 0)
     main(arguments())
@@ -171,6 +173,7 @@ def test_features_of_the_cache_are_used(arguments, monkeypatch, tmp_path):
         main(arguments("--overwrite_output_dir", "--cache_dir", str(tmp_path / "other")))
 
 
+@pytest.mark.slow
 def test_fd_dinov2(arguments, folder, tmp_path):
     from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 
@@ -333,6 +336,7 @@ def test_update_card(arguments, save_pipeline, tmp_path, caplog):
     assert entries["kid"].dataset_name == "reference.npz" and str(tmp_path) not in card.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_update_card_needs_the_samples_of_its_pipeline(arguments, save_pipeline, folder, tmp_path, caplog, dtype):
     """Where `samples.json` has the hashes of the weights, in the dtype in which they were loaded."""

@@ -143,6 +143,7 @@ def test_the_figures_of_the_digits_are_drawn_again_without_the_runs(shown, load_
         check_figure(tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plot", "name", "settings"),
     [

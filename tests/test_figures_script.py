@@ -148,6 +148,7 @@ def test_sweep_by_two_processes(script, save_pipeline, reference, arguments, tmp
     assert read_sweep(tmp_path) == alone
 
 
+@pytest.mark.slow
 def test_sweep_with_a_network(script, save_pipeline, reference, arguments, tmp_path):
     from diffusers_lsep.evaluation.dinov2 import DINOv2Features
 

@@ -67,6 +67,7 @@ def fine_tune(train, pretrained, images, *flags, **options):
 # --- Classes
 
 
+@pytest.mark.slow
 def test_new_classes_start_from_the_null_class(train, pretrained, images, tmp_path, capsys):
     """Learning rate 0: what is saved is what training starts from."""
     assert fine_tune(train, pretrained, images[1], "--learning_rate", 0, "--probe_learning_rate", 0) == 0
@@ -93,6 +94,7 @@ def test_new_classes_start_from_the_null_class(train, pretrained, images, tmp_pa
         torch.testing.assert_close(drawn, old(x, t, torch.tensor([3, 3, 3])).sample)
 
 
+@pytest.mark.slow
 def test_the_same_classes_keep_everything(train, pretrained, images, tmp_path, capsys):
     still = ("--learning_rate", 0, "--probe_learning_rate", 0)
     assert fine_tune(train, pretrained, images[0], *still) == 0
@@ -138,6 +140,7 @@ def test_a_pipeline_without_a_probe(train, pretrained, images, capsys, tmp_path)
     assert not (tmp_path / "run" / "probe").exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_moves_every_weight(train, pretrained, images, tmp_path):
     assert fine_tune(train, pretrained, images[1], "--learning_rate", 1e-3) == 0
     before, after = weights(pretrained), weights(tmp_path / "run")
@@ -147,6 +150,7 @@ def test_fine_tuning_moves_every_weight(train, pretrained, images, tmp_path):
 # --- Size and VAE
 
 
+@pytest.mark.slow
 def test_a_larger_size(train, pretrained, tmp_path, capsys):
     images = make_images(tmp_path / "large", NAMES, size=16)
     assert fine_tune(train, pretrained, images, "--resolution", 16, "--learning_rate", 0) == 0
@@ -157,6 +161,7 @@ def test_a_larger_size(train, pretrained, tmp_path, capsys):
     assert DiffusionPipeline.from_pretrained(tmp_path / "run")("bee", num_inference_steps=2).images[0].size == (16, 16)
 
 
+@pytest.mark.slow
 def test_the_vae_of_the_pipeline(train, tiny_transformer, tiny_vae_folder, images, tmp_path, capsys):
     vae = AutoencoderKL.from_pretrained(tiny_vae_folder)
     pipeline = LSEPPipeline(tiny_transformer(num_classes=3), FlowMatchSDEScheduler(), vae=vae)
@@ -278,6 +283,7 @@ def test_the_adapter_gives_the_images_of_the_merged_pipeline(
     assert pipeline.labels == names
 
 
+@pytest.mark.slow
 def test_the_card_of_the_adapter(train, pretrained, images, tmp_path):
     flags = ("--lora_rank", 2, "--license", "mit", "--random_flip")
     assert fine_tune(train, pretrained, images[1], *flags) == 0

@@ -323,6 +323,7 @@ def test_targets_in_bfloat16_as_the_trainer_makes_them(derivative):
     assert error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

@@ -762,6 +762,7 @@ def another_decoder(save_vae):
     )
 
 
+@pytest.mark.slow
 def test_training_and_probing_refuse_another_encoder(
     train, encoded, vae_dir, save_vae, another_encoder, another_decoder, tiny_transformer, tmp_path, capsys
 ):
@@ -809,6 +810,7 @@ def test_training_and_probing_refuse_another_encoder(
     assert "good has no folder probe/: there is no probe of the training to measure" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_probing_measures_on_the_latents_that_the_run_held_out(train, encoded, tmp_path):
     def probe(run, *options):
         fixed = ["--data", str(encoded), "--method", "ridge", "--timesteps", "0", "--overwrite_output_dir"]
@@ -827,6 +829,7 @@ def test_probing_measures_on_the_latents_that_the_run_held_out(train, encoded, t
         probe("all")
 
 
+@pytest.mark.slow
 def test_folder_of_an_older_version(script, arguments, images_dir, train, another_decoder, tmp_path, capsys):
     """Its metadata has the hash of the whole VAE alone: it opens, says what it does not know, and can be completed."""
     folder = tmp_path / "moments"

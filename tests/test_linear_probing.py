@@ -246,6 +246,7 @@ class TestProbeLayers:
         assert not torch.backends.cuda.matmul.allow_tf32
         np.testing.assert_allclose(rounded["accuracy"], results["accuracy"], atol=0.1)
 
+    @pytest.mark.slow
     def test_the_best_is_not_the_largest_of_many_by_chance(self, pipe):
         """No cell of the table is better than another: half of the images choose one, the other half measures it."""
 
@@ -432,6 +433,7 @@ class TestCommand:
         assert results["training_probe"]["layer"] == 2 and len(results["training_probe"]["accuracy"]) == 2
         assert "the training's own probe, after 2 blocks: 0." in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_training_probe_of_other_numbers(self, pipe, arguments, tmp_path, caplog):
         """Classes are the same by their names, whatever their numbers are."""
         torch.manual_seed(1)
@@ -504,6 +506,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         assert "own probe knows 10 classes, the data has 3: it is not measured" in caplog.text
         assert read_results(tmp_path)["training_probe"] is None
 
+    @pytest.mark.slow
     def test_latents_in_place_of_images(self, arguments, tiny_transformer, tiny_vae, tmp_path):
         data, validation_data = (write_moments(tmp_path / name, count) for name, count in (("train", 40), ("val", 12)))
         with pytest.raises(ValueError, match="`--data` .* holds latents, but `PIPELINE` .* has no VAE"):
@@ -544,6 +547,7 @@ push_folder(sys.argv[1], sys.argv[2], license="mit")
         with pytest.raises(ValueError, match="no part that is known to be held out"):
             main(arguments("--validation_split", "0.25", "--overwrite_output_dir"))
 
+    @pytest.mark.slow
     def test_other_data_to_measure_on(self, arguments, images, tmp_path, caplog):
         held_out = ("--validation_data", str(images / "test"), "--overwrite_output_dir")
         main(arguments(*held_out, data=images / "train"))

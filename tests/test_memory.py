@@ -108,6 +108,7 @@ def test_copies_for_checkpoints_are_counted(train, monkeypatch, flags):
     assert counted == [there]
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_needs(train, capsys):
     train("--dry_run", "--mixed_precision", "bf16")
     printed = capsys.readouterr().out

@@ -64,6 +64,7 @@ def test_some_steps_are_skipped(train, latents, tmp_path, capsys):
     assert read_metrics(parts / "metrics.jsonl")[-1]["skipped_steps"] == 4
 
 
+@pytest.mark.slow
 def test_too_many_end_the_run(train, latents, tmp_path):
     with pytest.raises(FloatingPointError, match=r"of step \d is (inf|nan); the last good checkpoint"):
         train(*latents, *SKIPS)

@@ -242,6 +242,7 @@ def test_what_is_not_given_is_drawn_from_the_generator(make_objective):
     assert first != other
 
 
+@pytest.mark.slow
 def test_labels_are_dropped_with_their_probabilities_and_independently(make_objective):
     objective = make_objective(share_streams=False)
     seen = {}

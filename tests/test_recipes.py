@@ -198,6 +198,7 @@ def test_recipes_for_own_images(train, vae, capsys, tmp_path, monkeypatch, name)
     assert not settings["random_flip"] and list(tmp_path.iterdir()) == [tmp_path / "images"]
 
 
+@pytest.mark.slow
 def test_recipes_can_be_overridden(dry_run):
     settings, _ = dry_run("sit-b-2-256", "--train_batch_size", 4, "--probe_depth", 2, "--mixed_precision", "no")
     assert (settings["train_batch_size"], settings["probe_depth"], settings["mixed_precision"]) == (4, 2, "no")

@@ -584,7 +584,7 @@ def test_training_with_all_of_them(train, first_stage, tmp_path, lsep):
     flags = ["--regularizers", *NAMES, *lsep, "--self_transcendence_teacher", first_stage, "--ema_decay", 0.9]
     flags += ["--self_transcendence_time_range", 0, 1, "--self_transcendence_stop_step", 3, "--validation_steps", 4]
     flags += ["--learning_rate", 1e-2, "--lr_warmup_steps", 0]
-    train(*flags, output_dir=tmp_path / "whole")
+    train(*flags, output_dir=tmp_path / "whole", curves=True)
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     for step, line in enumerate(lines[:4]):
         parts = ["denoising_loss", *([] if lsep else ["probe_loss"]), *(f"{key}_loss" for key in KEYS)]

@@ -175,6 +175,7 @@ def test_second_order_sde_keeps_the_noise_of_the_sde(path_type, diffusion_form, 
     assert new == pytest.approx(path.sigma(u) * math.sqrt(1 - factor**2), rel=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path_type", ["linear", "cosine"])
 @pytest.mark.parametrize("diffusion_form", SDE_FORMS)
 def test_64_second_order_steps_are_as_good_as_250_of_euler_maruyama(path_type, diffusion_form):

@@ -141,6 +141,7 @@ def test_the_path_of_the_pipeline_that_the_file_lies_in(tmp_path, monkeypatch):
     assert LSEPPipeline.from_single_file(WEIGHTS).config.path_type == "linear"
 
 
+@pytest.mark.slow
 def test_pipelines_with_a_config(folder, tmp_path):
     expected = LSEPPipeline.from_pretrained(folder)
     pipe = LSEPPipeline.from_single_file(folder / "transformer" / WEIGHTS, config=folder)

@@ -118,6 +118,7 @@ def test_wrong_arguments(digits, arguments, message):
         make_stream(digits, **arguments)
 
 
+@pytest.mark.slow
 def test_a_column_that_does_not_say_its_classes(digits):
     numbers = digits.cast_column("label", datasets.Value("int64"))
     with pytest.raises(ValueError, match="`num_classes` has to be given"):

@@ -120,7 +120,8 @@ def test_the_default_command(tmp_path):
 
 
 def test_what_is_logged(train, tmp_path):
-    assert train("--validation_steps", 2, "--learning_rate", "1e-2", "--lr_warmup_steps", 2, "--resolution", 8) == 0
+    flags = ["--validation_steps", 2, "--learning_rate", "1e-2", "--lr_warmup_steps", 2, "--resolution", 8]
+    assert train(*flags, curves=True) == 0
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -154,6 +155,7 @@ def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
         assert path.read_text() == f'{first}{"" if validates else validation}{{"step": 3, "loss": null}}\n'
 
 
+@pytest.mark.slow
 def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
     assert train("--train_data_dir", own_images, "--resolution", 16, "--validation_split", 0.2) == 0
     settings = settings_of(tmp_path / "run")
@@ -166,6 +168,7 @@ def test_own_images_without_a_class_label_column(train, own_images, tmp_path):
     assert pipeline.transformer.config.sample_size == 16 and pipeline.transformer.config.in_channels == 3
 
 
+@pytest.mark.slow
 def test_folders_named_by_numbers(train, own_images, tmp_path, capsys):
     """They are sorted as text, 1, 10, 2: the class "1" is the one with the id 0, in training as in the pipeline."""
     for i, name in enumerate(["1", "10", "2, two"]):
@@ -219,6 +222,7 @@ def test_dry_run_shows_the_papers_settings_and_writes_nothing(train, own_images,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_is_refused_before_any_work(train, own_images, tmp_path, monkeypatch):
     flags = ("--train_data_dir", own_images, "--preset", "SiT-XL/2")
     needed = r"at least 13.47 GB of state and [\d.]+ GB of activations, and 10.78 GB of copies for checkpoints, of "
@@ -282,6 +286,7 @@ def test_how_to_go_on_is_for_the_same_data(flags, command):
     assert lines[-2].endswith(" --output_dir run-samples")
 
 
+@pytest.mark.slow
 def test_a_dry_run_may_name_a_folder_that_holds_a_run(train, tmp_path, capsys):
     train("--max_train_steps", 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -489,6 +494,7 @@ def test_an_average_that_holds_the_start_is_said(train, capsys, tmp_path):
         assert "initial weights" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_average_follows_from_the_length(train, capsys):
     def average(*flags):
         train("--dry_run", *flags, tiny=[*OWN_DIGITS, *TINY_MODEL, *TINY_RUN])
@@ -693,6 +699,7 @@ def test_through_a_vae(train, own_images, tiny_vae_folder, tmp_path):
     assert pipeline("bee", num_inference_steps=2).images[0].size == (16, 16)
 
 
+@pytest.mark.slow
 def test_the_vae_computes_in_float32(train, own_images, tiny_vae_folder, tmp_path, monkeypatch):
     """In training and in validation, whatever the rest does."""
     for name in ("_encode", "_decode"):
@@ -1173,7 +1180,7 @@ def test_samples_that_cannot_be_drawn_cost_no_step(train, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         for name in ("draw_samples", "draw_curves"):
             patch.setattr(trainer, name, lambda *arguments: [].pop())
-        assert train("--validation_steps", 2) == 0
+        assert train("--validation_steps", 2, curves=True) == 0
     printed = capsys.readouterr().err
     for what in ("samples", "curves"):
         assert f"No {what} of step 2: pop from empty list" in printed
@@ -1203,6 +1210,7 @@ def test_checkpoints_ahead_of_the_one_that_is_continued_are_put_aside(train, tmp
     assert_same_weights(run, whole)
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(train, tmp_path):
     (tmp_path / "run").mkdir()
     with locked_folder(tmp_path / "run"):
@@ -1299,6 +1307,7 @@ def test_unreadable_images_are_replaced_and_listed(train, coloured_images, tmp_p
     train(*flags, "--max_errors", 4, "--max_train_steps", 1, "--overwrite_output_dir")
 
 
+@pytest.mark.slow
 def test_one_subfolder_is_one_class(train, own_images, tmp_path):
     shutil.copytree(own_images / "bee", tmp_path / "images" / "bee")
     assert train("--train_data_dir", tmp_path / "images", "--resolution", 16) == 0
@@ -1306,8 +1315,9 @@ def test_one_subfolder_is_one_class(train, own_images, tmp_path):
     assert pipeline.labels == {"bee": 0} and pipeline("bee", num_inference_steps=1).images[0].size == (16, 16)
 
 
+@pytest.mark.slow
 def test_curves_need_matplotlib(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert train() == 0
+    assert train(curves=True) == 0
     assert "curves.png needs matplotlib: pip install 'diffusers_lsep[train]'" in capsys.readouterr().err
     assert not (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "model_index.json").exists()

@@ -8,6 +8,7 @@ from fuzz.cases import REFUSED, WORKED, judge
 from fuzz.surfaces import SURFACES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SURFACES)
 @pytest.mark.filterwarnings("ignore")
 def test_generated_calls_work_or_are_refused_in_words(name):
