@@ -12,7 +12,7 @@ import copy
 import torch
 from pairs import paired_ratio
 from straightforward import straightforward_loss
-from training_step import make_draws, make_pair, separate_rows
+from training_step import make_draws, make_pair, separate_rows, step
 
 from diffusers_lsep import LSEPObjective
 
@@ -21,13 +21,6 @@ def run(pairs: int = 5) -> list[dict]:
     torch.set_num_threads(2)
     baseline, objective = make_pair(probe_depth=8, layers=28)
     plain = LSEPObjective(copy.deepcopy(objective.transformer), None).train()
-
-    def step(model, arguments):
-        def run_step():
-            model.zero_grad()
-            model(**arguments).loss.backward()
-
-        return run_step
 
     def baseline_step(arguments, weights):
         def run_step():

@@ -82,6 +82,16 @@ def check_equal(baseline, model, draws, weights):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4 * scale)
 
 
+def step(model, arguments):
+    """What makes a training step without its optimizer."""
+
+    def run_step():
+        model.zero_grad()
+        model(**arguments).loss.backward()
+
+    return run_step
+
+
 def run(pairs: int = 7, batch_size: int = 16) -> list[dict]:
     torch.set_num_threads(2)
     baseline, objective = make_pair(probe_depth=4)
@@ -98,13 +108,6 @@ def run(pairs: int = 7, batch_size: int = 16) -> list[dict]:
     def baseline_step():
         baseline.zero_grad()
         straightforward_loss(baseline, draws, weights).backward()
-
-    def step(model, arguments):
-        def run_step():
-            model.zero_grad()
-            model(**arguments).loss.backward()
-
-        return run_step
 
     def bfloat16_step():
         objective.zero_grad()

@@ -134,7 +134,7 @@ def test_sharded_training_equals_ordinary_training(train, train_sharded, tmp_pat
     repa = ("--repa_encoder", encoder, "--repa_depth", 2, "--regularizers", "sra", "internal-guidance")
     repa += ("--sra_depth", 1, "--sra_teacher_depth", 2, "--internal_guidance_depth", 1)
     repa += ("--post_hoc_ema_sigmas", 0.05, 0.2, "--post_hoc_ema_steps", 2)
-    train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole")
+    train(*repa, tiny=[*FLAGS, "--train_batch_size", "8"], output_dir=tmp_path / "whole", curves=True)
     train_sharded(tmp_path / "sharded", *repa, "--max_train_steps", 2)
     train_sharded(tmp_path / "sharded", *repa, "--resume_from_checkpoint", "latest")
 

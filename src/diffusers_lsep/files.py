@@ -276,7 +276,7 @@ def _allocate(file: IO[bytes], where: str):
         raise OSError(error.errno, f"{error.strerror}: {size / 1e9:.3f} GB are needed", where) from error
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: str | os.PathLike) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

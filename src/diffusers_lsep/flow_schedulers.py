@@ -190,13 +190,6 @@ def _shifts_dynamically(scheduler: SchedulerMixin) -> bool:
     return takes(scheduler.set_timesteps, "mu") and bool(scheduler.config.get("use_dynamic_shifting"))
 
 
-def calculate_shift(
-    image_seq_len: int, base_seq_len: int, max_seq_len: int, base_shift: float, max_shift: float
-) -> float:
-    """The `mu` of dynamic shifting: linear in the number of tokens, as the pipelines of Flux and SD3 have it."""
-    return base_shift + (max_shift - base_shift) * (image_seq_len - base_seq_len) / (max_seq_len - base_seq_len)
-
-
 def set_timesteps(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
@@ -224,9 +217,9 @@ def set_timesteps(
     """
     arguments: dict[str, Any] = {"device": device}
     if _shifts_dynamically(scheduler):
-        arguments["mu"] = calculate_shift(
-            num_tokens, *(scheduler.config.get(key, default) for key, default in _DYNAMIC_SHIFTING.items())
-        )
+        # Linear in the number of tokens, as the pipelines of Flux and SD3 have it.
+        start, end, low, high = (scheduler.config.get(key, default) for key, default in _DYNAMIC_SHIFTING.items())
+        arguments["mu"] = low + (high - low) * (num_tokens - start) / (end - start)
     has_own_grid = has_path(scheduler) or bool(_own_config(scheduler).get("use_flow_sigmas"))
     if sigmas is None and not has_own_grid and _takes_sigmas(scheduler):
         # By itself FlowMatchEuler ends at 1 / num_train_timesteps and jumps to 0 from there.

@@ -74,28 +74,6 @@ def check_autoguidance(autoguidance_scale: float, guidance_transformer: Any, tra
     check_guidance_transformer(guidance_transformer, transformer)  # it may have been swapped
 
 
-def check_guidance(guidance_scale: float, guidance_interval: tuple[float, float], guider: "BaseGuidance | None"):
-    """Raises a `ValueError` that names the argument which is wrong, or which does not go with the others."""
-    check_number("guidance_scale", guidance_scale)
-    check_interval("guidance_interval", guidance_interval)
-    if guider is None:
-        return
-    from diffusers.guiders import BaseGuidance  # loads kornia where that is installed
-
-    if not isinstance(guider, BaseGuidance):
-        raise ValueError(f"`guider` has to be a guider of diffusers, but is {describe(guider)}.")
-    if guidance_scale != 1:
-        raise ValueError(
-            f"`guidance_scale` has to be left at 1.0 with a `guider`, which has its own, but is {guidance_scale}."
-        )
-    others = [name for name in guider._input_predictions if name not in GUIDER_PREDICTIONS]
-    if others:
-        raise ValueError(
-            f"`guider` has to combine predictions out of {list(GUIDER_PREDICTIONS)}, but {type(guider).__name__} needs"
-            f" {others}."
-        )
-
-
 def is_in_interval(t: float, guidance_interval: tuple[float, float]) -> bool:
     """Whether guidance acts at the time `t`; both ends belong to the interval."""
     low, high = guidance_interval
@@ -145,9 +123,26 @@ class GuidanceMixin:
         guider: "BaseGuidance | None",
     ):
         """Raises a `ValueError` if the arguments of a call do not go with each other or with the models."""
-        check_guidance(guidance_scale, guidance_interval, guider)
+        check_number("guidance_scale", guidance_scale)
+        check_interval("guidance_interval", guidance_interval)
         check_internal_guidance(internal_guidance_scale, self.transformer)
         check_autoguidance(autoguidance_scale, self.guidance_transformer, self.transformer, guider)
+        if guider is None:
+            return
+        from diffusers.guiders import BaseGuidance  # loads kornia where that is installed
+
+        if not isinstance(guider, BaseGuidance):
+            raise ValueError(f"`guider` has to be a guider of diffusers, but is {describe(guider)}.")
+        if guidance_scale != 1:
+            raise ValueError(
+                f"`guidance_scale` has to be left at 1.0 with a `guider`, which has its own, but is {guidance_scale}."
+            )
+        others = [name for name in guider._input_predictions if name not in GUIDER_PREDICTIONS]
+        if others:
+            raise ValueError(
+                f"`guider` has to combine predictions out of {list(GUIDER_PREDICTIONS)}, but {type(guider).__name__}"
+                f" needs {others}."
+            )
 
     def predict_velocity(
         self,

@@ -136,16 +136,8 @@ def write_npz(path: Path, images: np.ndarray, class_ids: np.ndarray):
     """
     if images.shape[-1] == 1:  # ADM's protocol, and everything that reads its files, has three channels
         images = np.broadcast_to(images, (*images.shape[:-1], 3))
-    with (
-        whole_file(path) as partial,
-        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-    ):
-        for name, array in (("arr_0", images), ("arr_1", class_ids)):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                header = np.lib.format.header_data_from_array_1_0(array)
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(array), 256):
-                    file.write(np.ascontiguousarray(array[start : start + 256]).tobytes())
+    with whole_file(path) as partial, open(partial, "wb") as file:  # `savez` would give a name its own suffix
+        np.savez(file, arr_0=images, arr_1=class_ids)
 
 
 def read_npz(path: Path) -> np.ndarray:

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_lsep authors.
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .argument_checks import check_choice, check_count, check_generator, check_tensor, check_type, describe
 from .auto_map import AutoMapMixin
-from .autoencoders import (
-    Autoencoder,
-    autoencoder_in_float32,
-    check_autoencoder,
-    decode_latents,
-    get_scale_factor,
-)
+from .autoencoders import Autoencoder, check_autoencoder, decode_latents, get_scale_factor
 from .flow_schedulers import check_scheduler, get_r_times, set_timesteps, takes
 from .guidance import GuidanceMixin, check_guidance_transformer, is_in_interval
 from .interpolants import get_interpolant
@@ -239,10 +232,6 @@ class LSEPPipeline(
                 " grey or RGB. Load the pipeline with its VAE, `vae=AutoencoderKL.from_pretrained(...)`, or use"
                 ' `output_type="latent"`.'
             )
-
-    def vae_in_float32(self) -> AbstractContextManager[None]:
-        """Has a VAE in half precision compute in float32 for a while ([`~autoencoders.autoencoder_in_float32`])."""
-        return autoencoder_in_float32(self.vae)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """

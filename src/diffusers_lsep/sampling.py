@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
+from .autoencoders import autoencoder_in_float32
 from .command_line import number
 from .files import hash_weights
 from .guidance import check_guidance_transformer
@@ -272,7 +273,7 @@ def draw_batch(
         finite.append(values["latents"].isfinite().all())
         return {}
 
-    with pipe.vae_in_float32():
+    with autoencoder_in_float32(pipe.vae):
         images = pipe(
             class_ids[np.minimum(indices, len(class_ids) - 1)],  # the last batch is padded: all are of one size
             generator=[make_generator(seed, int(index)) for index in indices],

@@ -4,6 +4,7 @@
 
 import inspect
 import os
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -115,7 +116,8 @@ class LSEPSavingMixin:
             `ValueError`: if `safe_serialization` is False, or `subfolder` is given.
             `ConnectionError`: if the connection breaks. Calling it again completes the upload.
         """
-        from .hub.push import push_pipeline
+        from .hub.push import push_folder
+        from .hub.remote_code import add_code
 
         if not safe_serialization:
             raise ValueError("`safe_serialization` has to be True for uploading, but is False.")
@@ -124,6 +126,8 @@ class LSEPSavingMixin:
                 f"`subfolder` has to be None, since the model card belongs at the top of the repository, but is"
                 f" {subfolder!r}."
             )
-        return push_pipeline(
-            self, repo_id, license, variant, with_code, token, private, revision, commit_message, create_pr
-        )
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            if with_code:
+                add_code(folder)
+            return push_folder(folder, repo_id, license, token, private, revision, commit_message, create_pr)

@@ -44,9 +44,6 @@ class FlowMapScheduler(FlowMatchScheduler):
         """The times `r` that the model is to go to: one for each of `timesteps`, float64, on the CPU."""
         return (1 - self.config.renoising) * self.sigmas[1:]
 
-    def _get_times(self, num_inference_steps: int) -> torch.Tensor:
-        return torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-
     def _step(
         self,
         velocity: torch.Tensor,

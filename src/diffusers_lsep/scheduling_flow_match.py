@@ -76,9 +76,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.num_inference_steps: int | None = None
         self._set_grid(torch.linspace(self._start, 0, num_train_timesteps + 1, dtype=torch.float64), device=None)
 
-    @abstractmethod
     def _get_times(self, num_inference_steps: int) -> torch.Tensor:
         """The grid of so many steps: decreasing, in float64, the last one 0."""
+        return torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
 
     @abstractmethod
     def _step(

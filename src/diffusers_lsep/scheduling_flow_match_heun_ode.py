@@ -38,9 +38,6 @@ class FlowMatchHeunODEScheduler(FlowMatchScheduler):
         """Whether the next model output is the first of its step."""
         return self._first_evaluation is None
 
-    def _get_times(self, num_inference_steps: int) -> torch.Tensor:
-        return torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
-
     def _set_grid(self, times: torch.Tensor, device: str | torch.device | None):
         super()._set_grid(torch.cat([times[:1], times[1:-1].repeat_interleave(2), times[-1:]]), device)
         self._first_evaluation: tuple[torch.Tensor, torch.Tensor, float] | None = None

@@ -82,7 +82,7 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
 
     def _get_times(self, num_inference_steps: int) -> torch.Tensor:
         if self.sde.diffusion_form == "none":
-            return torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+            return super()._get_times(num_inference_steps)
         times = torch.linspace(self.sde.start, self.sde.last_step_size, num_inference_steps, dtype=torch.float64)
         return torch.cat([times, times.new_zeros(1)])
 

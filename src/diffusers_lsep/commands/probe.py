@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..command_line import check_writable, number
 from ..data.archives import list_some
 from ..data.images import open_images
-from ..data.sources import SampleSource, cut_off, hash_labels
+from ..data.sources import SampleSource, cut_off, hash_labels, parse_split
 from ..evaluation.features import process_state
 from ..evaluation.labelled_data import (
     VALIDATION_SPLITS,
@@ -184,7 +184,7 @@ def _open_data(
     args: argparse.Namespace, pipe: LSEPPipeline, record: dict[str, Any]
 ) -> tuple[SampleSource, SampleSource, list[str], str]:
     """What to fit to, what to measure on, the classes, and in words where the second comes from."""
-    fraction, split = _parse_split(args.validation_split)
+    fraction, split = parse_split(args.validation_split)
     if fraction is not None and args.validation_data is not None:
         raise ValueError(
             f"`--validation_split` has to be the name of a split of `--validation_data`, but is {fraction}."
@@ -219,17 +219,6 @@ def _open_data(
         fraction = fraction or VALIDATION_FRACTION
         return *cut_off(source, fraction, args.seed), names, f"{fraction:g} of the data, none of which the model saw"
     return *_cut_as_the_run(args, source, fraction, record), names, "what the training run held out of the data"
-
-
-def _parse_split(value: str | None) -> tuple[float | None, str | None]:
-    """A fraction, or the name of a split."""
-    try:
-        fraction = float(value or "")
-    except ValueError:
-        return None, value
-    if not 0 < fraction < 1:
-        raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
-    return fraction, None
 
 
 def _open_validation_data(args: argparse.Namespace, pipe: LSEPPipeline, names: list[str]) -> SampleSource:
@@ -272,7 +261,7 @@ def _cut_as_the_run(
 ) -> tuple[SampleSource, SampleSource]:
     """The training part and the held-out part of the run that made the pipeline, if this is its data."""
     recorded = record.get("validation_split")
-    own_fraction = _parse_split(recorded)[0]
+    own_fraction = parse_split(recorded)[0]
     if not record:
         reason = f"`PIPELINE` {args.pipeline!r} has no record of its training (training_args.json)"
     elif own_fraction is None:

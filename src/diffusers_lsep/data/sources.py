@@ -56,6 +56,17 @@ class SourceSubset:
         return self.source.fingerprint()
 
 
+def parse_split(validation_split: str | None) -> tuple[float | None, str | None]:
+    """A fraction, or the name of a split."""
+    try:
+        fraction = float(validation_split or "")
+    except ValueError:
+        return None, validation_split
+    if not 0 < fraction < 1:
+        raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
+    return fraction, None
+
+
 def cut_off(source: SampleSource, fraction: float, seed: int) -> tuple[SourceSubset, SourceSubset]:
     """Divides a source at random into the rows to train on and the `fraction` of all that is held out."""
     order = keyed_generator(seed, 0, Purpose.SPLIT).permutation(len(source.labels))

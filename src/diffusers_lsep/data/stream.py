@@ -8,7 +8,7 @@ is keyed by `(seed, g)`. So a run can be continued anywhere, on any number of pr
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -257,33 +257,6 @@ def _coprime_stride(count: int) -> int:
     while math.gcd(stride, count) > 1:
         stride += 1
     return stride
-
-
-class StreamBatches:
-    """
-    The batches of a [`SampleStream`] as lists of global indices, for all processes: accelerate hands them out in turn,
-    so that optimiser step `s` consumes the samples `[s * G, (s + 1) * G)`, where `G` counts the samples of a step on
-    all processes together.
-
-    Args:
-        batch_size (`int`): Samples per batch.
-        start (`int`): Global index of the first sample.
-        end (`int`): Global index after the last sample.
-    """
-
-    drop_last = True  # Tells accelerate that there is nothing to pad.
-
-    def __init__(self, batch_size: int, start: int, end: int):
-        self.batch_size = batch_size
-        self.start = start
-        self.end = end
-
-    def __len__(self) -> int:
-        return (self.end - self.start) // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for first in range(self.start, self.end - self.batch_size + 1, self.batch_size):
-            yield list(range(first, first + self.batch_size))
 
 
 def keep_batch(batch: Any) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..data.archives import ZIP_ERRORS, walk_files
 from ..data.images import center_crop, convert_mode, load_image_dataset
-from ..files import parse_json
+from ..files import hash_file, parse_json
 from .inception import InceptionFeatures
 
 
@@ -68,8 +68,7 @@ class NpzImages:
                     self._inspect_images(archive)
                 elif not self.statistics:
                     raise self._error(f"has to hold the array `arr_0` of images, but has {arrays}")
-            with open(path, "rb") as file:
-                self.content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+            self.content_hash = hash_file(path)
         except (*ZIP_ERRORS, OSError) as error:
             raise self._error(f"cannot be read: {error}") from error
 

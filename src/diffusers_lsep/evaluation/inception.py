@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Inception network of FID, Inception Score, precision and recall: torch-fidelity's, with sFID's features."""
 
-import hashlib
 import io
 import os
 import pickle
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import hash_file
 from ..sampling import float32_products
 
 
@@ -111,8 +111,7 @@ def _read_weights(path: Path) -> tuple[str, io.BytesIO]:
     """SHA-256 of the file, and its tensors as a new file in memory that holds nothing else."""
     if not path.is_file():
         raise FileNotFoundError(f"`inception_weights` has to be a file, but there is none at {str(path)!r}.")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:

@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled, RemoteEntryNotFoundError
@@ -26,7 +24,7 @@ from .model_card import (
     point_usage_at,
     write_model_card,
 )
-from .remote_code import REMOTE_PIPELINE_FILE, add_code
+from .remote_code import REMOTE_PIPELINE_FILE
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
@@ -185,22 +183,6 @@ def explain_connection_failures(folder: Path, repo_id: str) -> Iterator[None]:
             f"Pushing {folder} to {repo_id} did not end: {reason} Nothing of it is visible on the Hub. Push again:"
             " files that arrived are not sent twice."
         ) from error
-
-
-def push_pipeline(
-    pipeline: DiffusionPipeline,
-    repo_id: str,
-    license: str | None,
-    variant: str | None = None,
-    with_code: bool = False,
-    *arguments,
-) -> CommitInfo:
-    """Saves a pipeline and pushes it: `LSEPPipeline.push_to_hub`. More `arguments` are those of `push_folder`."""
-    with TemporaryDirectory() as folder:
-        pipeline.save_pretrained(folder, variant=variant)
-        if with_code:
-            add_code(folder)
-        return push_folder(folder, repo_id, license, *arguments)
 
 
 def _files_to_push(pipeline: SavedPipeline, card: ModelCard) -> list[str]:

@@ -240,15 +240,6 @@ def named_averages(objective: LSEPObjective, ema: EMAModel) -> dict[str, torch.T
     return dict(zip(names, ema.shadow_params, strict=True))
 
 
-def whole_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors without gradient; those that are sharded are put together on the host, by all processes in step."""
-    whole = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        whole[name] = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.contiguous()
-    return whole
-
-
 def _shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor, if `like` is such a part (and the tensor no scalar beside it)."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:

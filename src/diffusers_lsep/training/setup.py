@@ -25,7 +25,7 @@ from ..command_line import with_values
 from ..data.fingerprint import Fingerprint, join
 from ..data.images import ImageSource, load_image_dataset, open_images
 from ..data.moments import MomentsDataset, OriginalMomentsDataset, open_moments_folder
-from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels
+from ..data.sources import SampleSource, SourceSubset, cut_off, hash_labels, parse_split
 from ..data.streamed import open_stream
 from ..files import hash_weights
 from ..labels import UNLABELED
@@ -263,12 +263,7 @@ def open_data(
     image_channels: int,
 ) -> TrainingData:
     """Opens what is trained on and what is held out; the size and the channels are those of the images."""
-    try:
-        fraction, split = float(args.validation_split), None
-    except (TypeError, ValueError):
-        fraction, split = None, args.validation_split
-    if fraction is not None and not 0 < fraction < 1:
-        raise ValueError(f"`--validation_split` has to be a split or a fraction between 0 and 1, but is {fraction}.")
+    fraction, split = parse_split(args.validation_split)
     if args.num_classes is not None:
         given(config, "num_classes", args.num_classes, "`--num_classes`")
     num_classes = args.num_classes or config.get("num_classes")

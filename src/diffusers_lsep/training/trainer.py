@@ -18,7 +18,7 @@ from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 
 from ..autoencoders import get_normalization
-from ..data.stream import SampleStream, StreamBatches, keep_batch
+from ..data.stream import SampleStream, keep_batch
 from ..data.streamed import StreamedSamples
 from ..files import whole_folder
 from ..objective import LSEPObjective
@@ -30,7 +30,7 @@ from ..scheduling_flow_match_sde import FlowMatchSDEScheduler
 from ..transformer_sit import SiTTransformer2DModel
 from .average import WeightAverage
 from .checkpoint_writer import CheckpointWriter
-from .checkpoints import checkpoint_tensors, load_checkpoint, named_averages, read_state, whole_tensors
+from .checkpoints import checkpoint_tensors, load_checkpoint, named_averages, read_state
 from .errors import collect_errors, report_errors
 from .fine_tuning import LORA_FOLDER, fill_classes, merge_lora, save_lora
 from .flow_map import NUM_DRAWS
@@ -131,14 +131,12 @@ class Trainer:
             num_training_steps=args.max_train_steps,
         )
         self.step = 0 if checkpoint is None else read_state(checkpoint)["step"]
-        batches = StreamBatches(
-            args.train_batch_size,
-            start=self.step * self.setup.samples_per_step,
-            end=max(self.step, args.max_train_steps) * self.setup.samples_per_step,
-        )
+        # For all processes: accelerate hands the batches out in turn.
+        per_step = self.setup.samples_per_step
+        samples = range(self.step * per_step, max(self.step, args.max_train_steps) * per_step)
         loader = torch.utils.data.DataLoader(
             self.stream,
-            batch_sampler=batches,
+            batch_sampler=torch.utils.data.BatchSampler(samples, args.train_batch_size, drop_last=True),
             collate_fn=keep_batch,
             num_workers=args.dataloader_num_workers,
             worker_init_fn=outlive_signals,
@@ -354,7 +352,9 @@ class Trainer:
                 weights |= named_averages(self.objective, self.ema)
             with self.accelerator.device:
                 objective = build_objective(self.setup, load=False)
-            objective.load_state_dict(whole_tensors(weights))
+            # Sharded ones are put together by all processes in step.
+            whole = {k: v.full_tensor().cpu() if isinstance(v, DTensor) else v for k, v in weights.items()}
+            objective.load_state_dict(whole)
             if self.args.unconditional:
                 fill_classes(objective.transformer)
             yield objective.eval()
