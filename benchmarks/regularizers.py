@@ -120,6 +120,7 @@ TITLES = {
     "self-transcendence": "Self-Transcendence (and 1,000 steps for its teacher)",
     "internal-guidance": "Internal Guidance",
     "LSEP and internal-guidance": "LSEP and Internal Guidance",
+    "LSEP, labels hidden": "LSEP whose probe never sees a label",
     "dispersive, JAX": "Dispersive Loss, settings of the JAX code",
 }
 

@@ -170,7 +170,8 @@ def test_precision_of_one_seed(load_example, monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def compared():
     """What was found of the runs of the comparison, method by method."""
-    results = [json.loads(path.read_text()) for path in STUDY.glob("*-labels-*-seed-?.json")]
+    results = [json.loads(path.read_text()) for path in STUDY.glob("*-seed-*.json")]
+    results = [result for result in results if result["study"] == "methods"]
     return sorted(results, key=lambda result: (list(regularizers.METHODS).index(result["method"]), result["seed"]))
 
 
