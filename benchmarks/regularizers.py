@@ -335,17 +335,24 @@ def format_difference(measure: str, ours: dict[int, float], plain: dict[int, flo
 
 
 def make_table(results: list[dict], columns: list[tuple[str, int]], baseline: str = "SiT") -> str:
-    """Markdown: of each method the means of measures after so many steps, and the paired differences from one."""
-    titles = [f"{measure} at {step:,} | less {baseline}'s" for measure, step in columns]
-    lines = [f"| | seeds | {' | '.join(titles)} |", "|---" * (2 + 2 * len(columns)) + "|"]
-    for method in dict.fromkeys(result["method"] for result in results):
-        cells = [TITLES.get(method, method), str(sum(result["method"] == method for result in results))]
-        for measure, step in columns:
-            ours, plain = (values_at(results, name, measure, step) for name in (method, baseline))
-            cells.append(format_value(measure, statistics.mean(ours.values())) if ours else "")
-            cells.append("" if method == baseline else format_difference(measure, ours, plain))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """
+    Markdown: of each method the means of measures after so many steps, and the paired differences from one, where
+    there are pairs.
+    """
+    methods = dict.fromkeys(result["method"] for result in results)
+    counts = [str(sum(result["method"] == method for result in results)) for method in methods]
+    table = [("", [TITLES.get(method, method) for method in methods]), ("seeds", counts)]
+    for measure, step in columns:
+        values = {method: values_at(results, method, measure, step) for method in methods}
+        means = [format_value(measure, statistics.mean(of.values())) if of else "" for of in values.values()]
+        others = {method: {} if method == baseline else of for method, of in values.items()}
+        differences = [format_difference(measure, of, values[baseline]) for of in others.values()]
+        table.append((f"{measure} at {step:,}", means))
+        if any(differences):
+            table.append((f"less {baseline}'s", differences))
+    rows = [[title for title, _ in table], *zip(*(cells for _, cells in table))]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(table) + "|", *lines[1:]])
 
 
 def values_between(results: list[dict], method: str, measure: str, step: float) -> dict[int, float]:
