@@ -27,7 +27,6 @@ from diffusers_lsep.autoencoders import get_image_channels
 from diffusers_lsep.command_line import ArgumentParser, check_writable, number, run_script
 from diffusers_lsep.figures import make_labeled_grid
 from diffusers_lsep.files import write_text
-from diffusers_lsep.guidance import check_autoguidance, check_internal_guidance
 from diffusers_lsep.image_store import ImageStore, list_differences, read_npz, write_npz, write_png, write_pngs
 from diffusers_lsep.labels import describe_classes, find_class_ids
 from diffusers_lsep.progress import make_progress_bar, shows_bars
@@ -114,8 +113,14 @@ def build_parser() -> ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.label_sampling != "random" and args.num_images is None:
-        parser.error("--label_sampling goes with --num_images")
+    if args.num_images is None:
+        parser.refuse_without("--num_images", args, ("label_sampling", "save_images"))
+    else:
+        parser.refuse_without("--class_labels", args, "num_images_per_class")
+    if args.autoguidance_scale <= 1:
+        parser.refuse_without("--autoguidance_scale above 1", args, "guidance_transformer")
+        if args.guidance_scale <= 1 and args.internal_guidance_scale <= 1:
+            parser.refuse_without("a scale of guidance above 1", args, "guidance_interval")
     return args
 
 
@@ -151,10 +156,18 @@ def main(argv: list[str] | None = None):
     # 1. Pipeline and classes
     place = {name: getattr(args, name) for name in PLACES}
     pipe = load_pipeline(**place, device=accelerator.device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
-    check_internal_guidance(args.internal_guidance_scale, pipe.transformer)
     if args.guidance_transformer is not None:
         load_guidance_transformer(pipe, args.guidance_transformer)
-    check_autoguidance(args.autoguidance_scale, pipe.guidance_transformer, pipe.transformer, None)
+    call = {name: getattr(args, name) for name in CALL}
+    pipe.check_inputs(
+        **call,
+        batch_size=1,
+        generator=None,
+        latents=None,
+        sigmas=None,
+        output_type="pt",
+        callback_on_step_end_tensor_inputs=None,
+    )
     if args.compile:
         # Fixed sizes: a batch, and twice as much under guidance.
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -164,6 +177,7 @@ def main(argv: list[str] | None = None):
     else:
         class_ids = find_class_ids(args.class_labels, id2label, num_classes, "--class_labels")
         class_ids = np.repeat(class_ids, args.num_images_per_class)
+        args.batch_size = min(args.batch_size, len(class_ids))  # smaller batches are filled up
 
     # 2. Settings, which are stored beside the images
     place["guidance_transformer"] = args.guidance_transformer
@@ -180,7 +194,7 @@ def main(argv: list[str] | None = None):
     channels = get_image_channels(pipe.vae) if pipe.vae is not None else pipe.transformer.config.in_channels
     store = ImageStore(output_dir / ".unfinished", len(class_ids), (side, side, channels), args.batch_size)
     models = describe_models(pipe, args.autoguidance_scale > 1)
-    settings["weights"] = models["weights"]
+    settings |= models
     if result.exists() and not store.is_begun and not args.overwrite_output_dir:
         differing = list_differences(settings_file, settings, may_differ=tuple(place))
         if differing:
@@ -209,7 +223,7 @@ def main(argv: list[str] | None = None):
             # There may have been more images.
             for path in (result, other, settings_file, *(output_dir / "images").glob("*-class-*.png")):
                 path.unlink(missing_ok=True)
-        store.create({**settings, **models}, may_differ=tuple(place))
+        store.create(settings, may_differ=tuple(place))
         print(describe_classes(class_ids, {**id2label, num_classes: "no class"}))
     accelerator.wait_for_everyone()
     draw(args, accelerator, pipe, store, class_ids)

@@ -39,6 +39,7 @@ from diffusers_lsep.labels import describe_classes
 from diffusers_lsep.training.arguments import parse_args, read_flags
 from diffusers_lsep.training.fine_tuning import LORA_FOLDER
 from diffusers_lsep.training.output_folder import (
+    check_length,
     compare_data,
     compare_settings,
     find_run_to_continue,
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         compare_settings(settings, settings_before, accelerator.print)
         run_before = Path(args.output_dir) if checkpoint is None else checkpoint.parent
         compare_data(settings, settings_before, fingerprint, run_before)
+    if checkpoint is not None:
+        check_length(checkpoint, args.max_train_steps)
     if args.resume_from_checkpoint:
         accelerator.print(f"Continuing from {checkpoint or 'the beginning: there is no checkpoint yet'}.")
     if setup.start is not None and checkpoint is None:

@@ -360,6 +360,12 @@ def test_files_that_hold_something_else(save, content):
         convert_original_checkpoint(save(content), **HEADS)
 
 
+def test_weights_under_other_names_are_said_to_be_so(save, lsep):
+    content = {"ema": {f"module.{name}": tensor for name, tensor in without(lsep["ema"], "classifier.").items()}}
+    with pytest.raises(ValueError, match=r"no `x_embedder.proj.weight` among `module\."):
+        convert_original_checkpoint(save(content), **HEADS)
+
+
 # Files that would do harm
 
 

@@ -14,6 +14,7 @@ import torch
 from image_folders import save_class_folders
 
 from diffusers_lsep.data.archives import pair_labels
+from diffusers_lsep.data.encoding import open_images_to_encode
 from diffusers_lsep.data.images import (
     ImageSource,
     center_crop,
@@ -189,6 +190,51 @@ def test_image_folder_with_splits(tmp_path):
     splits = load_image_dataset(train_data_dir=tmp_path)
     source, held_out, names = open_images(splits, 8, 3, validation_split="test")
     assert names == ["ant", "bee"] and source.labels.tolist() == held_out.labels.tolist() == [0, 1]
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("bus", "train", "dev"):
+            for i in range(count):
+                write_image(tmp_path / "splits" / split / name / f"{i}.png")
+    splits = load_image_dataset(train_data_dir=tmp_path / "splits")
+    source, held_out, names = open_images(splits, 8, 3, validation_split="test")
+    assert set(splits) == {"train", "test"} and names == ["bus", "dev", "train"]
+    assert len(source.labels) == 9 and len(held_out.labels) == 6
+    for name in ("bus", "car", "train"):
+        write_image(tmp_path / "flat" / name / "1.png")
+    source, _, names = open_images(load_image_dataset(train_data_dir=tmp_path / "flat"), 8, 3)
+    assert names == ["bus", "car", "train"] and source.labels.tolist() == [0, 1, 2]
+
+
+def test_the_name_of_a_folder_is_no_pattern(tmp_path):
+    for folder, names in (("photos[2024]", ("ant", "bee")), ("photos2", ("wasp", "yak"))):
+        for name in names:
+            write_image(tmp_path / folder / name / "1.png")
+            write_image(tmp_path / "splits" / folder / "train" / name / "1.png")
+    for parent in (tmp_path, tmp_path / "splits"):
+        assert open_images(load_image_dataset(train_data_dir=parent / "photos[2024]"), 8, 3)[2] == ["ant", "bee"]
+
+
+def test_labels_of_edm2_are_not_passed_over(tmp_path):
+    write_image(tmp_path / "00000" / "img00000000.png")
+    (tmp_path / "dataset.json").write_text('{"labels": [["00000/img00000000.png", 3]]}')
+    with pytest.raises(ValueError, match="has a dataset.json, whose labels only examples/encode_latents.py reads"):
+        load_image_dataset(train_data_dir=tmp_path)
+
+
+def test_encoding_reads_the_labels_that_training_reads(tmp_path):
+    lines = [{"file_name": f"images/{i}.png", "label": ["wasp", "ant", "wasp"][i]} for i in range(3)]
+    for line in lines:
+        write_image(tmp_path / "listed" / line["file_name"])
+    (tmp_path / "listed" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("ant/1.png", "bee/1.png", ".thumbnails/1.png", "ant/.ipynb_checkpoints/1.png"):
+        write_image(tmp_path / "hidden" / name)
+    for folder in ("listed", "hidden"):
+        source, _, names = open_images(load_image_dataset(train_data_dir=tmp_path / folder), 8, 3)
+        encoded = open_images_to_encode(tmp_path / folder)
+        assert encoded.id2label == dict(enumerate(names))
+        assert sorted(encoded.labels.tolist()) == sorted(source.labels.tolist())
 
 
 def test_image_folder_with_metadata(tmp_path):

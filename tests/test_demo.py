@@ -430,6 +430,14 @@ def test_a_space_has_versions_and_the_id_of_the_model(tmp_path, capsys):
     assert not list(tmp_path.rglob("__pycache__")) and str(Path.home()) not in "".join(lines)
 
 
+def test_a_space_of_a_folder_says_what_draws(tmp_path):
+    make_digits_pipeline().save_pretrained(tmp_path / "tiny-digits", variant="fp16")
+    make_space(tmp_path / "tiny-digits", tmp_path / "space")
+    text, app = ((tmp_path / "space" / name).read_text() for name in ("README.md", "app.py"))
+    assert "`tiny-digits` draws images of a class" in text and "LSEP (" not in text
+    assert "tiny-digits draws" in app and "variant='fp16')" in app
+
+
 def test_a_space_is_not_written_over_other_things(tmp_path):
     folder = tmp_path / "space"
     make_space("me/model", folder)

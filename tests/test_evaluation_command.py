@@ -359,6 +359,31 @@ def test_update_card_needs_the_samples_of_its_pipeline(arguments, save_pipeline,
     assert "| KID |" in card and "The classes of the samples were drawn at random" in card
 
 
+def test_update_card_of_samples_that_a_weaker_model_guided(arguments, save_pipeline, folder, tmp_path):
+    save_pipeline(tmp_path / "drew")
+    transformer = LSEPPipeline.from_pretrained(tmp_path / "drew").transformer
+    weights = {"transformer": hash_weights(transformer), "guidance_transformer": "0" * 64}
+    (folder / "samples.json").write_text(json.dumps({"weights": weights, "autoguidance_scale": 2.0}))
+    try:
+        main(arguments("--update_card", str(tmp_path / "drew")))
+    finally:
+        (folder / "samples.json").unlink()
+    assert "| `sampling.autoguidance_scale` | `2.0` |" in (tmp_path / "drew" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("broken", ["card", "weights"])
+def test_a_broken_pipeline_is_found_before_anything_is_written(arguments, save_pipeline, tmp_path, broken):
+    save_pipeline(tmp_path / "drew")
+    if broken == "card":
+        (tmp_path / "drew" / "README.md").write_text("---\ntags: [\n---\n")
+    else:
+        path = tmp_path / "drew" / "transformer" / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="metadata in YAML" if broken == "card" else "is damaged"):
+        main(arguments("--update_card", str(tmp_path / "drew")))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "drew" / "eval_results.json").exists()
+
+
 @pytest.mark.slow
 def test_checkpoints(arguments, save_pipeline, features, folder, tmp_path, capsys):
     run = tmp_path / "run"

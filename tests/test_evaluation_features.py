@@ -377,6 +377,19 @@ class TestEncodedImages:
         np.testing.assert_array_equal(read_all(images), pixels)
         np.testing.assert_array_equal(read_all(images, start=2, stop=6), pixels[2:6])
 
+    def test_folder_with_splits(self, tmp_path):
+        save_images(tmp_path / "train" / "bee", make_images(3))
+        save_images(tmp_path / "test" / "bee", make_images(2))
+        save_images(tmp_path / "flat", make_images(2))
+        save_npz(tmp_path / "x.npz", arr_0=make_images(2))
+        assert open_images(tmp_path).count == open_images(tmp_path, split="train").count == 3
+        assert open_images(tmp_path, split="test").count == 2
+        with pytest.raises(ValueError, match="`split` has to be one of"):
+            open_images(tmp_path, split="nonsense")
+        for source in (tmp_path / "flat", tmp_path / "x.npz", [tmp_path / "flat" / "000.png"]):
+            with pytest.raises(ValueError, match="`split` is 'test', but `samples` .* has no splits"):
+                open_images(source, split="test")
+
     def test_list_of_files(self, tmp_path):
         pixels = make_images(3)
         save_images(tmp_path, pixels)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from image_folders import save_class_folders
+from image_folders import save_class_folders, save_images
 from tiny_models import make_pipeline, make_vae
 
 from diffusers_lsep import FlowMatchSDEScheduler, LSEPPipeline
@@ -142,6 +142,19 @@ def folders(tmp_path_factory):
 
 def read(folder) -> dict:
     return json.loads((folder / "likelihood_results.json").read_text())
+
+
+def test_models_and_images_without_classes(folders, tmp_path, capsys):
+    save_images(tmp_path / "flat", np.zeros((2, 8, 8), np.uint8))
+    make_pipeline(id2label={0: "unconditional"}, num_classes=1, in_channels=1).save_pretrained(tmp_path / "none")
+    data = ("--data", str(tmp_path / "flat"), "--num_steps", "2", "--num_images", "1")
+    for name, flags in ((folders / "pixels", ["--unconditional"]), (tmp_path / "none", [])):
+        out = tmp_path / f"out-{name.name}"
+        main(["likelihood", str(name), *data, *flags, "--output_dir", str(out)])
+        assert read(out)["given"] == "no class" and read(out)["bits_per_dim_standard_error"] is None
+        assert "±" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`--classify` needs a model with classes"):
+        main(["likelihood", str(tmp_path / "none"), *data, "--classify", "--output_dir", str(tmp_path / "c")])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -253,3 +254,16 @@ def test_another_size_is_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "diffusers_lsep"):
         pipe.load_lora_weights(save_adapter(tmp_path, classes={**NEW, "sample_size": 16}))
     assert "The adapter was trained at `sample_size=16`, but the transformer has 8" in caplog.text
+
+
+def test_adapters_are_not_saved_with_the_model(tmp_path):
+    pipe = make()
+    pipe.load_lora_weights(save_adapter(tmp_path / "lora"), adapter_name="pets")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"has to be without adapters for saving, but has \['pets'\]"):
+            pipe.save_pretrained(tmp_path / "saved")
+        pipe.fuse_lora()
+    fused = draw(pipe)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    np.testing.assert_allclose(draw(DiffusionPipeline.from_pretrained(tmp_path / "saved")), fused, atol=1e-5)

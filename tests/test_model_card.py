@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -25,6 +25,8 @@ from diffusers_lsep.hub.model_card import (
     update_evaluation,
     write_model_card,
 )
+from diffusers_lsep.hub.push import bring_card
+from diffusers_lsep.hub.remote_code import add_code
 from diffusers_lsep.hub.saved_pipeline import SavedPipeline
 from diffusers_lsep.training.results import describe_hardware, describe_training
 
@@ -65,7 +67,9 @@ def read(folder):
 def test_metadata(save):
     folder = save()
     card = ModelCard.load(
-        write_model_card(folder, license="mit", dataset="ylecun/mnist", base_model="lsep/base", repo_id="lsep/tiny")
+        write_model_card(
+            folder, license="mit", source="lsep", dataset="ylecun/mnist", base_model="lsep/base", repo_id="lsep/tiny"
+        )
     )
     assert card.data.to_dict() == {
         "license": "mit",
@@ -75,6 +79,43 @@ def test_metadata(save):
         "datasets": ["ylecun/mnist"],
         "base_model": "lsep/base",
     }
+
+
+def test_claims_no_method_by_itself(save):
+    card = ModelCard.load(write_model_card(save()))
+    assert card.data.tags == ["class-conditional", "sit"]
+    assert "Trained" not in card.text and "## Citation" not in card.text
+
+
+def test_a_card_that_knows_the_method_keeps_its_summary(save):
+    folder = save()
+    known = ModelCard.load(write_model_card(folder, source="sit"))
+    (folder / "README.md").unlink()
+    unknown = ModelCard.load(write_model_card(folder))
+    merged = merge_model_cards(known, unknown)
+    assert "not trained with LSEP" in merged.text and "arxiv:2401.08740" in merged.data.tags
+    of_others = ModelCard(re.sub(r'("weights": {"transformer": ")\w+', r"\1other", known.content))
+    assert "not trained with LSEP" not in merge_model_cards(of_others, unknown).text
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_the_card_goes_along_with_the_pipeline_that_was_loaded(save, tmp_path, with_code):
+    folder = save()
+    Image.new("RGB", (8, 4)).save(folder / "grid.png")
+    write_model_card(folder, source="sit", gallery=Gallery("grid.png", [1], [1]))
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    for name in ("same", "other"):
+        pipe.save_pretrained(tmp_path / name)
+        if with_code:
+            add_code(tmp_path / name)
+        bring_card(folder, tmp_path / name)
+        assert (tmp_path / name / "grid.png").is_file() == (name == "same")
+        pipe.scheduler = FlowMatchHeunODEScheduler.from_config(pipe.scheduler.config)
+    card = ModelCard.load(tmp_path / "same" / "README.md")
+    assert "not trained with LSEP" in card.text and "grid.png" in card.text
+    assert ("trust_remote_code=True" in card.text) == with_code
+    assert not (tmp_path / "other" / "README.md").exists()
+    bring_card("your-name/your-model", tmp_path / "other")
 
 
 def test_claims_no_licence_by_itself(save):
@@ -217,7 +258,7 @@ def test_writing_again_keeps_what_was_written_by_hand(save):
     folder = save()
     path = write_model_card(folder, training_args={"seed": 3})
     path.write_text(path.read_text().replace("tags:", "language: en\ntags:\n- mine") + "\nMy own words.\n")
-    write_model_card(folder, license="mit", sampling={"guidance_scale": 2.5})
+    write_model_card(folder, license="mit", source="lsep", sampling={"guidance_scale": 2.5})
     card = read(folder)
     assert "\n\nMy own words.\n" in card.text
     assert "guidance_scale=2.5" in card.text

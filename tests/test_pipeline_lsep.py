@@ -1153,3 +1153,31 @@ def test_a_callback_that_returns_something_else(make_pipeline):
 def test_unknown_path_is_refused(make_pipeline):
     with pytest.raises(ValueError, match="`path_type` has to be one of .*, but is 'vp'"):
         make_pipeline(path_type="vp")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_latents_of_a_callback_become_float32(ode_pipeline, dtype):
+    def change(pipe, i, timestep, tensors):
+        return {"latents": tensors["latents"].to(dtype)} if i == 0 else None
+
+    assert run(ode_pipeline, 1, callback_on_step_end=change)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": None}, "`latents` has to be a tensor"),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, "`latents` has to be of shape"),
+        ({"class_labels": torch.tensor([0.5])}, "`class_labels` has to be a tensor of integers"),
+        (torch.zeros(2), "`callback_on_step_end` has to be a function that returns a dict or None"),
+    ],
+)
+def test_what_a_callback_may_not_return(ode_pipeline, returned, message):
+    with pytest.raises(ValueError, match=message):
+        run(ode_pipeline, 1, callback_on_step_end=lambda *arguments: returned)
+
+
+def test_a_transformer_that_predicts_other_channels_is_refused(make_pipeline):
+    pipe = make_pipeline(num_layers=1, out_channels=8)
+    with pytest.raises(ValueError, match="`in_channels=4` and `out_channels=8`"):
+        pipe(0, num_inference_steps=1, output_type="latent")

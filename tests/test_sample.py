@@ -225,10 +225,31 @@ def test_two_processes_and_an_interruption_change_nothing(run, interrupt, pipeli
 
 
 def test_an_unfinished_run_with_other_settings_is_not_mixed(run, interrupt):
-    interrupt("out", "--num_images", 4, "--batch_size", 32, after=0)
+    interrupt("out", "--num_images", 4, "--batch_size", 2, after=1)
     with pytest.raises(ValueError, match=r"other settings: guidance_scale \(1.0 before, 2.0 now\)"):
-        run("out", "--num_images", 4, "--guidance_scale", 2.0)
-    run("out", "--num_images", 4)
+        run("out", "--num_images", 4, "--batch_size", 2, "--guidance_scale", 2.0)
+    run("out", "--num_images", 4, "--batch_size", 2)
+
+
+def test_a_run_without_a_finished_batch_does_not_bind(run, interrupt):
+    with pytest.raises(ValueError, match="`guidance_scale` has to be"):
+        run("out", "--num_images", 4, "--guidance_scale", "nan")
+    interrupt("out", "--num_images", 4, "--batch_size", 32, after=0)
+    run("out", "--num_images", 4, "--guidance_scale", 2.0)
+
+
+def test_few_images_make_a_small_batch(run):
+    out = run("out", "--class_labels", 0, 1, "--num_images_per_class", 3)
+    assert json.loads((out / "samples.json").read_text())["batch_size"] == 6
+
+
+def test_images_of_another_path_are_not_taken_for_these(run, pipeline_dir):
+    run("out", "--num_images", 2)
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        path = pipeline_dir / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "path_type": "cosine"}))
+    with pytest.raises(ValueError, match="with other settings: .*path_type"):
+        run("out", "--num_images", 2)
 
 
 @pytest.mark.parametrize(
@@ -428,8 +449,12 @@ def test_what_is_there_is_not_overwritten_unasked(run, tmp_path, capsys):
         (["--num_images", "1", "--seed", "-1"], "argument --seed: has to be at least 0, but is -1"),
         (["--num_images", "1", "--guidance_interval", "0.5", "0.2"], "0 <= LOW <= HIGH <= 1, but is 0.5 0.2"),
         (["--num_images", "1", "--scheduler", "ddim"], "invalid choice: 'ddim'"),
-        (["--class_labels", "1", "--label_sampling", "balanced"], "--label_sampling goes with --num_images"),
-        (["--class_labels", "1", "--label_sampling", "none"], "--label_sampling goes with --num_images"),
+        (["--class_labels", "1", "--label_sampling", "balanced"], "--label_sampling needs --num_images"),
+        (["--class_labels", "1", "--label_sampling", "none"], "--label_sampling needs --num_images"),
+        (["--class_labels", "1", "--save_images"], "--save_images needs --num_images"),
+        (["--num_images", "1", "--num_images_per_class", "2"], "--num_images_per_class needs --class_labels"),
+        (["--num_images", "1", "--guidance_transformer", "x"], "needs --autoguidance_scale above 1"),
+        (["--num_images", "1", "--guidance_interval", "0", "0.5"], "--guidance_interval needs a scale of guidance"),
     ],
 )
 def test_wrong_arguments_are_usage_errors(run, capsys, arguments, message):

@@ -27,7 +27,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from image_folders import save_class_folders
 from safetensors.torch import load_file
-from tiny_models import make_batch, make_transformer
+from tiny_models import make_batch, make_pipeline, make_transformer
 from tiny_run import TINY_MODEL, TINY_RUN
 
 from diffusers_lsep import LinearProbe, LSEPObjective, SiTTransformer2DModel
@@ -383,6 +383,17 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp
         train(*shorter, *resume, tiny=())
 
 
+def test_epochs_take_the_place_of_steps_that_a_recipe_gives(train, capsys):
+    assert train("--dry_run", "--num_train_epochs", 2) == 0  # of 1,437 digits, in steps of 4
+    assert json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]["max_train_steps"] == 719
+
+
+def test_recipes_are_found_beside_a_folder_of_their_name(train, tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert train("--dry_run") == 0
+
+
 def test_config_files_are_argument_lists(train, tmp_path):
     config = tmp_path / "my config"
     config.write_text("# a comment\n--learning_rate 0.25  # another\n\n--validation_labels 3 '4'\n")
@@ -624,7 +635,7 @@ def test_late_in_training_the_probe_weighs_less(train, tmp_path):
     flags = ["--probe_decay_start_epoch", 0, "--probe_decay_epochs", 4 / 1437, "--learning_rate", 0]
     flags += ["--probe_learning_rate", 0, "--crop_size_min", 4]
     train(*flags, output_dir=tmp_path / "decay")
-    train(*flags[2:], output_dir=tmp_path / "constant")  # as the paper: no decay unless it is asked for
+    train(*flags[4:], output_dir=tmp_path / "constant")  # as the paper: no decay unless it is asked for
     losses = {
         name: [line["probe_loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
         for name in ("decay", "constant")
@@ -864,7 +875,15 @@ def test_unconditional_runs_have_no_classes(train, tmp_path, flags, capsys):
         (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
         (["--path_type", "VP"], "--path_type: invalid choice: 'VP'"),
         (["--seed", "-1"], "--seed: has to be in 0..4294967295, but is -1"),
-        (["--probe_decay_epochs", "0"], "--probe_decay_epochs: has to be above 0"),
+        (
+            ["--probe_decay_start_epoch", "1", "--probe_decay_epochs", "0"],
+            "--probe_decay_epochs: has to be above 0",
+        ),
+        (["--probe_decay_epochs", "9"], "--probe_decay_epochs needs --probe_decay_start_epoch"),
+        (["--regularizers", "sra", "--sra_decay_epochs", "9"], "--sra_decay_epochs needs --sra_decay_start_epoch"),
+        (["--milestone_steps", "9"], "--milestone_steps needs --checkpoints_total_limit"),
+        (["--post_hoc_ema_steps", "9"], "--post_hoc_ema_steps needs --post_hoc_ema_sigmas"),
+        ([*OWN_DIGITS, "--no-ema_warmup"], "--no-ema_warmup needs --ema_decay"),
         (["--max_train_step", "3"], "unrecognized arguments: --max_train_step"),
         (
             ["--train_data_dir", "a", "--dataset_name", "b"],
@@ -874,7 +893,6 @@ def test_unconditional_runs_have_no_classes(train, tmp_path, flags, capsys):
         (["--push_to_hub"], "--push_to_hub needs --license"),
         (["--streaming", "--latents_dir", "a"], "--streaming is for images"),
         (["--streaming", "--train_data_dir", "a", "--validation_split", "b"], "--streaming has no held-out images"),
-        (["--streaming", "--dataloader_num_workers", "2"], "--dataloader_num_workers has to be 0 .* is 2"),
         (["--probe_fraction", "0"], "--probe_fraction: has to be above 0, but is 0.0"),
     ],
 )
@@ -1321,3 +1339,36 @@ def test_curves_need_matplotlib(train, tmp_path, capsys, monkeypatch):
     assert train(curves=True) == 0
     assert "curves.png needs matplotlib: pip install 'diffusers_lsep[train]'" in capsys.readouterr().err
     assert not (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_runs_that_cannot_be_continued_so(train, tmp_path):
+    train()
+    train("--seed", 1, output_dir=tmp_path / "other")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="`--max_train_steps` 2 lies before .*checkpoint-4"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", 2)
+    with pytest.raises(ValueError, match="already holds a run .* is of another one. Choose another folder"):
+        train("--resume_from_checkpoint", tmp_path / "other" / "checkpoint-4", "--seed", 1)
+    with pytest.raises(ValueError, match="samples_per_step: 4 -> 8.*times the processes"):
+        train("--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", 2)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flag", ["--pretrained_model_name_or_path", "--model_config_name_or_path"])
+def test_a_preset_of_another_model_is_refused(train, tmp_path, flag):
+    make_pipeline(in_channels=1, num_classes=10).save_pretrained(tmp_path / "model")
+    source = tmp_path / "model" if "pretrained" in flag else tmp_path / "model" / "transformer"
+    with pytest.raises(ValueError, match="`--preset` 'SiT-S/4' is another model than that of `--"):
+        train(flag, source, "--preset", "SiT-S/4", tiny=[*OWN_DIGITS, *TINY_RUN])
+
+
+def test_samples_do_not_become_data(train, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train("--train_data_dir", tmp_path)
+    assert f"--output_dir {tmp_path}/run has to lie outside of the data, --train_data_dir" in capsys.readouterr().err
+
+
+def test_too_few_images_to_hold_any_out(train, tmp_path):
+    save_class_folders(tmp_path / "one", ["ant"], [(8, 8)])
+    with pytest.raises(ValueError, match="`--validation_split` 0.5 leaves none of the 1 images to train on"):
+        train("--train_data_dir", tmp_path / "one", "--resolution", 8, "--validation_split", 0.5)

@@ -285,3 +285,18 @@ def test_tokens_stay_in_float32_under_autocast(tiny_transformer):
     model.to(torch.bfloat16)
     tokens = model.hidden_states_at(arguments[0].bfloat16(), *arguments[1:], depths)
     assert all(one.dtype == torch.bfloat16 for one in tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_class_labels_of_any_integers(tiny_transformer, dtype):
+    model, latents = tiny_transformer(num_layers=1), torch.randn(2, 4, 8, 8)
+    labels = torch.tensor([1, 3])
+    assert torch.equal(model(latents, 0.5, labels.to(dtype)).sample, model(latents, 0.5, labels).sample)
+
+
+def test_a_timestep_may_lie_on_the_host(tiny_transformer):
+    """Such as `scheduler.sigmas[i]`."""
+    model = tiny_transformer(num_layers=1).to("meta")
+    labels = torch.zeros(2, dtype=torch.int64, device="meta")
+    latents = torch.empty(2, 4, 8, 8, device="meta")
+    assert model(latents, torch.tensor(0.5, dtype=torch.float64), labels).sample.shape == latents.shape

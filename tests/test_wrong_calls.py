@@ -76,7 +76,7 @@ CALLS = {
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --internal_guidance_scale 2", "internal_guidance_scale"),
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --scheduler best", "argument --scheduler: invalid choice"),
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --num_inference_steps 0", "argument --num_inference_steps"),
-        (f"{PIPE} --output_dir {{out}} --class_labels 1 --label_sampling none", "--label_sampling goes with"),
+        (f"{PIPE} --output_dir {{out}} --class_labels 1 --label_sampling none", "--label_sampling needs"),
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --seed -1", "argument --seed: has to be at least 0"),
         (f"{PIPE} --output_dir {{out}} --class_labels 1 --variant fp16", "fp16"),
         (f"{PIPE} --output_dir {{root}}/file --class_labels 1", "cannot be written"),

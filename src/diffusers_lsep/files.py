@@ -306,8 +306,14 @@ def hash_saved_weights(files: Iterable[Path], *dtypes: torch.dtype) -> str:
             tensor = tensor.to(dtype)
         return tensor
 
+    def open_file(path: Path):
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or is no safetensors file ({error}).") from None
+
     with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        opened = [stack.enter_context(open_file(path)) for path in files]
         file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118, it is not a dictionary
         return _hash_tensors((name, cast(file_of[name].get_tensor(name))) for name in sorted(file_of))
 

@@ -243,7 +243,7 @@ def set_timesteps(
     scheduler.set_timesteps(**arguments)
 
     last, largest = scheduler.sigmas[-1].item(), scheduler.sigmas.max().item()
-    if last != 0 or largest > 1 + 1e-6:
+    if last != 0 or not largest <= 1 + 1e-6:  # not a number is neither
         settings = {"invert_sigmas": False} if _own_config(scheduler).get("invert_sigmas") else None
         raise ValueError(
             f"`scheduler` has to go down to t = 0 from no more than t = 1, but {type(scheduler).__name__} ends at"

@@ -44,8 +44,8 @@ class ImageStore:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is a run to go on with; else what is there is of one that was killed as it began or ended."""
-        return self.settings_path.is_file()
+        """Whether there is a run to go on with; else what is there is of one that ended before its first batch."""
+        return self.settings_path.is_file() and any(self.done_path.read_bytes())
 
     def create(self, settings: dict[str, Any], may_differ: Sequence[str] = ()):
         """

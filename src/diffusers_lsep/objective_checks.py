@@ -144,6 +144,8 @@ def check_batch(objective: Any, latents: Any, class_labels: Any, draws: Mapping[
         raise ValueError("`r_timesteps` has to be None for a `transformer` without `flow_map_depth`, but is given.")
     if draws["timesteps"] is not None:
         check_values("timesteps", draws["timesteps"], 0, 1)
+    if draws["r_timesteps"] is not None:
+        check_values("r_timesteps", draws["r_timesteps"], 0, 1)
     if draws["crop_window"] is not None:
         check_window("crop_window", draws["crop_window"], config.sample_size // config.patch_size)
     for name, value in rows.items():

@@ -192,6 +192,12 @@ class LSEPPipeline(
             )
         scales = (guidance_scale, internal_guidance_scale, autoguidance_scale)
         self.check_guidance(*scales, guidance_interval, guider)
+        in_channels, out_channels = (self.transformer.config.get(name) for name in ("in_channels", "out_channels"))
+        if out_channels not in (None, in_channels):
+            raise ValueError(
+                "`transformer` has to predict a velocity of its input's channels, but has"
+                f" `in_channels={in_channels}` and `out_channels={out_channels}`."
+            )
         check_scheduler(self.scheduler, self.config.path_type, sigmas, self.transformer.config.get("flow_map_depth"))
         if output_type != "latent":
             self.check_decodable()
@@ -253,9 +259,14 @@ class LSEPPipeline(
         shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
         if "pred_original_sample" in (names or []):
             shown["pred_original_sample"] = get_interpolant(self.config.path_type).predict_original_sample(*evaluated)
-        outputs = callback(self, i, timestep, {name: shown[name] for name in names or []}) or {}
+        outputs = callback(self, i, timestep, {name: shown[name] for name in names or []})
+        outputs = {} if outputs is None else outputs
         check_type("callback_on_step_end", outputs, Mapping, "a function that returns a dict or None")
-        tensors.update({name: outputs[name] for name in tensors if name in outputs})
+        for name, tensor in tensors.items():
+            if name in outputs:
+                kind = "floating-point numbers" if tensor.is_floating_point() else "integers"
+                check_tensor(name, outputs[name], tuple(tensor.shape), kind)
+                tensors[name] = outputs[name].to(tensor.device, tensor.dtype)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

@@ -59,8 +59,18 @@ class LSEPSavingMixin:
             push_to_hub (`bool`, defaults to `False`):
                 Whether to upload the pipeline afterwards, but nothing else that the folder may hold.
             kwargs:
-                For uploading: `repo_id` (the name of the folder if not given), and the arguments of [`push_to_hub`].
+                For uploading: `repo_id` (the name of the folder if not given), `license`, `token`, `private`,
+                `revision`, `commit_message` and `create_pr`, as for [`push_to_hub`].
+
+        Raises:
+            `ValueError`: if an adapter is loaded, whose layers are no part of the model.
         """
+        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"`transformer` has to be without adapters for saving, but has {sorted(self.transformer.peft_config)}."  # type: ignore[attr-defined]
+                " `fuse_lora()` and then `unload_lora_weights()` makes them a part of its weights; `save_lora_weights`"
+                " saves an adapter by itself."
+            )
         if push_to_hub:
             from .hub.push import push_folder
 
@@ -91,7 +101,8 @@ class LSEPSavingMixin:
         with_code: bool = False,
     ) -> CommitInfo:
         """
-        Uploads the pipeline to the Hub, as safetensors and with a model card.
+        Uploads the pipeline to the Hub, as safetensors and with a model card. If it is the one that the folder still
+        holds that it was loaded from, that folder's card is taken, with its images, the probe and the evaluation.
 
         Args:
             repo_id (`str`): The repository, `"namespace/name"`; created if it does not exist.
@@ -116,7 +127,7 @@ class LSEPSavingMixin:
             `ValueError`: if `safe_serialization` is False, or `subfolder` is given.
             `ConnectionError`: if the connection breaks. Calling it again completes the upload.
         """
-        from .hub.push import push_folder
+        from .hub.push import bring_card, push_folder
         from .hub.remote_code import add_code
 
         if not safe_serialization:
@@ -130,4 +141,6 @@ class LSEPSavingMixin:
             self.save_pretrained(folder, variant=variant)
             if with_code:
                 add_code(folder)
+            if self.name_or_path is not None:  # type: ignore[attr-defined]
+                bring_card(self.name_or_path, folder)  # type: ignore[attr-defined]
             return push_folder(folder, repo_id, license, token, private, revision, commit_message, create_pr)

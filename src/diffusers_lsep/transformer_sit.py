@@ -332,10 +332,10 @@ class SiTTransformer2DModel(
         """
         check_condition(timestep, class_labels, self.config.num_classes, argument)
         if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep, dtype=torch.float32, device=class_labels.device)
-        timestep = timestep.expand(class_labels.shape[0])
+            timestep = torch.tensor(timestep, dtype=torch.float32)
+        timestep = timestep.to(class_labels.device).expand(class_labels.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(dtype)).to(dtype)
-        return temb + self.class_embedding(class_labels).to(dtype)
+        return temb + self.class_embedding(class_labels.long()).to(dtype)
 
     def _embed(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor

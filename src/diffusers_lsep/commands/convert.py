@@ -71,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     """Does the work of `diffusers-lsep convert`."""
+    from huggingface_hub.utils import validate_repo_id
+
     from ..autoencoders import check_autoencoder, load_autoencoder
     from ..hub.model_card import write_model_card
     from ..hub.push import push_folder
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace):
         raise ValueError(
             "`--push_to_hub` needs `--license`: no licence is guessed, the original weights may have none."
         )
+    if args.push_to_hub:
+        validate_repo_id(args.push_to_hub)
     id2label = read_id2label(args.id2label) if args.id2label else None
     vae = load_autoencoder(args.vae, "--vae") if args.vae else None
 

@@ -19,7 +19,7 @@ from ..evaluation.protocol import METRICS, PROTOCOL_DINOV2, PROTOCOL_IMAGES, Ima
 from ..figures import require_matplotlib
 from ..files import write_text
 from ..hub.local_paths import without_folders
-from ..hub.model_card import update_evaluation
+from ..hub.model_card import CARD_NAME, load_card, update_evaluation
 from ..hub.saved_pipeline import SavedPipeline
 from ..sampling import DTYPES, add_precision_arguments
 
@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("`--update_card` needs `SAMPLES`: a card is about one model, not about `--checkpoints`.")
     if args.update_card is not None and not (Path(args.update_card) / "model_index.json").is_file():
         raise ValueError(f"`--update_card` has to be the folder of a saved pipeline, but is {args.update_card!r}.")
+    if args.update_card is not None and (Path(args.update_card) / CARD_NAME).is_file():
+        load_card(Path(args.update_card) / CARD_NAME)
     output_dir = Path(args.output_dir)
     output_files = [output_dir / name for name in (RESULTS_FILE, CURVES_FILE)[: 2 if args.checkpoints else 1]]
     for name in ("output_dir", "cache_dir", "update_card"):
@@ -170,6 +172,9 @@ def _weights_of(pipeline: str, samples: ImageSet) -> dict[str, Any]:
     """Hashes of the weights of a saved pipeline, for the results; refuses samples that others drew."""
     saved = SavedPipeline(Path(pipeline))
     drawn_by = samples.settings.get("weights")
+    if isinstance(drawn_by, dict) and (saved.index.get("guidance_transformer") or [None])[0] is None:
+        # A weaker model from elsewhere is a setting of the drawing.
+        drawn_by = {name: digest for name, digest in drawn_by.items() if name != "guidance_transformer"}
     if not isinstance(drawn_by, dict):
         if process_state().is_main_process:
             logger.warning(f"`samples` {samples.name!r} do not say which weights drew them, {pipeline!r} is believed")

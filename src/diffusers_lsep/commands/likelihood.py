@@ -15,7 +15,7 @@ from ..evaluation.features import process_state
 from ..evaluation.labelled_data import VALIDATION_SPLITS, open_validation_data
 from ..evaluation.likelihood import TRACES, measure_likelihood
 from ..files import write_text
-from ..labels import find_class_ids
+from ..labels import UNLABELED, find_class_ids
 from ..sampling import float32_products, open_pipeline
 
 
@@ -94,9 +94,16 @@ def run(args: argparse.Namespace):
     pipe = open_pipeline(args.pipeline, "PIPELINE").to(state.device)
     pipe.transformer.requires_grad_(False)
     flags = ("--data", args.data, "--split", args.split)
-    source, names, split = open_validation_data(*flags, args.pipeline, pipe, args.image_column, args.label_column)
-    num_classes = pipe.transformer.config.num_classes
-    class_ids = np.array(find_class_ids(names, pipe.config.id2label, num_classes, "--data"))[source.labels]
+    num_classes, id2label = pipe.transformer.config.num_classes, pipe.config.id2label
+    is_unconditional = args.unconditional or id2label == dict(enumerate(UNLABELED))
+    if is_unconditional and args.classify:
+        raise ValueError(f"`--classify` needs a model with classes, but `PIPELINE` {args.pipeline!r} has none.")
+    columns = (args.image_column, None if is_unconditional else args.label_column)
+    source, names, split = open_validation_data(*flags, args.pipeline, pipe, *columns)
+    if is_unconditional:
+        class_ids = np.full(len(source.labels), num_classes)
+    else:
+        class_ids = np.array(find_class_ids(names, id2label, num_classes, "--data"))[source.labels]
     if args.num_images is not None and args.num_images < len(class_ids):
         rows = np.sort(np.random.default_rng(args.seed).permutation(len(class_ids))[: args.num_images])
         source, class_ids = SourceSubset(source, rows), class_ids[rows]
@@ -107,7 +114,7 @@ def run(args: argparse.Namespace):
             pipe,
             source,
             class_ids,
-            not args.unconditional,
+            not is_unconditional,
             args.classify,
             args.trace,
             args.num_directions,
@@ -121,7 +128,8 @@ def run(args: argparse.Namespace):
     names_of_values = ["bits_per_dim"] if "bits_per_dim" in results else []
     for name in (*names_of_values, "nats_per_dim"):
         spread = results[f"{name}_standard_error"]
-        print(f"{name.replace('_', ' ')}, given {results['given']}: {results[name]:.4f} ± {spread:.4f}")
+        spread = "" if spread is None else f" ± {spread:.4f}"
+        print(f"{name.replace('_', ' ')}, given {results['given']}: {results[name]:.4f}{spread}")
     print(
         f"of {results['num_images']:,} images, in {results['space']}; the solver's error {results['solver_error']:.1g}"
     )

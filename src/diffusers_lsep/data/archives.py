@@ -204,8 +204,10 @@ def _members_of_tar(file, path: Path, start: int = 0) -> list[tuple[str, int, in
 
 
 def _is_image(name: str) -> bool:
-    # Archives made on a Mac carry "._x.jpg" beside "x.jpg".
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.rsplit("/", 1)[-1].startswith(".")
+    # Archives made on a Mac carry "._x.jpg" beside "x.jpg"; hidden folders are left out, as in training.
+    *folders, file = name.split("/")
+    is_hidden = file.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden
 
 
 def _numbered_classes(labels: np.ndarray) -> dict[int, str]:

@@ -88,7 +88,10 @@ def open_images_to_encode(
     Raises:
         `ValueError`: if there are no images, it is in doubt what their classes are, or there is no such split.
     """
-    if train_data_dir is None or (train_data_dir.is_dir() and next(train_data_dir.rglob("*.parquet"), None)):
+    if train_data_dir is None or (
+        train_data_dir.is_dir()
+        and any(next(train_data_dir.rglob(pattern), None) for pattern in ("*.parquet", "metadata.*"))
+    ):
         argument = "--train_data_dir" if dataset_name is None else "--dataset_name"
         splits = load_image_dataset(dataset_name, dataset_config_name, train_data_dir, argument=argument)
         chosen = split or "train"

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labelled images through `datasets`, and what is done to each of them."""
 
+import glob
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,15 +114,46 @@ def load_image_dataset(
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"`{name}` has to be a folder, but {path!r} is none.")
-        if not (folder / "train").is_dir() and not any(folder.rglob("*.parquet")):
-            # All files are one split: left to itself, `datasets` takes a name such as `test_1.png` for another one.
-            path, options = "imagefolder", {"data_files": {"train": str(folder / "**")}}
+        if (folder / "dataset.json").is_file():
+            raise ValueError(
+                f"`{name}` has to hold one folder of images per class, or a metadata.jsonl, but {path} has a"
+                " dataset.json, whose labels only examples/encode_latents.py reads."
+            )
+        if not any(folder.rglob("*.parquet")):
+            # Left to itself, `datasets` takes names anywhere, of an image `test_1.png` or a class `train`, for splits.
+            splits, root = find_split_folders(folder), glob.escape(path)
+            path = path if splits else "imagefolder"
+            patterns = {split: [f"{root}/{child}/**" for child in children] for split, children in splits.items()}
+            options = {"data_files": patterns or {"train": f"{root}/**"}}
         options |= _label_options(folder, name)
     try:
         return datasets.load_dataset(path, cache_dir=cache_dir, streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         value = dataset_name or str(train_data_dir)
         raise ValueError(f"`{name}` {value!r} cannot be read as a data set of images: {error}") from error
+
+
+# What the folders of splits may be called, as for `datasets`.
+SPLIT_FOLDERS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def find_split_folders(folder: Path) -> dict[str, list[str]]:
+    """
+    The folders of the splits of a folder of images, by the names of `datasets`; none if it has no `train/`, or if that
+    is a class among others.
+    """
+    if not (folder / "train").is_dir():
+        return {}
+    children = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))}
+    is_split = any(child.is_dir() or child.name.startswith("metadata.") for child in (folder / "train").iterdir())
+    if not is_split and children - {name for names in SPLIT_FOLDERS.values() for name in names}:
+        return {}
+    found = {split: [name for name in names if name in children] for split, names in SPLIT_FOLDERS.items()}
+    return {split: names for split, names in found.items() if names}
 
 
 def _label_options(folder: Path, name: str) -> dict[str, bool]:
@@ -148,7 +180,7 @@ def _label_options(folder: Path, name: str) -> dict[str, bool]:
         if any(os.path.splitext(file)[1].lower() in extensions for file in files):
             classes.add(Path(parent).name)
             depths.add(len(Path(parent).relative_to(folder).parts))
-    class_depth = 2 if (folder / "train").is_dir() else 1
+    class_depth = 2 if find_split_folders(folder) else 1
     if depths and max(depths) > class_depth:
         return {"drop_labels": True}
     return {"drop_labels": False} if len(classes) == 1 and depths == {class_depth} else {}
@@ -187,7 +219,7 @@ def read_labels(
         raise ValueError(
             f"`label_column` has to be a column of the data set, but there is no {label_column!r}; the columns are"
             f" {dataset.column_names}. (An image folder has labels if all its images lie in subfolders, one per class,"
-            " with none inside these, or if its `metadata.jsonl` gives them.)"
+            " with none inside these and no metadata file among them, or if its `metadata.jsonl` gives them.)"
         )
     if len(dataset) == 0:
         raise ValueError("the data set has no rows.")
@@ -197,7 +229,8 @@ def read_labels(
         row = column.is_null().to_pylist().index(True)
         raise ValueError(f"`label_column` {label_column!r} has no label in row {row}.")
 
-    if feature.dtype in ("string", "large_string"):
+    dtype = getattr(feature, "dtype", str(feature))  # lists and structs have none
+    if dtype in ("string", "large_string"):
         values = column.to_pylist()
         names = sorted(set(values)) if names is None else names
         unknown = sorted(set(values).difference(names))
@@ -205,7 +238,7 @@ def read_labels(
             raise ValueError(f"`label_column` {label_column!r} has labels that the training split has not: {unknown}.")
         index_of = {name: index for index, name in enumerate(names)}
         labels = np.array([index_of[value] for value in values], dtype=np.int64)
-    elif "int" in feature.dtype:
+    elif dtype.lower().startswith(("int", "uint")):
         labels = column.to_numpy().astype(np.int64)
         if isinstance(feature, datasets.ClassLabel):
             if names is not None and names[: len(feature.names)] != feature.names:
@@ -214,9 +247,7 @@ def read_labels(
         elif names is None:
             names = number_names(max((num_classes or 0) - 1, int(labels.max())))
     else:
-        raise ValueError(
-            f"`label_column` has to hold class indices or names, but {label_column!r} holds {feature.dtype}."
-        )
+        raise ValueError(f"`label_column` has to hold class indices or names, but {label_column!r} holds {dtype}.")
 
     num_classes = len(names) if num_classes is None else num_classes
     if num_classes < len(names) and isinstance(feature, datasets.ClassLabel):
@@ -301,9 +332,11 @@ def decode_images(
         try:
             image = center_crop(convert_mode(decode(value), num_channels), resolution)
         except Exception as error:  # Whatever a decoder raises on a broken file
-            path = (value or {}).get("path")
+            path: str | None = (value or {}).get("path")
             message = message or f"the image of row {row}{f' ({path})' if path else ''} cannot be read: {error}"
-            errors[index] = {"id": path or f"row {row}", "error": damage(error)}
+            is_file = path and value.get("bytes") is None  # the names of images in a table may be all the same
+            name = str(path) if is_file else f"row {row}{f' ({path})' if path else ''}"
+            errors[index] = {"id": name, "error": damage(error)}
             continue
         images[index] = np.asarray(image).reshape(images.shape[1:])
     images[flips] = images[flips][:, :, ::-1]

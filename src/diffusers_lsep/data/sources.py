@@ -71,5 +71,7 @@ def cut_off(source: SampleSource, fraction: float, seed: int) -> tuple[SourceSub
     """Divides a source at random into the rows to train on and the `fraction` of all that is held out."""
     order = keyed_generator(seed, 0, Purpose.SPLIT).permutation(len(source.labels))
     num_held_out = max(1, round(len(order) * fraction))
+    if num_held_out >= len(order):
+        raise ValueError(f"`--validation_split` {fraction} leaves none of the {len(order)} images to train on.")
     rest, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
     return SourceSubset(source, rest), SourceSubset(source, held_out)

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..data.archives import ZIP_ERRORS, walk_files
-from ..data.images import center_crop, convert_mode, load_image_dataset
+from ..data.images import center_crop, convert_mode, find_split_folders, load_image_dataset
 from ..files import hash_file, parse_json
 from .inception import InceptionFeatures
 
@@ -85,7 +85,8 @@ class NpzImages:
             raise self._error(f"has settings in {path} that cannot be read: {error}") from error
         if not isinstance(settings, dict):  # of something else
             return {}
-        settings.pop("class_ids", None)  # one per image
+        for name in ("class_ids", "configs"):  # one per image, and what the model itself says
+            settings.pop(name, None)
         if str(settings.get("class_labels")).startswith("balanced"):
             self.notes.append(
                 f"`{self.argument}`: every class was drawn equally often; the papers draw classes at random, which "
@@ -306,7 +307,8 @@ def open_images(
     Args:
         source (`str`, `os.PathLike` or a sequence of these):
             An `.npz`; a folder of images, read with all its subfolders in the order of their paths; a data set: a
-            `.parquet` file, a folder of such or one written by `save_to_disk`, or an id on the Hub; or image files.
+            folder of images with a subfolder `train/`, a `.parquet` file, a folder of such or one written by
+            `save_to_disk`, or an id on the Hub; or image files.
         argument (`str`, defaults to `"samples"`):
             What messages call it.
         resolution (`int`, *optional*):
@@ -321,12 +323,19 @@ def open_images(
     """
     if resolution is not None and resolution < 1:
         raise ValueError(f"`resolution` has to be at least 1, but is {resolution}.")
+
+    def refuse_split():
+        if split is not None:
+            raise ValueError(f"`split` is {split!r}, but `{argument}` {str(source)!r} has no splits.")
+
     if not isinstance(source, (str, os.PathLike)):
+        refuse_split()
         return _open_files(f"{len(source)} files", [Path(file) for file in source], resolution, argument)
     path = Path(source)
     if path.suffix == ".npz":
         if not path.is_file():
             raise ValueError(f"`{argument}` has to exist, but there is no file {str(source)!r}.")
+        refuse_split()
         images = NpzImages(path, argument)
         if images.size is not None and resolution is not None and images.size != (resolution, resolution):
             raise ValueError(
@@ -334,7 +343,9 @@ def open_images(
                 f"{images.size[0]} x {images.size[1]} already."
             )
         return images
-    if path.is_dir() and not _is_saved_dataset(path) and not any(path.rglob("*.parquet")):
+    has_splits = _is_saved_dataset(path) or (path.is_dir() and find_split_folders(path))
+    if path.is_dir() and not has_splits and not any(path.rglob("*.parquet")):
+        refuse_split()
         files = sorted(path / name for name in walk_files(path, argument))
         return _open_files(str(source), list(filter(is_image_file, files)), resolution, argument)
     if path.is_file() and path.suffix != ".parquet":

@@ -29,17 +29,17 @@ def holds_latents(data: str) -> bool:
 
 
 def open_latents(
-    flag: str, data: str, pipeline: str, pipe: LSEPPipeline
+    flag: str, data: str, pipeline: str, pipe: LSEPPipeline, labelled: bool = True
 ) -> tuple[MomentsDataset | OriginalMomentsDataset, list[str]]:
     """
-    Latents that a pipeline understands, and the names of their classes.
+    Latents that a pipeline understands, and the names of their classes, if they are `labelled`.
 
     Raises:
         `ValueError`: if they are of another size or VAE, in words with the `flag` that named the `data`.
     """
     if pipe.vae is None:
         raise ValueError(f"`{flag}` {data!r} holds latents, but `PIPELINE` {pipeline!r} has no VAE.")
-    source = open_moments_folder(data, True, flag)
+    source = open_moments_folder(data, labelled, flag)
     config = pipe.transformer.config
     expected = (2 * config.in_channels, config.sample_size, config.sample_size)
     if source.moments_shape != expected:
@@ -71,11 +71,12 @@ def open_validation_data(
     pipeline: str,
     pipe: LSEPPipeline,
     image_column: str,
-    label_column: str,
+    label_column: str | None,
 ) -> tuple[SampleSource, list[str], str | None]:
     """
     Images or latents to measure a pipeline on, the names of their classes, and of which split they are: the one that
-    is asked for, else one of `VALIDATION_SPLITS`, or the only one that there is.
+    is asked for, else one of `VALIDATION_SPLITS`, or the only one that there is. Without a `label_column` labels are
+    not read.
 
     Raises:
         `ValueError`: if there is no such split, or if the latents are of another size or VAE, in words with the flags
@@ -84,7 +85,7 @@ def open_validation_data(
     if holds_latents(data):
         if split is not None:
             raise ValueError(f"`{split_flag}` is {split!r}, but `{flag}` {data!r} has no splits.")
-        return *open_latents(flag, data, pipeline, pipe), None
+        return *open_latents(flag, data, pipeline, pipe, label_column is not None), None
     splits = load_splits(flag, data)
     candidates = [split] if split is not None else [*VALIDATION_SPLITS, *(splits if len(splits) == 1 else ())]
     name = next((name for name in candidates if name in splits), None)

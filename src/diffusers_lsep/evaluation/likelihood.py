@@ -176,7 +176,7 @@ def measure_likelihood(
     # 3. What it comes to
     num_asked = values.shape[1]
     nats = (torch.logsumexp(values, dim=1) - math.log(num_asked)) / dims
-    error = float(nats.std(correction=1) / math.sqrt(len(nats))) if len(nats) > 1 else math.nan
+    error = float(nats.std(correction=1) / math.sqrt(len(nats))) if len(nats) > 1 else None
     results: dict[str, Any] = {
         "num_images": len(nats),
         "space": "pixels" if in_pixels else "latents, without what the VAE loses",
@@ -188,7 +188,7 @@ def measure_likelihood(
     if in_pixels:
         # The density times the width of a level is the bound of its probability.
         results["bits_per_dim"] = -(results["nats_per_dim"] + math.log(PIXEL_STEP)) / math.log(2)
-        results["bits_per_dim_standard_error"] = error / math.log(2)
+        results["bits_per_dim_standard_error"] = None if error is None else error / math.log(2)
     if classify:
         labels = torch.from_numpy(class_ids)
         results["classifier"] = {

@@ -158,7 +158,8 @@ def write_model_card(
         license (`str`, *optional*): Licence of the weights, as the Hub spells it. None is claimed if not given.
         source (`str`, *optional*):
             Where the weights come from: a checkpoint of the original projects, `"lsep"`, `"repa"` or `"sit"`, or
-            `"training"` by `examples/train_lsep.py`, with a method that is told by `training_args`.
+            `"training"` by `examples/train_lsep.py`, with a method that is told by `training_args`. The card names no
+            method if not given.
         dataset (`str`, *optional*): Id on the Hub of the data set that it was trained on.
         base_model (`str`, *optional*): Id on the Hub, or folder, of the model that it was fine-tuned from.
         training_args (`Mapping[str, Any]`, *optional*): Flags of the training run. Tokens are left out.
@@ -191,7 +192,7 @@ def write_model_card(
     name = repo_id.split("/")[-1] if repo_id is not None else folder.resolve().name
     flags = without_folders(training_args or {})
     dataset = None if is_local(dataset) else dataset
-    method = _method_of(flags) if source == "training" else source or "lsep"
+    method = _method_of(flags) if source == "training" else source
     losses = [REGULARIZERS[key] for key in flags.get("regularizers") or ()]
     arguments = {"class_labels": pipeline.example_labels, "num_inference_steps": 250, **(sampling or {})}
 
@@ -201,7 +202,7 @@ def write_model_card(
         pipeline_tag=PIPELINE_TAG,
         tags=[
             *(TAGS[1:] if pipeline.is_unconditional else TAGS),
-            *METHOD_TAGS[method],
+            *(METHOD_TAGS[method] if method is not None else []),
             *(f"arxiv:{loss.paper}" for loss in losses),
             *(["flow-map", "arxiv:2510.24474"] if flags.get("flow_map") else []),
         ],
@@ -234,7 +235,7 @@ def write_model_card(
     path = folder / CARD_NAME
     if path.exists():
         card = merge_model_cards(_forget(load_card(path), _sections(card)), card)
-    return _save(path, card)
+    return save_card(path, card)
 
 
 def repository_address() -> str | None:
@@ -294,7 +295,7 @@ def write_lora_card(
     )
     # Not of the file, whose metadata have no fixed order.
     facts = {"lora": hash_saved_weights([folder / LORA_WEIGHTS_NAME])}
-    return _save(folder / CARD_NAME, _set_facts(card, facts, data.to_dict()))
+    return save_card(folder / CARD_NAME, _set_facts(card, facts, data.to_dict()))
 
 
 def update_evaluation(folder: str | os.PathLike) -> Path:
@@ -326,7 +327,7 @@ def update_evaluation(folder: str | os.PathLike) -> Path:
         data.eval_results = _model_index(results, dataset)
     new = _card(data, pipeline.hashes, results)
     kept = {*_sections(old)} - {"evaluation"} | {*_sections(new)}
-    return _save(path, merge_model_cards(_forget(old, kept, ["model-index"]), new))
+    return save_card(path, merge_model_cards(_forget(old, kept, ["model-index"]), new))
 
 
 def _card(data: ModelCardData, weights: Mapping[str, str], results: dict[str, Any] | None, **known) -> ModelCard:
@@ -341,7 +342,8 @@ def _sections(card: ModelCard) -> dict[str, str]:
     return {match[1]: match[0].rstrip("\n") + "\n\n" for match in _section_pattern().finditer(card.text)}
 
 
-def _save(path: Path, card: ModelCard) -> Path:
+def save_card(path: Path, card: ModelCard) -> Path:
+    """Writes a card, whole or not at all, and returns its path."""
     with whole_file(path) as partial:
         card.save(partial)
     return path
@@ -374,7 +376,7 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
     Brings a card up to date. The text is the old one with the sections of the new one; the text of a card that was
     written by hand, without sections, is left as it is. If the new one has text of its own, that is the text. Metadata
     of the new card goes before that of the old one. What was generated of the old one counts if it is about the same
-    weights.
+    weights; so does its summary then, if only that one knows how they were trained.
 
     Args:
         old (`ModelCard`): The card that is there.
@@ -393,8 +395,13 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
     text = new.text
     if not _section_pattern().sub("", _FACTS.sub("", new.text)).strip():
         text = _FACTS.sub("\n", old.text)
+        old_weights = old_facts.get("weights", {})
+        is_about_the_same = any(old_weights.get(name) == digest for name, digest in weights.items())
+        keeps_summary = is_about_the_same and _names_method(old) and not _names_method(new)
         for name, block in _sections(new).items() if _sections(old) else ():
             pattern = _section_pattern(name)
+            if name == "summary" and keeps_summary:
+                continue
             if pattern.search(text):
                 text = pattern.sub(block.replace("\\", r"\\"), text)
             else:
@@ -418,6 +425,11 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
         {**old_facts.get("weights", {}), **weights},
         {**old_facts.get("metadata", {}), **new_facts.get("metadata", {})},
     )
+
+
+def _names_method(card: ModelCard) -> bool:
+    """Whether a card says how the weights were trained."""
+    return not {tag for tags in METHOD_TAGS.values() for tag in tags}.isdisjoint(cast(Any, card.data).tags or [])
 
 
 def declare_license(card: ModelCard, license: str):

@@ -4,9 +4,11 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -22,9 +24,10 @@ from .model_card import (
     load_card,
     merge_model_cards,
     point_usage_at,
+    save_card,
     write_model_card,
 )
-from .remote_code import REMOTE_PIPELINE_FILE
+from .remote_code import REMOTE_PIPELINE_FILE, without_code
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
 
@@ -93,6 +96,44 @@ def push_folder(
     return _commit(folder, files, card, pipeline.hashes, repo_id, license, *arguments)
 
 
+def bring_card(origin: str | os.PathLike, folder: str | os.PathLike):
+    """
+    Brings the model card of a saved pipeline, with its images, the evaluation's results and the probe, to the same
+    pipeline in another folder; with other usage if that one alone brings its code along. Does nothing if the pipelines
+    differ.
+
+    Args:
+        origin (`str` or `os.PathLike`): A folder; does nothing for an id on the Hub.
+        folder (`str` or `os.PathLike`): The other folder, without a card.
+    """
+    origin, folder = Path(origin), Path(folder)
+    if not all((origin / name).is_file() for name in (CARD_NAME, "model_index.json")):
+        return
+    before, now = SavedPipeline(origin), SavedPipeline(folder)
+    if not _are_the_same(before, now):
+        return
+    card = load_card(origin / CARD_NAME)
+    for name in [CARD_NAME, *_files_to_push(before, card)]:
+        is_beside = Path(name).parts[0] not in before.index and Path(name).suffix != ".py"
+        if is_beside and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(origin / name, folder / name)
+    if now.has_code != before.has_code:
+        (folder / CARD_NAME).unlink()
+        generated = load_card(write_model_card(folder))
+        save_card(folder / CARD_NAME, merge_model_cards(card, generated))
+
+
+def _are_the_same(one: SavedPipeline, other: SavedPipeline) -> bool:
+    """Whether weights, configs, classes and scheduler of two pipelines are equal, with code or without."""
+
+    def own(config: dict[str, Any] | None) -> dict[str, Any]:
+        return {key: value for key, value in without_code(config or {}).items() if key[0] != "_"}
+
+    names = ("index", "transformer", "scheduler", "vae")
+    return one.hashes == other.hashes and all(own(getattr(one, name)) == own(getattr(other, name)) for name in names)
+
+
 def push_lora(folder: str | os.PathLike, repo_id: str, license: str | None, token: str | None = None) -> CommitInfo:
     """
     Uploads an adapter to a repository of its own, in one commit: the file of its layers and its model card. What
@@ -157,7 +198,7 @@ def _commit(
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in files),
         ]
         on_hub = api.list_repo_files(repo_id, revision=revision)
-        outdated |= {*_outdated_weights(on_hub, files)}
+        outdated |= {*find_outdated_weights(on_hub, files)}
         operations += [CommitOperationDelete(path_in_repo=path) for path in on_hub if path in outdated]
         return api.create_commit(
             repo_id,
@@ -207,7 +248,7 @@ def _weights_key(path: str) -> tuple[str, str | None] | None:
     return (match[1], match[2]) if match else None
 
 
-def _outdated_weights(on_hub: list[str], files: list[str]) -> list[str]:
+def find_outdated_weights(on_hub: list[str], files: list[str]) -> list[str]:
     """diffusers would load the shards of an earlier push in place of a single new file."""
     keys = {_weights_key(path) for path in files} - {None}
     return [path for path in on_hub if _weights_key(path) in keys and path not in files]

@@ -9,12 +9,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, SpaceCardData
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCardData
 from huggingface_hub.utils import validate_repo_id
 from packaging.requirements import Requirement
 
 from ..files import whole_folder
-from .push import explain_connection_failures
+from .push import explain_connection_failures, find_outdated_weights
 from .saved_pipeline import SavedPipeline
 
 
@@ -36,7 +36,8 @@ from diffusers_lsep.sampling import load_pipeline
 MODEL = {model}
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = load_pipeline(MODEL, device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+dtype = torch.bfloat16 if device == "cuda" else torch.float32
+pipe = load_pipeline(MODEL, device, dtype=dtype{options})
 
 if __name__ == "__main__":
     launch_demo(pipe, {title!r})
@@ -50,8 +51,6 @@ README = """\
 # {title}
 
 {model} draws images of a class, and shows how they come out of noise.
-
-It is a model of LSEP ("No Alignment Needed for Generation", [arXiv 2509.21565](https://arxiv.org/abs/2509.21565)).
 
 `diffusers_lsep/` is the package that the page needs, as it was when `diffusers-lsep space` made this Space;
 `requirements.txt` has the versions of all else.
@@ -119,7 +118,7 @@ def write_space(model: str, output_dir: str | os.PathLike, title: str | None = N
         app_file="app.py",
         pinned=False,
         models=None if is_folder else [model],
-        tags=["diffusers", "lsep", "image-generation"],
+        tags=["diffusers", "image-generation"],
     )
     target = Path(output_dir).resolve()
     if target.is_relative_to(PACKAGE.resolve()):
@@ -129,14 +128,15 @@ def write_space(model: str, output_dir: str | os.PathLike, title: str | None = N
         ignored = shutil.ignore_patterns("__pycache__", "examples")
         shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored)
         if is_folder:
-            for name in model_files:
-                (folder / MODEL_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(saved.folder / name, folder / MODEL_FOLDER / name)
+            for file in model_files:
+                (folder / MODEL_FOLDER / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(saved.folder / file, folder / MODEL_FOLDER / file)
         texts = {
             "app.py": APP.format(
                 model=f'Path(__file__).parent / "{MODEL_FOLDER}"' if is_folder else repr(model),
                 model_id=name if is_folder else model,
                 title=title,
+                options=f", variant={saved.variant!r}" if is_folder and saved.variant is not None else "",
             ),
             "README.md": README.format(
                 metadata=metadata.to_yaml(),
@@ -157,7 +157,8 @@ def is_space(names: set[str]) -> bool:
 
 def push_space(folder: str | os.PathLike, repo_id: str, token: str | None = None) -> CommitInfo:
     """
-    Uploads a Space in one commit. Files that are in the repository and not in `folder` stay.
+    Uploads a Space in one commit. Files that are in the repository and not in `folder` stay, but for weights of an
+    earlier push that have another name now (other shards).
 
     Args:
         folder (`str` or `os.PathLike`): The folder that [`write_space`] wrote.
@@ -173,9 +174,12 @@ def push_space(folder: str | os.PathLike, repo_id: str, token: str | None = None
     validate_repo_id(repo_id)
     folder, api = Path(folder), HfApi(token=token)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    operations = [
-        CommitOperationAdd(path_in_repo=path.relative_to(folder).as_posix(), path_or_fileobj=path) for path in files
+    names = [path.relative_to(folder).as_posix() for path in files]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in zip(names, files)
     ]
     with explain_connection_failures(folder, repo_id):
         repo_id = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True).repo_id
+        outdated = find_outdated_weights(api.list_repo_files(repo_id, repo_type="space"), names)
+        operations += [CommitOperationDelete(path_in_repo=name) for name in outdated]
         return api.create_commit(repo_id, operations, commit_message="Upload demo", repo_type="space")

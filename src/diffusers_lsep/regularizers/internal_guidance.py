@@ -27,7 +27,11 @@ class InternalGuidanceRegularizer(Regularizer):
     title, paper = "Internal Guidance", "2512.24176"
     # The authors' code: depth 8 for XL; scale 1.4 in sampling.
     flags = (
-        Flag("depth", "After how many blocks the head of internal guidance stands (default: as the probe's).", int),
+        Flag(
+            "depth",
+            "After how many blocks the head of internal guidance stands (default: LSEP's default depth).",
+            int,
+        ),
         Flag("weight", "Weight of the loss of its prediction.", default=0.5),
     )
 

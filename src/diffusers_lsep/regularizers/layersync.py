@@ -30,7 +30,11 @@ class LayerSyncRegularizer(Regularizer):
 
     title, paper = "LayerSync", "2510.12581"
     flags = (
-        Flag("depth", "After how many blocks LayerSync reads (default: as the probe, 8 for XL).", int),
+        Flag(
+            "depth",
+            "After how many blocks LayerSync reads (default: LSEP's default depth, 8 for XL).",
+            int,
+        ),
         Flag("target_depth", "The later block that it is to agree with (default: twice that, 16 for XL).", int),
         Flag("weight", "Weight of LayerSync's loss.", default=0.2),
     )
@@ -46,7 +50,7 @@ class LayerSyncRegularizer(Regularizer):
 
     @classmethod
     def defaults_for(cls, num_layers: int, depth: int, given: dict[str, Any]) -> dict[str, Any]:
-        return {"depth": depth, "target_depth": min(2 * depth, num_layers)}
+        return {"depth": depth, "target_depth": min(2 * (given["depth"] or depth), num_layers)}
 
     def forward(self, context: RegularizerContext) -> torch.Tensor:
         """

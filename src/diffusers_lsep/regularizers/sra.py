@@ -51,7 +51,11 @@ class SRARegularizer(Regularizer):
     # The authors' code at 256 px: 2 x 0.1 up to epoch 149, then falling to a tenth in 1,000 epochs; at 512 px from
     # epoch 99 on, in 800. With cosines 0.5 throughout. Depths 8 and 20 for XL, 4 and 8 for B.
     flags = (
-        Flag("depth", "After how many blocks SRA reads (default: as the probe, 8 for XL).", int),
+        Flag(
+            "depth",
+            "After how many blocks SRA reads (default: LSEP's default depth, 8 for XL).",
+            int,
+        ),
         Flag("teacher_depth", "After how many of the average (default: 20 of 28, else twice that).", int),
         Flag("weight", "Weight of SRA's loss; 0.5 is the published one with a cosine.", default=0.2),
         Flag("loss", "How SRA compares tokens.", str, "smooth_l1", LOSSES),
@@ -95,7 +99,8 @@ class SRARegularizer(Regularizer):
 
     @classmethod
     def defaults_for(cls, num_layers: int, depth: int, given: dict[str, Any]) -> dict[str, Any]:
-        return {"depth": depth, "teacher_depth": 20 if num_layers == 28 else min(2 * depth, num_layers)}
+        twice = min(2 * (given["depth"] or depth), num_layers)
+        return {"depth": depth, "teacher_depth": 20 if num_layers == 28 and given["depth"] is None else twice}
 
     def weight_at(self, step: int, epoch: float) -> float:
         if self.decay_start_epoch is None:

@@ -34,6 +34,13 @@ LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.P
 count, size, probability, positive = number(int, 0), number(int, 1), number(float, 0, 1), number(float, 0)
 
 
+class Epochs(argparse.Action):
+    """A length in epochs, which takes the place of one in steps that was given before it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.num_train_epochs, namespace.max_train_steps = values, None
+
+
 @functools.cache
 def flags_that_are(what: str) -> frozenset[str]:
     """The names of the flags that were added with this argument of [`Flags.add`] set, such as `"changeable"`."""
@@ -103,8 +110,8 @@ def add_data_flags(flags: Flags):
     add("--random_flip", action="store_true", help="Mirror half of the images, chosen at random.")
     add(
         "--validation_split",
-        help="Images to hold out and measure on: the name of a split, or a fraction to cut off, such as 0.05 (default:"
-        " none).",
+        help="Images to hold out and measure on: the name of a split, a fraction to cut off, such as 0.05, or `none`"
+        " (default: none).",
     )
     add(
         "--dataloader_num_workers",
@@ -112,7 +119,8 @@ def add_data_flags(flags: Flags):
         default=0,
         changeable=True,
         on_card=False,
-        help="Processes that read data, for each process of training; 0 reads in the training process.",
+        help="Processes that read data, for each process of training; 0, as always with --streaming, reads in the"
+        " training process.",
     )
     add(
         "--max_errors",
@@ -260,7 +268,11 @@ def add_regularizer_flags(flags: Flags):
         help="Add the loss of REPA with this frozen encoder, such as facebook/dinov2-base.",
     )
     add("--repa_weight", type=positive, default=0.5, help="Weight of REPA's loss; iREPA has 1.")
-    add("--repa_depth", type=size, help="After how many blocks REPA reads (default: as the probe).")
+    add(
+        "--repa_depth",
+        type=size,
+        help="After how many blocks REPA reads (default: LSEP's default depth).",
+    )
     add(
         "--repa_projector",
         choices=PROJECTORS,
@@ -324,9 +336,10 @@ def add_optimisation_flags(flags: Flags):
         "--num_train_epochs",
         type=positive,
         default=800.0,
+        action=Epochs,
         on_card=False,  # --max_train_steps tells the length
         is_length=True,
-        help="Length of the run in passes over the data.",
+        help="Length of the run in passes over the data, also after a recipe that gives it in steps.",
     )
     add("--max_train_steps", type=size, is_length=True, help="Length of the run in steps, in place of epochs.")
     add("--learning_rate", type=positive, default=1e-4, help="Learning rate of the transformer.")
@@ -457,7 +470,7 @@ def add_output_flags(flags: Flags):
 def find_recipe(word: str, examples: Path) -> str:
     """`@NAME` and `@examples/configs/NAME` are bundled recipes wherever there is no such file."""
     recipe = examples / "configs" / word[1:].removeprefix("examples/configs/")
-    return f"@{recipe}" if word[:1] == "@" and not Path(word[1:]).exists() and recipe.is_file() else word
+    return f"@{recipe}" if word[:1] == "@" and not Path(word[1:]).is_file() and recipe.is_file() else word
 
 
 def find_data(folder: str | None, examples: Path) -> str | None:
@@ -487,7 +500,7 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     sources = [flag for flag in ("dataset_name", "train_data_dir", "latents_dir") if getattr(args, flag) is not None]
     recipe = choose_recipe(args, sources)
     if recipe is not None:
-        args = read_flags([f"@{recipe}", *argv], description, examples)
+        args = read_flags([f"@{examples / 'configs' / recipe}", *argv], description, examples)
     args.recipe = recipe
     args.train_data_dir = find_data(args.train_data_dir, examples) if sources else str(examples / "digits")
     check_combinations(parser, args, sources)

@@ -5,6 +5,7 @@
 import argparse
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..command_line import ArgumentParser
 from ..regularizers import REGULARIZERS, regularizer_key
@@ -27,14 +28,20 @@ def check_combinations(parser: ArgumentParser, args: argparse.Namespace, sources
         parser.error("--num_train_images needs --streaming: otherwise all images are taken")
     if args.dataset_config_name is not None and args.dataset_name is None:
         parser.error("--dataset_config_name needs --dataset_name")
+    if args.validation_split == "none":
+        args.validation_split = None
     if args.streaming:
         if args.latents_dir is not None:
             parser.error("--streaming is for images, --latents_dir is on this machine")
         if args.validation_split is not None and sources:
-            parser.error("--streaming has no held-out images: leave out --validation_split")
-        if args.dataloader_num_workers > 0:  # `datasets` would deal the shards out to them, in another order
-            parser.error(f"--dataloader_num_workers has to be 0 with --streaming, is {args.dataloader_num_workers}")
+            parser.error(
+                "--streaming has no held-out images: leave out --validation_split, or give `none` after a recipe"
+            )
+        args.dataloader_num_workers = 0  # `datasets` would deal the shards out to them, in another order
         args.validation_split = None
+    data_dir, output_dir = args.train_data_dir, Path(args.output_dir).resolve()
+    if data_dir is not None and output_dir.is_relative_to(Path(data_dir).resolve()):
+        parser.error(f"--output_dir {args.output_dir} has to lie outside of the data, --train_data_dir {data_dir}")
     if args.resume_from_checkpoint and args.overwrite_output_dir:
         parser.error(
             "--resume_from_checkpoint continues a run and --overwrite_output_dir deletes it: give one of them"
@@ -68,5 +75,13 @@ def check_combinations(parser: ArgumentParser, args: argparse.Namespace, sources
     if averaging and not args.use_ema:
         parser.error(f"--regularizers {averaging[0]} needs the average of the weights: leave out --no-use_ema")
     check_post_hoc_ema(parser, args)
+    if args.probe_decay_start_epoch is None:
+        parser.refuse_without("--probe_decay_start_epoch", args, "probe_decay_epochs")
+    if args.sra_decay_start_epoch is None:
+        parser.refuse_without("--sra_decay_start_epoch", args, "sra_decay_epochs")
+    if args.checkpoints_total_limit is None:
+        parser.refuse_without("--checkpoints_total_limit", args, "milestone_steps")
+    if args.ema_warmup is False and args.ema_decay is None:
+        parser.error("--no-ema_warmup needs --ema_decay: the average of a length that is not given begins with it")
     if args.probe_decay_epochs == 0:
         parser.error("argument --probe_decay_epochs: has to be above 0, but is 0.0")

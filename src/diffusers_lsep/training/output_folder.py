@@ -34,6 +34,11 @@ from .setup import follows_length
 SETTINGS_FILE = "training_args.json"
 FINGERPRINT_FILE = "fingerprint.npy"
 
+AS_MANY_SAMPLES = (
+    " The samples of a step are `--train_batch_size` times `--gradient_accumulation_steps` times the processes: with"
+    " more or fewer of these, change the others."
+)
+
 # What a run writes into its output folder, and `--overwrite_output_dir` therefore removes.
 OUTPUTS = (
     *(SETTINGS_FILE, FINGERPRINT_FILE, "metrics.jsonl", "curves.png", "samples", "logs"),
@@ -96,10 +101,25 @@ def look_for_run(args: argparse.Namespace, report: Callable[[str], None]) -> tup
         raise ValueError(problem)
     if args.resume_from_checkpoint:
         checkpoint = choose_checkpoint(output_dir, args.resume_from_checkpoint, report)
+        if checkpoint is not None and found and not _is_of_the_run(checkpoint, output_dir):
+            raise ValueError(
+                f"`--output_dir` {args.output_dir!r} already holds a run ({', '.join(found[:4])}), and `--resume_from"
+                f"_checkpoint` {args.resume_from_checkpoint!r} is of another one. Choose another folder."
+            )
         if checkpoint is not None:
             return checkpoint, read_state(checkpoint)["settings"]
         return None, json.loads(settings_file.read_text(encoding="utf-8")) if found else None
     return None, None
+
+
+def _is_of_the_run(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint, wherever it was kept, is of the run in a folder: the method and the data are the same."""
+    if checkpoint.parent.resolve() == output_dir.resolve():
+        return True
+    one, other = read_state(checkpoint)["settings"], json.loads((output_dir / SETTINGS_FILE).read_text("utf-8"))
+    may_differ = flags_that_are("changeable") | flags_that_are("is_length") | flags_that_are("is_kept")
+    may_differ |= {"recipe", "threads", "processes"}
+    return all(one[name] == other[name] for name in (one.keys() & other.keys()) - may_differ)
 
 
 @contextmanager
@@ -168,6 +188,16 @@ def keep_settings(args: argparse.Namespace, before: dict[str, Any]) -> argparse.
     return with_values(args, **{name: before.get(name) for name in names})
 
 
+def check_length(checkpoint: Path, max_train_steps: int):
+    """Raises a `ValueError` if a run is to end before the checkpoint from which it goes on."""
+    step = read_state(checkpoint)["step"]
+    if step > max_train_steps:
+        raise ValueError(
+            f"`--max_train_steps` {max_train_steps} lies before {checkpoint}. Resume from an earlier checkpoint for a"
+            " shorter run."
+        )
+
+
 def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: Callable[[str], None]):
     """Lists what differs from the run that is continued, and refuses what would change the method."""
     may_change = flags_that_are("changeable") | {"recipe"}
@@ -190,6 +220,7 @@ def compare_settings(settings: dict[str, Any], before: dict[str, Any], report: C
             "`--resume_from_checkpoint` cannot continue a run with another method or other data: "
             + "; ".join(refused)
             + ". Start a new run in another `--output_dir`, or give the flags of the checkpoint."
+            + (AS_MANY_SAMPLES if "samples_per_step" in changed else "")
         )
     for line in lines.values():
         report(f"Changed since the checkpoint: {line}")

@@ -259,6 +259,7 @@ def check_post_hoc_ema(parser: ArgumentParser, args: argparse.Namespace):
     """Ends with a usage error if the flags of post-hoc EMA cannot be followed."""
     sigmas = args.post_hoc_ema_sigmas
     if sigmas is None:
+        parser.refuse_without("--post_hoc_ema_sigmas", args, ("post_hoc_ema_steps", "post_hoc_ema_dtype"))
         return
     if len(set(sigmas)) < max(2, len(sigmas)):
         parser.error(f"argument --post_hoc_ema_sigmas: has to be two different lengths or more, but is {sigmas}")

@@ -201,6 +201,9 @@ def choose_architecture(
         config |= {k: v for k, v in pretrained.config.items() if k not in ("sample_size", "num_classes")}
         if latents is None and args.resolution is None:
             config["sample_size"] = pretrained.config["sample_size"]
+    if args.preset is not None and any(config[k] != value for k, value in SIT_PRESETS[args.preset].items()):
+        flag = "model_config" if pretrained is None else "pretrained_model"
+        raise ValueError(f"`--preset` {args.preset!r} is another model than that of `--{flag}_name_or_path`.")
     config |= {k: getattr(args, k) for k in SIT_PRESETS["SiT-XL/2"] if getattr(args, k) is not None}
     config["qk_norm"] = args.qk_norm or config.get("qk_norm", False)
 

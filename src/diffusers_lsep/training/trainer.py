@@ -276,16 +276,9 @@ class Trainer:
     def take_step(self, batches: Iterator[dict[str, torch.Tensor]]):
         """One step of the optimiser, for which `gradient_accumulation_steps` batches are taken."""
         args, accelerator = self.args, self.accelerator
-        # 1. The losses' weights; the probe's: constant, or a late exponential decay (fractions of epochs count)
-        if args.probe_decay_start_epoch is not None:
-            late = self.step / self.setup.steps_per_epoch - args.probe_decay_start_epoch
-            self.probe_weight_scale.fill_(0.1 ** (max(0.0, late) / args.probe_decay_epochs))
-        weights = self.objective.weights_at(self.step, self.step / self.setup.steps_per_epoch)
-        for name, weight in weights.items():
-            self.regularizer_weights[name].fill_(weight)
-        idle = {name for name, weight in weights.items() if weight == 0}
+        idle = self.set_weights()
 
-        # 2. Gradients
+        # 1. Gradients
         for _ in range(args.gradient_accumulation_steps):
             start = time.perf_counter()
             batch = next(batches)
@@ -310,13 +303,27 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-        # 3. Learning rate and average
+        # 2. Learning rate and average
         self.learning_rates = self.lr_scheduler.get_last_lr()
         self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.trained_parameters())
         self.step += 1
         self.post_hoc_ema.step(self.step)
+
+    def set_weights(self) -> set[str]:
+        """
+        Sets the losses' weights after the steps so far; the probe's is constant, or decays late (fractions of epochs
+        count). Returns the regularizers that have none.
+        """
+        args, epoch = self.args, self.step / self.setup.steps_per_epoch
+        if args.probe_decay_start_epoch is not None:
+            late = max(0.0, epoch - args.probe_decay_start_epoch)
+            self.probe_weight_scale.fill_(0.1 ** (late / args.probe_decay_epochs))
+        weights = self.objective.weights_at(self.step, epoch)
+        for name, weight in weights.items():
+            self.regularizer_weights[name].fill_(weight)
+        return {name for name, weight in weights.items() if weight == 0}
 
     def log(self):
         """Brings the metrics since the last call to the host, writes them, and stops at a loss that is not finite."""
@@ -409,14 +416,18 @@ class Trainer:
         if objective.probe is not None:
             names += ["probe_loss", "probe_accuracy"]
         names += [f"{name}_loss" for name in objective.regularizers]
-        sums = torch.zeros(len(names), device=accelerator.device)
+        idle, sums = self.set_weights(), torch.zeros(len(names), device=accelerator.device)
         with collect_errors() as problems:  # the others would wait for this process
             for first in range(0, len(rows), args.train_batch_size):
                 batch = held_out.held_out_batch(list(rows[first : first + args.train_batch_size]))
                 batch = send_to_device(batch, accelerator.device)
                 teachers = dict.fromkeys(("average", "student"), Teacher(objective.transformer))
                 with accelerator.autocast():  # as in training: with FSDP2 this objective is none that accelerate knows
-                    output = objective(**self.inputs(batch, teachers))
+                    output = objective(
+                        **self.inputs(batch, teachers, idle),
+                        probe_weight_scale=self.probe_weight_scale,
+                        regularizer_weights=self.regularizer_weights,
+                    )
                 means = batch_means(output)
                 sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         problems = gather_object(problems)
