@@ -227,3 +227,16 @@ def test_what_does_not_fit_is_refused():
         draw(pipe)
     with pytest.raises(ValueError, match="`renoising` has to lie in .0, 1., but is 1.5"):
         FlowMapScheduler(renoising=1.5)
+
+
+@pytest.mark.parametrize("path_type", ["linear", "cosine"])
+def test_the_preview_is_where_the_step_would_lead(path_type):
+    pipe = make_pipeline(FlowMapScheduler(path_type=path_type), path_type=path_type, num_layers=2, flow_map_depth=1)
+    seen = []
+
+    def keep(pipe, i, timestep, tensors):
+        seen.append(tensors["pred_original_sample"])
+
+    names = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": ["pred_original_sample"]}
+    found = pipe(0, num_inference_steps=1, output_type="latent", **names).images
+    torch.testing.assert_close(seen[0], found, rtol=1e-5, atol=1e-5)

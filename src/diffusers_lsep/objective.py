@@ -139,7 +139,7 @@ class LSEPObjective(nn.Module):
     DDP and FSDP wrap one forward. It does the same in training and in evaluation mode.
 
     Args:
-        transformer ([`SiTTransformer2DModel`]): The model.
+        transformer ([`SiTTransformer2DModel`]): The model, in float32: half precision is for autocast.
         probe ([`LinearProbe`], *optional*): Its probe. None trains a plain SiT.
         path_type (`str`, defaults to `"linear"`): The path, `"linear"` or `"cosine"`.
         probe_depth (`int`, defaults to `8`): After how many blocks the probe reads, `1..num_layers`.

@@ -254,11 +254,16 @@ class LSEPPipeline(
         timestep: torch.Tensor,
         tensors: dict[str, torch.Tensor],
         evaluated: tuple[torch.Tensor, torch.Tensor, float],
+        is_flow_map: bool,
     ):
         # `prompt_embeds` is what diffusers' SDCFGCutoffCallback asks for: it sees the classes, and changes nothing.
         shown = {**tensors, "prompt_embeds": tensors["class_labels"]}
         if "pred_original_sample" in (names or []):
-            shown["pred_original_sample"] = get_interpolant(self.config.path_type).predict_original_sample(*evaluated)
+            velocity, state, t = evaluated
+            path = get_interpolant(self.config.path_type)
+            shown["pred_original_sample"] = (
+                state - t * velocity if is_flow_map else path.predict_original_sample(velocity, state, t)
+            )
         outputs = callback(self, i, timestep, {name: shown[name] for name in names or []})
         outputs = {} if outputs is None else outputs
         check_type("callback_on_step_end", outputs, Mapping, "a function that returns a dict or None")
@@ -316,7 +321,7 @@ class LSEPPipeline(
                 Called at the end of each step as `callback_on_step_end(pipe, i, timestep, callback_kwargs)`. What it
                 returns under `"latents"`, `"class_labels"` or `"negative_class_labels"` replaces these. What it sets
                 in `pipe._guidance_scale`, `_guidance_interval`, `_guider`, `_attention_kwargs` or `_interrupt` holds
-                from the next step on.
+                from the next step on. Heun's methods do not take latents between the two evaluations of a step.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 The tensors that `callback_kwargs` holds: `"latents"`, the ids `"class_labels"` and
                 `"negative_class_labels"`, `[B]`, and `"pred_original_sample"`, the data `x_0` that the model, guided
@@ -410,7 +415,7 @@ class LSEPPipeline(
                 tensors["latents"] = self.scheduler.step(velocity, timestep, state, **options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     names, evaluated = callback_on_step_end_tensor_inputs, (velocity, state, times[i])
-                    self._call_back(callback_on_step_end, names, i, timestep, tensors, evaluated)
+                    self._call_back(callback_on_step_end, names, i, timestep, tensors, evaluated, r is not None)
 
                 progress_bar.update()
         self._current_timestep = None
