@@ -70,6 +70,7 @@ METHODS: dict[str, list[object]] = {
     ],
     "internal-guidance": ["--no_lsep", "--regularizers", "internal-guidance"],
     "LSEP and internal-guidance": ["--regularizers", "internal-guidance"],
+    "LSEP, depth 4": ["--probe_depth", 4],  # the best of `CHOICES`
     "LSEP, labels hidden": ["--probe_dropout_prob", 1],  # the probe's stream never sees the label
     "dispersive, JAX": [
         *("--no_lsep", "--regularizers", "dispersive", "--dispersive_depth", 2),
@@ -93,7 +94,7 @@ CHOICES: dict[str, list[object]] = {
 PAIR = ("SiT", "LSEP")  # the two that have more seeds, and more steps with the seeds of all
 SEEDS, PAIR_SEEDS, CHOICE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4), (100, 101)
 WRONG, COARSE = "wrong labels", "coarse labels"
-METHOD_COLOURS = (*COLOURS, "0.55", "tab:olive", "tab:cyan")
+METHOD_COLOURS = (*COLOURS, "0.55", "tab:olive", "tab:cyan", "tab:brown")
 # 97.5 % quantiles of Student's distribution by its degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # The numbers of a judged step.

@@ -168,11 +168,18 @@ def test_precision_of_one_seed(load_example, monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def compared():
-    """What was found of the runs of the comparison, method by method."""
+def found():
+    """What was found of the runs of all studies but that of the lengths of averages, setting by setting."""
+    settings = {study: list(regularizers.METHODS) for study in ("methods", "labels")}
+    settings["choice"] = list(regularizers.CHOICES)
     results = [json.loads(path.read_text()) for path in STUDY.glob("*-seed-*.json")]
-    results = [result for result in results if result["study"] == "methods"]
-    return sorted(results, key=lambda result: (list(regularizers.METHODS).index(result["method"]), result["seed"]))
+    results = [result for result in results if "curve" in result]
+    return sorted(results, key=lambda result: (settings[result["study"]].index(result["method"]), result["seed"]))
+
+
+@pytest.fixture
+def compared(found):
+    return [result for result in found if result["study"] == "methods"]
 
 
 def test_the_tables_of_the_comparison_are_those_of_its_results(compared):
@@ -184,6 +191,19 @@ def test_the_tables_of_the_comparison_are_those_of_its_results(compared):
         regularizers.make_table(compared, regularizers.MORE_COLUMNS),
         regularizers.make_pair_table(pair, costs["LSEP"]["ratio"]),
     ):
+        assert table in page, table
+
+
+def test_the_tables_of_the_other_studies_are_those_of_their_results(found):
+    choice, *labels = (
+        [result for result in found if result["study"] == study and result["data"] == data]
+        for study, data in (("choice", "labels"), ("labels", regularizers.WRONG), ("labels", regularizers.COARSE))
+    )
+    columns = regularizers.COLUMNS[1:]
+    lengths = [json.loads(path.read_text()) for path in sorted(STUDY.glob("*-lengths.json"), reverse=True)]
+    assert regularizers.make_table(choice, columns, "LSEP") in (ROOT / "benchmarks" / "README.md").read_text()
+    page = (ROOT / "docs" / "methods.md").read_text()
+    for table in (*(regularizers.make_table(of, columns) for of in labels), regularizers.make_length_table(lengths)):
         assert table in page, table
 
 
