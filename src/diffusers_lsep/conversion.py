@@ -243,7 +243,7 @@ def _find_source(state_dict: dict[str, torch.Tensor], args: dict[str, Any], sour
     described = " and ".join(f"{reason} ({name})" for name, reason in evidence.items())
     if len(evidence) > 1:
         raise ValueError(f"the file looks like more than one project: {described}.")
-    if "x_embedder.proj.weight" not in state_dict:
+    if not evidence and source is None and "x_embedder.proj.weight" not in state_dict:
         raise ValueError(
             "the file has to hold the weights of a SiT, but there is no `x_embedder.proj.weight` among"
             f" {', '.join(f'`{name}`' for name in sorted(state_dict)[:3])} and so on."
