@@ -117,10 +117,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.refuse_without("--num_images", args, ("label_sampling", "save_images"))
     else:
         parser.refuse_without("--class_labels", args, "num_images_per_class")
-    if args.autoguidance_scale <= 1:
-        parser.refuse_without("--autoguidance_scale above 1", args, "guidance_transformer")
-        if args.guidance_scale <= 1 and args.internal_guidance_scale <= 1:
-            parser.refuse_without("a scale of guidance above 1", args, "guidance_interval")
     return args
 
 
@@ -180,7 +176,7 @@ def main(argv: list[str] | None = None):
         args.batch_size = min(args.batch_size, len(class_ids))  # smaller batches are filled up
 
     # 2. Settings, which are stored beside the images
-    place["guidance_transformer"] = args.guidance_transformer
+    place["guidance_transformer"] = args.guidance_transformer if args.autoguidance_scale > 1 else None
     settings = place | {name: getattr(args, name) for name in IMAGE_SETTINGS}
     settings["num_images"] = len(class_ids)
     settings["class_labels"] = args.class_labels or CLASSES[args.label_sampling]

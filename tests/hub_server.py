@@ -457,6 +457,7 @@ _ROUTES = [
     ("GET", _MODEL, _Handler.model_info),
     ("GET", _MODEL + r"/revision/(?P<revision>[^/]+)", _Handler.model_info),
     ("GET", _MODEL + r"/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("GET", _SPACE + r"/tree/(?P<revision>[^/]+)", _Handler.tree),
     ("GET", _MODEL + r"/refs", _Handler.refs),
     ("POST", _MODEL + r"/branch/(?P<branch>[^/]+)", _Handler.create_branch),
     ("POST", _MODEL + r"/tag/(?P<revision>[^/]+)", _Handler.create_tag),

@@ -453,8 +453,6 @@ def test_what_is_there_is_not_overwritten_unasked(run, tmp_path, capsys):
         (["--class_labels", "1", "--label_sampling", "none"], "--label_sampling needs --num_images"),
         (["--class_labels", "1", "--save_images"], "--save_images needs --num_images"),
         (["--num_images", "1", "--num_images_per_class", "2"], "--num_images_per_class needs --class_labels"),
-        (["--num_images", "1", "--guidance_transformer", "x"], "needs --autoguidance_scale above 1"),
-        (["--num_images", "1", "--guidance_interval", "0", "0.5"], "--guidance_interval needs a scale of guidance"),
     ],
 )
 def test_wrong_arguments_are_usage_errors(run, capsys, arguments, message):
