@@ -154,16 +154,7 @@ def main(argv: list[str] | None = None):
     pipe = load_pipeline(**place, device=accelerator.device, dtype=DTYPES[args.dtype], scheduler=args.scheduler)
     if args.guidance_transformer is not None:
         load_guidance_transformer(pipe, args.guidance_transformer)
-    call = {name: getattr(args, name) for name in CALL}
-    pipe.check_inputs(
-        **call,
-        batch_size=1,
-        generator=None,
-        latents=None,
-        sigmas=None,
-        output_type="pt",
-        callback_on_step_end_tensor_inputs=None,
-    )
+    pipe.check_inputs(batch_size=1, **{name: getattr(args, name) for name in CALL})
     if args.compile:
         # Fixed sizes: a batch, and twice as much under guidance.
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)

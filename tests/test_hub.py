@@ -18,7 +18,8 @@ from PIL import Image
 from tiny_models import make_pipeline, make_vae
 
 from diffusers_lsep import LinearProbe
-from diffusers_lsep.hub.model_card import Gallery, write_model_card
+from diffusers_lsep.hub.gallery import Gallery
+from diffusers_lsep.hub.model_card import write_model_card
 from diffusers_lsep.hub.push import push_folder
 
 

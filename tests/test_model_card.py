@@ -18,9 +18,9 @@ from tiny_models import make_pipeline
 from diffusers_lsep import FlowMatchHeunODEScheduler, FlowMatchSDEScheduler, LSEPPipeline
 from diffusers_lsep.evaluation.protocol import METRICS
 from diffusers_lsep.files import hash_weights
+from diffusers_lsep.hub.gallery import Gallery
 from diffusers_lsep.hub.model_card import (
     METRIC_NAMES,
-    Gallery,
     merge_model_cards,
     update_evaluation,
     write_model_card,

@@ -645,6 +645,19 @@ def test_late_in_training_the_probe_weighs_less(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_held_out_losses_weigh_what_those_of_training_do(train, tmp_path):
+    flags = ["--learning_rate", 0, "--probe_learning_rate", 0, "--validation_split", "test", "--validation_steps", 2]
+    decay = ["--probe_decay_start_epoch", 0, "--probe_decay_epochs", 4 / 1437]
+    train(*flags, *decay, output_dir=tmp_path / "decay")
+    train(*flags, output_dir=tmp_path / "constant")
+    losses = {}
+    for name in ("decay", "constant"):
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [line["validation_probe_loss"] for line in lines if "validation_probe_loss" in line]
+    np.testing.assert_allclose(np.array(losses["decay"]) / losses["constant"], [1e-2, 1e-4], rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_push_to_hub(tmp_path):
     """The pipeline, its probe and its card go to the Hub, and nothing else."""
     with HubServer(tmp_path / "hub", {"hf_owner": "lsep"}) as hub:

@@ -243,12 +243,12 @@ def _find_source(state_dict: dict[str, torch.Tensor], args: dict[str, Any], sour
     described = " and ".join(f"{reason} ({name})" for name, reason in evidence.items())
     if len(evidence) > 1:
         raise ValueError(f"the file looks like more than one project: {described}.")
-    if not evidence and source is None and "x_embedder.proj.weight" not in state_dict:
-        raise ValueError(
-            "the file has to hold the weights of a SiT, but there is no `x_embedder.proj.weight` among"
-            f" {', '.join(f'`{name}`' for name in sorted(state_dict)[:3])} and so on."
-        )
     if not evidence and source is None:
+        if "x_embedder.proj.weight" not in state_dict:
+            raise ValueError(
+                "the file has to hold the weights of a SiT, but there is no `x_embedder.proj.weight` among"
+                f" {', '.join(f'`{name}`' for name in sorted(state_dict)[:3])} and so on."
+            )
         raise ValueError(
             "the content of the file does not tell which project it is from. `source` (`--source`) has to be given,"
             f" one of {list(SOURCES)}. SiT's networks run with time reversed, so a guess could be badly wrong."

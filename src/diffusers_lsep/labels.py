@@ -3,7 +3,9 @@
 """Classes by their names or ids: one rule for the pipeline, the scripts and training."""
 
 import difflib
+import html
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -68,6 +70,11 @@ def number_names(largest_id: int) -> list[str]:
 def in_one_line(name: str) -> str:
     """A name as it can be written and drawn, whatever line breaks and half characters JSON has let into it."""
     return " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def as_markdown(name: str) -> str:
+    """The name of a class as it is to be read, whatever HTML or Markdown it holds."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(in_one_line(name), quote=False))
 
 
 def find_names(id2label: dict[int, str] | None) -> dict[str, list[int]]:

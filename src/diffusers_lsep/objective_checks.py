@@ -22,6 +22,7 @@ from .argument_checks import (
     describe,
 )
 from .regularizers.regularizer import Regularizer
+from .transformer_checks import check_channels
 
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
@@ -52,11 +53,7 @@ def check_objective(objective: Any, probe_weight_start: float, probe_weight_end:
             f"`transformer` has to be a SiTTransformer2DModel, but is of type {type(objective.transformer).__name__}."
         )
     config = objective.transformer.config
-    if (config.out_channels or config.in_channels) != config.in_channels:
-        raise ValueError(
-            "`transformer` has to predict a velocity of its input's channels, but has"
-            f" `in_channels={config.in_channels}` and `out_channels={config.out_channels}`."
-        )
+    check_channels(config)
     for name in ("probe_dropout_prob", "class_dropout_prob"):
         setattr(objective, name, check_probability(name, getattr(objective, name)))
     check_choice("timestep_sampling", objective.timestep_sampling, TIMESTEP_SAMPLINGS)

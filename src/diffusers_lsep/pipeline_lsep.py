@@ -23,6 +23,7 @@ from .labels import check_names, find_call_ids, find_class_ids, find_names, uniq
 from .lora_pipeline import LSEPLoraLoaderMixin
 from .saving import LSEPSavingMixin, show_components
 from .single_file import LSEPSingleFileMixin
+from .transformer_checks import check_channels
 from .transformer_sit import SiTTransformer2DModel
 
 
@@ -163,11 +164,11 @@ class LSEPPipeline(
         num_inference_steps: int,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        sigmas: list[float] | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        sigmas: list[float] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
         guider: "BaseGuidance | None" = None,
         internal_guidance_scale: float = 1.0,
         callback_on_step_end: Callable | None = None,
@@ -192,12 +193,7 @@ class LSEPPipeline(
             )
         scales = (guidance_scale, internal_guidance_scale, autoguidance_scale)
         self.check_guidance(*scales, guidance_interval, guider)
-        in_channels, out_channels = (self.transformer.config.get(name) for name in ("in_channels", "out_channels"))
-        if out_channels not in (None, in_channels):
-            raise ValueError(
-                "`transformer` has to predict a velocity of its input's channels, but has"
-                f" `in_channels={in_channels}` and `out_channels={out_channels}`."
-            )
+        check_channels(self.transformer.config)
         check_scheduler(self.scheduler, self.config.path_type, sigmas, self.transformer.config.get("flow_map_depth"))
         if output_type != "latent":
             self.check_decodable()

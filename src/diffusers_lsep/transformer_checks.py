@@ -95,6 +95,16 @@ def check_states(hidden_states: Any, config: Any, class_labels: Any = None):
         check_tensor("class_labels", class_labels, (hidden_states.shape[0],), "integers")
 
 
+def check_channels(config: Any):
+    """Raises a `ValueError` if what a transformer predicts cannot be the velocity of its input."""
+    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    if out_channels not in (None, in_channels):
+        raise ValueError(
+            "`transformer` has to predict a velocity of its input's channels, but has"
+            f" `in_channels={in_channels}` and `out_channels={out_channels}`."
+        )
+
+
 def check_depths(num_layers: Sequence[Any], depth: int) -> list[int]:
     """Raises a `ValueError` if these are no depths of a model, from 0 on."""
     depths = [check_count("num_layers", layer, low=-MAX_COUNT) for layer in num_layers]

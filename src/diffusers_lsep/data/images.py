@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
+# What the folders of splits may be called, as for `datasets`.
+SPLIT_FOLDERS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
 def center_crop(image: "PIL.Image.Image", resolution: int) -> "PIL.Image.Image":
     """
     Cuts the central square out of an image, as ADM (arXiv 2105.05233) prepares ImageNet: halved with a box filter
@@ -131,14 +139,6 @@ def load_image_dataset(
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         value = dataset_name or str(train_data_dir)
         raise ValueError(f"`{name}` {value!r} cannot be read as a data set of images: {error}") from error
-
-
-# What the folders of splits may be called, as for `datasets`.
-SPLIT_FOLDERS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 
 
 def find_split_folders(folder: Path) -> dict[str, list[str]]:

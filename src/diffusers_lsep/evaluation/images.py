@@ -343,7 +343,7 @@ def open_images(
                 f"{images.size[0]} x {images.size[1]} already."
             )
         return images
-    has_splits = _is_saved_dataset(path) or (path.is_dir() and find_split_folders(path))
+    has_splits = _is_saved_dataset(path) or find_split_folders(path)
     if path.is_dir() and not has_splits and not any(path.rglob("*.parquet")):
         refuse_split()
         files = sorted(path / name for name in walk_files(path, argument))

@@ -7,13 +7,11 @@ the metadata as it was generated. What is generated is replaced when a new card 
 other weights; what somebody writes outside of the comments, or changes in the metadata, stays.
 """
 
-import html
 import importlib.metadata
 import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +21,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from ..files import hash_saved_weights, whole_file
-from ..labels import in_one_line
+from ..labels import as_markdown
 from ..regularizers import REGULARIZERS, regularizer_key
+from .gallery import Gallery
 from .local_paths import is_local, without_folders
 from .saved_pipeline import EVAL_RESULTS_NAME, SavedPipeline
 
@@ -102,36 +101,6 @@ def is_about_other_weights(card: ModelCard, weights: Mapping[str, str]) -> bool:
     """Whether a card says that it is about other weights than these, by their hashes ([`SavedPipeline`])."""
     before = _read_facts(card).get("weights", {})
     return any(before[name] != weights[name] for name in before.keys() & weights.keys())
-
-
-@dataclass
-class Gallery:
-    """
-    Images in a model card and how they were made.
-
-    Args:
-        image (`str`): File of the grid, relative to the pipeline's folder.
-        class_labels (`list[int]` or `list[str]`): Classes of the images, row by row.
-        seeds (`list[int]`): Seeds of their generators, one per image.
-    """
-
-    image: str
-    class_labels: list[int] | list[str]
-    seeds: list[int]
-
-    def describe_classes(self) -> str:
-        """The classes, those of the first row alone where all rows have them."""
-        names = [_as_text(str(name)) for name in self.class_labels]
-        period = next((n for n in range(1, len(names)) if names[n:] == names[:-n] and len(names) % n == 0), len(names))
-        times = len(names) // period
-        return ", ".join(names[:period]) + (f"; {times} times" if times > 1 else "")
-
-    def describe_seeds(self) -> str:
-        """The seeds, the first and the last alone where they follow each other."""
-        first, last = self.seeds[0], self.seeds[-1]
-        if len(self.seeds) > 2 and self.seeds == list(range(first, last + 1)):
-            return f"{first} to {last}"
-        return ", ".join(map(str, self.seeds))
 
 
 def write_model_card(
@@ -395,9 +364,7 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
     text = new.text
     if not _section_pattern().sub("", _FACTS.sub("", new.text)).strip():
         text = _FACTS.sub("\n", old.text)
-        old_weights = old_facts.get("weights", {})
-        is_about_the_same = any(old_weights.get(name) == digest for name, digest in weights.items())
-        keeps_summary = is_about_the_same and _names_method(old) and not _names_method(new)
+        keeps_summary = bool(old_facts.get("weights")) and _names_method(old) and not _names_method(new)
         for name, block in _sections(new).items() if _sections(old) else ():
             pattern = _section_pattern(name)
             if name == "summary" and keeps_summary:
@@ -452,13 +419,8 @@ def point_usage_at(card: ModelCard, repo_id: str):
 def _describe_classes(pipeline: SavedPipeline) -> str:
     """How many classes there are, and their names if these are few."""
     count, labels = pipeline.transformer["num_classes"], pipeline.index.get("id2label") or {}
-    names = ", ".join(_as_text(name.split(",")[0]) for name in labels.values()) if len(labels) <= 20 else ""
+    names = ", ".join(as_markdown(name.split(",")[0]) for name in labels.values()) if len(labels) <= 20 else ""
     return f"{count:,}" + (f": {names}" if names else "")
-
-
-def _as_text(name: str) -> str:
-    """The name of a class as it is to be read, whatever HTML or Markdown it holds."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(in_one_line(name), quote=False))
 
 
 def _literal(value: Any) -> str:

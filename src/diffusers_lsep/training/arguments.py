@@ -16,7 +16,7 @@ from ..presets import SIT_PRESETS
 from ..regularizers import REGULARIZERS, regularizer_key
 from ..regularizers.repa import PROJECTORS
 from .flag_combinations import check_combinations
-from .flags import Flags
+from .flags import Epochs, Flags
 from .flow_map import add_flow_map_flags
 from .post_hoc_ema import add_post_hoc_ema_flags
 from .recipes import choose_recipe
@@ -32,13 +32,6 @@ PAPER_SETTINGS: dict[str, dict[str, Any]] = {
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
 count, size, probability, positive = number(int, 0), number(int, 1), number(float, 0, 1), number(float, 0)
-
-
-class Epochs(argparse.Action):
-    """A length in epochs, which takes the place of one in steps that was given before it."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        namespace.num_train_epochs, namespace.max_train_steps = values, None
 
 
 @functools.cache

@@ -2,7 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags of a command line, and what else there is to know of each."""
 
+import argparse
+
 from ..command_line import ArgumentParser
+
+
+class Epochs(argparse.Action):
+    """A length in epochs, which takes the place of one in steps that was given before it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.num_train_epochs, namespace.max_train_steps = values, None
 
 
 class Flags:

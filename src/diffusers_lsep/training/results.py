@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from ..figures import make_labeled_grid
 from ..files import whole_file
-from ..hub.model_card import Gallery, write_lora_card, write_model_card
+from ..hub.gallery import Gallery
+from ..hub.model_card import write_lora_card, write_model_card
 from ..labels import find_class_ids
 from ..pipeline_lsep import LSEPPipeline
 from .arguments import flags_that_are

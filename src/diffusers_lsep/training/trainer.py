@@ -206,10 +206,8 @@ class Trainer:
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
 
-    def inputs(
-        self, batch: dict[str, Any], teachers: dict[str, Teacher], idle: Collection[str] = ()
-    ) -> dict[str, Any]:
-        """[`objective_inputs`] for a batch."""
+    def inputs(self, batch: dict[str, Any], teachers: dict[str, Teacher], idle: Collection[str]) -> dict[str, Any]:
+        """[`objective_inputs`] for a batch, with the losses' weights."""
         self.unreadable.add(batch.pop("unreadable", ()))
         if self.compiled:
             # Their number is another one in every step, which is better known before the first is compiled.
@@ -217,7 +215,8 @@ class Trainer:
                 if name in batch:
                     torch._dynamo.maybe_mark_dynamic(batch[name], 0)
         options = (self.objective, self.setup, self.normalization, teachers, idle, self.accelerator.autocast)
-        return objective_inputs(batch, *options)
+        weights = {"probe_weight_scale": self.probe_weight_scale, "regularizer_weights": self.regularizer_weights}
+        return objective_inputs(batch, *options) | weights
 
     def train(self) -> bool:
         """Trains to the end, and returns True, or until a signal arrives."""
@@ -285,11 +284,7 @@ class Trainer:
             data_wait = time.perf_counter() - start
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():  # accelerate forgets it with FSDP2
-                    output = self.model(
-                        **self.inputs(batch, self.teachers, idle),
-                        probe_weight_scale=self.probe_weight_scale,
-                        regularizer_weights=self.regularizer_weights,
-                    )
+                    output = self.model(**self.inputs(batch, self.teachers, idle))
                 accelerator.backward(output.loss)
                 rows = batch.get("probe_rows", slice(None))
                 self.metrics.add_batch(output, batch["timesteps"][rows], data_wait)
@@ -423,11 +418,7 @@ class Trainer:
                 batch = send_to_device(batch, accelerator.device)
                 teachers = dict.fromkeys(("average", "student"), Teacher(objective.transformer))
                 with accelerator.autocast():  # as in training: with FSDP2 this objective is none that accelerate knows
-                    output = objective(
-                        **self.inputs(batch, teachers, idle),
-                        probe_weight_scale=self.probe_weight_scale,
-                        regularizer_weights=self.regularizer_weights,
-                    )
+                    output = objective(**self.inputs(batch, teachers, idle))
                 means = batch_means(output)
                 sums += torch.stack([means[name] for name in names]) * len(output.denoising_losses)
         problems = gather_object(problems)
