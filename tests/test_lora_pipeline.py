@@ -141,6 +141,19 @@ def test_classes_come_and_go_with_the_adapter(tmp_path, way):
     assert pipe.labels == {"ant": 0, "bee": 1, "cow": 2} and pipe.transformer.config.num_classes == 3
 
 
+@pytest.mark.parametrize("way", ["unload", "delete"])
+def test_adapters_leave_a_compiled_transformer_as_it_was(tmp_path, way):
+    pipe = make()
+    weights = pipe.transformer.state_dict()
+    pipe.transformer = torch.compile(pipe.transformer)
+    pipe.load_lora_weights(save_adapter(tmp_path, classes=NEW), adapter_name="pets")
+    if way == "delete":
+        pipe.delete_adapters("pets")
+        assert not hasattr(pipe.transformer, "peft_config")
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(pipe.transformer._orig_mod.state_dict(), weights)
+
+
 def test_an_adapter_that_is_loaded_twice_stays(tmp_path):
     pipe = make()
     save_adapter(tmp_path, classes=NEW)

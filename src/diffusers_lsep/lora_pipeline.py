@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils import get_adapter_name, logging
+from diffusers.utils.torch_utils import unwrap_module
 
 from .transformer_sit import SiTTransformer2DModel
 
@@ -204,14 +205,14 @@ class LSEPLoraLoaderMixin(SanaLoraLoaderMixin):
         """Removes all adapters, see [`~loaders.LoraBaseMixin.unload_lora_weights`], with the classes they brought."""
         with self._without_offloading():
             self._end_classes(list(self._loaded_classes.adapters) if self._loaded_classes else [])
-            super().unload_lora_weights()
+            unwrap_module(self.transformer).unload_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str):
         """Removes these adapters, see [`~loaders.LoraBaseMixin.delete_adapters`]."""
         adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         with self._without_offloading():
             self._end_classes(adapter_names)
-            super().delete_adapters(adapter_names)
+            unwrap_module(self.transformer).delete_adapters(adapter_names)
 
     @property
     def _loaded_classes(self) -> _LoadedClasses | None:
