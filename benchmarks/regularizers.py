@@ -347,7 +347,7 @@ def make_table(results: list[dict], columns: list[tuple[str, int]], baseline: st
         values = {method: values_at(results, method, measure, step) for method in methods}
         means = [format_value(measure, statistics.mean(of.values())) if of else "" for of in values.values()]
         others = {method: {} if method == baseline else of for method, of in values.items()}
-        differences = [format_difference(measure, of, values[baseline]) for of in others.values()]
+        differences = [format_difference(measure, of, values.get(baseline, {})) for of in others.values()]
         table.append((f"{measure} at {step:,}", means))
         if any(differences):
             table.append((f"less {baseline}'s", differences))

@@ -224,6 +224,11 @@ def test_intervals_of_paired_differences():
     assert regularizers.format_difference("distance", {0: 1.0}, plain) == ""
 
 
+def test_a_table_without_plain_sit(compared):
+    table = regularizers.make_table([r for r in compared if r["method"] == "sra"], [("distance", 1500)])
+    assert table.splitlines()[0] == "|  | seeds | distance at 1,500 |" and "| SRA | 3 |" in table
+
+
 def test_values_between_judged_steps():
     """A distance that falls by a factor in equal steps, and a share that grows by as much, are met exactly."""
     points = [
