@@ -192,6 +192,37 @@ def test_image_folder_with_splits(tmp_path):
     assert names == ["ant", "bee"] and source.labels.tolist() == held_out.labels.tolist() == [0, 1]
 
 
+def test_folders_are_found_from_where_one_stands(tmp_path, monkeypatch):
+    for split, name in (("train", "ant"), ("train", "bee"), ("test", "bee")):
+        write_image(tmp_path / "data" / split / name / "1.png")
+    monkeypatch.chdir(tmp_path)
+    for path in ("data", "./data", "data/", Path("data")):
+        assert {name: len(rows) for name, rows in load_image_dataset(train_data_dir=path).items()} == {
+            "train": 2,
+            "test": 1,
+        }
+
+
+def test_names_of_splits_may_go_on(tmp_path):
+    """As for `datasets`; hidden folders make no class of `train`; images beside classes of a split have no label."""
+    names = ("training", "val_small", "test-2020", "test1", "masks", "tested")
+    for name in names:
+        write_image(tmp_path / "splits" / name / "ant" / "1.png")
+    counts = {name: len(rows) for name, rows in load_image_dataset(train_data_dir=tmp_path / "splits").items()}
+    assert counts == {"train": 1, "validation": 1, "test": 2}
+    for name in ("car/1.png", "plane/1.png", "train/1.png", "train/.ipynb_checkpoints/1.png"):
+        write_image(tmp_path / "classes" / name)
+    source, _, names = open_images(load_image_dataset(train_data_dir=tmp_path / "classes"), 8, 3)
+    assert names == ["car", "plane", "train"] and len(source.labels) == 3
+    for name in ("train/1.png", "train/2.png", "val/1.png"):
+        write_image(tmp_path / "flat" / name)
+    flat = load_image_dataset(train_data_dir=tmp_path / "flat")
+    assert {name: (len(rows), rows.column_names) for name, rows in flat.items()} == {
+        "train": (2, ["image"]),
+        "validation": (1, ["image"]),
+    }
+
+
 def test_classes_may_be_called_as_splits_are(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         for name in ("bus", "train", "dev"):
@@ -230,6 +261,7 @@ def test_encoding_reads_the_labels_that_training_reads(tmp_path):
     (tmp_path / "listed" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in ("ant/1.png", "bee/1.png", ".thumbnails/1.png", "ant/.ipynb_checkpoints/1.png"):
         write_image(tmp_path / "hidden" / name)
+    (tmp_path / "hidden" / "metadata.json").write_text("{}")  # somebody's own, which `datasets` does not read
     for folder in ("listed", "hidden"):
         source, _, names = open_images(load_image_dataset(train_data_dir=tmp_path / folder), 8, 3)
         encoded = open_images_to_encode(tmp_path / folder)

@@ -222,7 +222,7 @@ class TestEncoding:
             path = path.with_suffix(".zip")
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name in names:
-                    archive.write(images_dir / name, f"everything/{name}")
+                    archive.writestr(f"./everything/{name}", (images_dir / name).read_bytes())
         elif source == "edm2_folder":
             for name, edm2_name in edm2_names.items():
                 (path / edm2_name).parent.mkdir(parents=True, exist_ok=True)

@@ -273,10 +273,15 @@ def test_adapters_are_not_saved_with_the_model(tmp_path):
     pipe = make()
     pipe.load_lora_weights(save_adapter(tmp_path / "lora"), adapter_name="pets")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"has to be without adapters for saving, but has \['pets'\]"):
+        with pytest.raises(
+            ValueError, match=r"`transformer` has to be without adapters for saving, but has \['pets'\]"
+        ):
             pipe.save_pretrained(tmp_path / "saved")
         pipe.fuse_lora()
     fused = draw(pipe)
+    pipe.delete_adapters("pets")
+    with pytest.raises(ValueError, match="without adapters for saving, but has their layers"):
+        pipe.save_pretrained(tmp_path / "saved")
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "saved")
     np.testing.assert_allclose(draw(DiffusionPipeline.from_pretrained(tmp_path / "saved")), fused, atol=1e-5)

@@ -87,35 +87,50 @@ def test_claims_no_method_by_itself(save):
     assert "Trained" not in card.text and "## Citation" not in card.text
 
 
-def test_a_card_that_knows_the_method_keeps_its_summary(save):
+def test_a_card_that_knows_the_method_keeps_it(save):
     folder = save()
     known = ModelCard.load(write_model_card(folder, source="sit"))
     (folder / "README.md").unlink()
     unknown = ModelCard.load(write_model_card(folder))
     merged = merge_model_cards(known, unknown)
     assert "not trained with LSEP" in merged.text and "arxiv:2401.08740" in merged.data.tags
-    of_others = ModelCard(re.sub(r'("weights": {"transformer": ")\w+', r"\1other", known.content))
-    assert "not trained with LSEP" not in merge_model_cards(of_others, unknown).text
+    of_others = re.sub(r'("weights": {"transformer": ")\w+', r"\1other", unknown.content)
+    replaced = merge_model_cards(merged, ModelCard(of_others))
+    assert "not trained with LSEP" not in replaced.text and "arxiv:2401.08740" not in replaced.data.tags
+    unknown.text = unknown.text.replace("| Classes |", "| Classes | renamed")
+    assert "| Classes | renamed" in merge_model_cards(known, unknown).text
 
 
 @pytest.mark.parametrize("with_code", [False, True])
 def test_the_card_goes_along_with_the_pipeline_that_was_loaded(save, tmp_path, with_code):
     folder = save()
     Image.new("RGB", (8, 4)).save(folder / "grid.png")
-    write_model_card(folder, source="sit", gallery=Gallery("grid.png", [1], [1]))
+    sampling = {"num_inference_steps": 7, "guidance_scale": 1.5}
+    write_model_card(folder, source="sit", gallery=Gallery("grid.png", [1], [1]), sampling=sampling)
     pipe = DiffusionPipeline.from_pretrained(folder)
     for name in ("same", "other"):
         pipe.save_pretrained(tmp_path / name)
         if with_code:
             add_code(tmp_path / name)
-        bring_card(folder, tmp_path / name)
+        bring_card(folder, tmp_path / name, "somebody/digits")
         assert (tmp_path / name / "grid.png").is_file() == (name == "same")
         pipe.scheduler = FlowMatchHeunODEScheduler.from_config(pipe.scheduler.config)
     card = ModelCard.load(tmp_path / "same" / "README.md")
     assert "not trained with LSEP" in card.text and "grid.png" in card.text
-    assert ("trust_remote_code=True" in card.text) == with_code
+    assert "    num_inference_steps=7,\n    guidance_scale=1.5,\n" in card.text
+    assert ("trust_remote_code=True" in card.text) == with_code != ("import diffusers_lsep" in card.text)
+    assert ("# digits" in card.text) == with_code and "arxiv:2401.08740" in card.data.tags
     assert not (tmp_path / "other" / "README.md").exists()
-    bring_card("your-name/your-model", tmp_path / "other")
+    bring_card("your-name/your-model", tmp_path / "other", "somebody/digits")
+
+
+def test_a_card_that_cannot_be_brought_is_left(save, tmp_path, warnings):
+    folder = save()
+    (tmp_path / "elsewhere.md").write_text("---\n---\n")
+    DiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    (folder / "README.md").symlink_to(tmp_path / "elsewhere.md")  # as in the Hub's cache
+    bring_card(folder, tmp_path / "saved", "somebody/digits")
+    assert "is left there: " in warnings.text and not (tmp_path / "saved" / "README.md").exists()
 
 
 def test_claims_no_licence_by_itself(save):

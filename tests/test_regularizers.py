@@ -756,6 +756,11 @@ def test_recipes_and_defaults_are_the_published_values(train, tmp_path, capsys, 
     assert REGULARIZERS[name].paper in text and f"@examples/configs/losses/{recipe} " in text
 
 
+def test_a_depth_that_is_given_as_it_is_by_default_changes_nothing():
+    for given, teacher in ((None, 20), (8, 20), (6, 12)):
+        assert SRARegularizer.defaults_for(28, 8, {"depth": given})["teacher_depth"] == teacher
+
+
 @pytest.mark.slow
 def test_the_example_for_contributors(train, tmp_path, monkeypatch):
     """A class, a line in the table: it has flags, is trained and reported."""

@@ -384,8 +384,11 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(train, own_images, tmp
 
 
 def test_epochs_take_the_place_of_steps_that_a_recipe_gives(train, capsys):
-    assert train("--dry_run", "--num_train_epochs", 2) == 0  # of 1,437 digits, in steps of 4
+    assert train("--dry_run", "--num_train_epochs", 2, "--train_batch_size", 4, tiny=()) == 0  # of 1,437 digits
     assert json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]["max_train_steps"] == 719
+    for flags in ("--max_train_steps 7 --num_train_epochs 2", "--num_train_epochs 2 --max_train_steps=7"):
+        assert train("--dry_run", *flags.split()) == 0  # given both, steps count, as in diffusers' scripts
+        assert json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]["max_train_steps"] == 7
 
 
 def test_recipes_are_found_beside_a_folder_of_their_name(train, tmp_path, monkeypatch):

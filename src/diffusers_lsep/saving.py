@@ -7,6 +7,7 @@ import os
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo
 
@@ -65,12 +66,15 @@ class LSEPSavingMixin:
         Raises:
             `ValueError`: if an adapter is loaded, whose layers are no part of the model.
         """
-        if getattr(self.transformer, "peft_config", None):  # type: ignore[attr-defined]
-            raise ValueError(
-                f"`transformer` has to be without adapters for saving, but has {sorted(self.transformer.peft_config)}."  # type: ignore[attr-defined]
-                " `fuse_lora()` and then `unload_lora_weights()` makes them a part of its weights; `save_lora_weights`"
-                " saves an adapter by itself."
-            )
+        for name, model in self.components.items():  # type: ignore[attr-defined]
+            # Deleted adapters leave their layers, which have weights under other names.
+            if isinstance(model, torch.nn.Module) and any(".base_layer." in key for key in model.state_dict()):
+                adapters = sorted(getattr(model, "peft_config", {})) or "their layers"
+                raise ValueError(
+                    f"`{name}` has to be without adapters for saving, but has {adapters}. `fuse_lora()` and then"
+                    " `unload_lora_weights()` makes them a part of its weights; `save_lora_weights` saves an adapter"
+                    " by itself."
+                )
         if push_to_hub:
             from .hub.push import push_folder
 
@@ -142,5 +146,5 @@ class LSEPSavingMixin:
             if with_code:
                 add_code(folder)
             if self.name_or_path is not None:  # type: ignore[attr-defined]
-                bring_card(self.name_or_path, folder)  # type: ignore[attr-defined]
+                bring_card(self.name_or_path, folder, repo_id)  # type: ignore[attr-defined]
             return push_folder(folder, repo_id, license, token, private, revision, commit_message, create_pr)

@@ -146,13 +146,12 @@ def _index_zip(path: Path, labelled: bool) -> ImageFiles:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
             offset = find_member(file, info)  # also of what is no image: a damaged name may have been dataset.json
-            if _is_image(info.filename):
+            name = info.filename.removeprefix("./")
+            if _is_image(name):
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError(
-                        f"`train_data_dir` has to be a stored or deflated .zip, but {info.filename} is neither."
-                    )
+                    raise ValueError(f"`train_data_dir` has to be a stored or deflated .zip, but {name} is neither.")
                 is_deflated = info.compress_type == zipfile.ZIP_DEFLATED
-                places[info.filename] = (0, offset, info.compress_size, is_deflated)
+                places[name] = (0, offset, info.compress_size, is_deflated)
         names = sorted(places)
         if not labelled:
             classes = _one_class(names)

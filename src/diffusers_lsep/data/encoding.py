@@ -19,7 +19,7 @@ from ..autoencoders import Autoencoder, encode_moments, get_scale_factor, load_a
 from ..progress import make_progress_bar
 from .archives import ImageFiles, open_image_files
 from .fingerprint import Fingerprint, fingerprint_images
-from .images import center_crop, convert_mode, damage, load_image_dataset, read_labels
+from .images import METADATA_FILES, center_crop, convert_mode, damage, load_image_dataset, read_labels
 from .moments import METADATA_FILE, SETTINGS_FILE, shorten
 from .moments_writer import TEMPORARY_SUFFIX, UNREADABLE_FILE, unreadable_in
 
@@ -90,7 +90,7 @@ def open_images_to_encode(
     """
     if train_data_dir is None or (
         train_data_dir.is_dir()
-        and any(next(train_data_dir.rglob(pattern), None) for pattern in ("*.parquet", "metadata.*"))
+        and any(next(train_data_dir.rglob(pattern), None) for pattern in ("*.parquet", *METADATA_FILES))
     ):
         argument = "--train_data_dir" if dataset_name is None else "--dataset_name"
         splits = load_image_dataset(dataset_name, dataset_config_name, train_data_dir, argument=argument)

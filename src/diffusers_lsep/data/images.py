@@ -4,6 +4,8 @@
 
 import glob
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
-# What the folders of splits may be called, as for `datasets`.
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, as for `datasets`
+
+# What the folders of splits may be called, as for `datasets`; a number or another word may follow, as in `val_small`.
 SPLIT_FOLDERS = {
-    "train": ("train",),
+    "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
@@ -129,7 +133,7 @@ def load_image_dataset(
             )
         if not any(folder.rglob("*.parquet")):
             # Left to itself, `datasets` takes names anywhere, of an image `test_1.png` or a class `train`, for splits.
-            splits, root = find_split_folders(folder), glob.escape(path)
+            splits, root = find_split_folders(folder), glob.escape(os.path.abspath(path))
             path = path if splits else "imagefolder"
             patterns = {split: [f"{root}/{child}/**" for child in children] for split, children in splits.items()}
             options = {"data_files": patterns or {"train": f"{root}/**"}}
@@ -143,17 +147,23 @@ def load_image_dataset(
 
 def find_split_folders(folder: Path) -> dict[str, list[str]]:
     """
-    The folders of the splits of a folder of images, by the names of `datasets`; none if it has no `train/`, or if that
-    is a class among others.
+    The folders of the splits of a folder of images, by the names of `datasets`; none if it has none for training, or
+    if that is a class among others.
     """
-    if not (folder / "train").is_dir():
-        return {}
-    children = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))}
-    is_split = any(child.is_dir() or child.name.startswith("metadata.") for child in (folder / "train").iterdir())
-    if not is_split and children - {name for names in SPLIT_FOLDERS.values() for name in names}:
-        return {}
-    found = {split: [name for name in names if name in children] for split, names in SPLIT_FOLDERS.items()}
-    return {split: names for split, names in found.items() if names}
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not _is_hidden(child.name))
+    found: dict[str, list[str]] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        pattern = re.compile(rf"({'|'.join(names)})([-._ 0-9].*)?")
+        if chosen := [child.name for child in children if pattern.fullmatch(child.name)]:
+            found[split] = chosen
+    inside = [child for name in found.get("train", ()) for child in (folder / name).iterdir()]
+    is_split = any(child.name in METADATA_FILES or child.is_dir() and not _is_hidden(child.name) for child in inside)
+    has_others = len(children) > sum(map(len, found.values()))
+    return found if "train" in found and (is_split or not has_others) else {}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))  # as for `datasets`
 
 
 def _label_options(folder: Path, name: str) -> dict[str, bool]:
@@ -169,21 +179,22 @@ def _label_options(folder: Path, name: str) -> dict[str, bool]:
 
     extensions, classes, depths = PIL.Image.registered_extensions(), set(), set()
     for parent, folders, files in os.walk(folder):
-        folders[:] = (child for child in folders if not child.startswith((".", "__")))  # as `datasets` does
+        folders[:] = (child for child in folders if not _is_hidden(child))
         for path in (Path(parent, child) for child in folders):
             if path.is_symlink():
                 raise ValueError(
                     f"`{name}` has to hold no links to folders, which are not followed, but holds {path}."
                 )
-        if any(file.startswith("metadata.") for file in files):
+        if not set(METADATA_FILES).isdisjoint(files):
             return {}
         if any(os.path.splitext(file)[1].lower() in extensions for file in files):
             classes.add(Path(parent).name)
             depths.add(len(Path(parent).relative_to(folder).parts))
-    class_depth = 2 if find_split_folders(folder) else 1
-    if depths and max(depths) > class_depth:
+    if not depths:
+        return {}
+    if depths != {2 if find_split_folders(folder) else 1}:
         return {"drop_labels": True}
-    return {"drop_labels": False} if len(classes) == 1 and depths == {class_depth} else {}
+    return {"drop_labels": False} if len(classes) == 1 else {}
 
 
 def read_labels(
@@ -308,7 +319,12 @@ def damage(error: Exception) -> str:
 
 
 def decode_images(
-    rows: np.ndarray, values: list[dict], flips: np.ndarray, resolution: int, num_channels: int
+    rows: np.ndarray,
+    values: list[dict],
+    flips: np.ndarray,
+    resolution: int,
+    num_channels: int,
+    is_stream: bool = False,
 ) -> torch.Tensor:
     """
     Turns the files of images into a tensor `[B, C, resolution, resolution]`, float32 in [-1, 1].
@@ -319,6 +335,8 @@ def decode_images(
         flips (`np.ndarray` of shape `[B]`, bool): Which images to mirror left to right.
         resolution (`int`): Side of the square that images are cropped to, in pixels.
         num_channels (`int`): 1 for grey, 3 for RGB; images are converted.
+        is_stream (`bool`, defaults to `False`):
+            Whether the same images have other rows in every epoch, and so are told by checksums.
 
     Raises:
         [`UnreadableImageError`]: if an image cannot be read. Names its row and its file.
@@ -334,8 +352,12 @@ def decode_images(
         except Exception as error:  # Whatever a decoder raises on a broken file
             path: str | None = (value or {}).get("path")
             message = message or f"the image of row {row}{f' ({path})' if path else ''} cannot be read: {error}"
-            is_file = path and value.get("bytes") is None  # the names of images in a table may be all the same
-            name = str(path) if is_file else f"row {row}{f' ({path})' if path else ''}"
+            content = (value or {}).get("bytes")
+            if path and content is None:
+                name = path
+            else:  # the names of images in a table may be all the same
+                name = f"crc32 {zlib.crc32(content or b''):08x}" if is_stream else f"row {row}"
+                name += f" ({path})" if path else ""
             errors[index] = {"id": name, "error": damage(error)}
             continue
         images[index] = np.asarray(image).reshape(images.shape[1:])

@@ -110,7 +110,7 @@ class StreamedImages:
                     f" {row} of the stream has {label!r}."
                 )
             values.append(sample[self.image_column])
-        return decode_images(rows, values, flips, self.resolution, self.num_channels)
+        return decode_images(rows, values, flips, self.resolution, self.num_channels, is_stream=True)
 
     def fingerprint(self) -> Fingerprint:
         """Of nothing: what comes is not known ahead."""

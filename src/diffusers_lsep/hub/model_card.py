@@ -7,6 +7,7 @@ the metadata as it was generated. What is generated is replaced when a new card 
 other weights; what somebody writes outside of the comments, or changes in the metadata, stays.
 """
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -345,7 +346,7 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
     Brings a card up to date. The text is the old one with the sections of the new one; the text of a card that was
     written by hand, without sections, is left as it is. If the new one has text of its own, that is the text. Metadata
     of the new card goes before that of the old one. What was generated of the old one counts if it is about the same
-    weights; so does its summary then, if only that one knows how they were trained.
+    weights.
 
     Args:
         old (`ModelCard`): The card that is there.
@@ -364,11 +365,8 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
     text = new.text
     if not _section_pattern().sub("", _FACTS.sub("", new.text)).strip():
         text = _FACTS.sub("\n", old.text)
-        keeps_summary = bool(old_facts.get("weights")) and _names_method(old) and not _names_method(new)
         for name, block in _sections(new).items() if _sections(old) else ():
             pattern = _section_pattern(name)
-            if name == "summary" and keeps_summary:
-                continue
             if pattern.search(text):
                 text = pattern.sub(block.replace("\\", r"\\"), text)
             else:
@@ -387,16 +385,13 @@ def merge_model_cards(old: ModelCard, new: ModelCard, weights: Mapping[str, str]
         data.eval_results = kept + new_data.eval_results
     if data.license is not None:
         text = _section_pattern("license").sub("", text)
+    old_metadata, metadata = old_facts.get("metadata", {}), new_facts.get("metadata", {})
+    tags = list(dict.fromkeys([*old_metadata.get("tags", ()), *metadata.get("tags", ())]))
     return _set_facts(
         ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"),
         {**old_facts.get("weights", {}), **weights},
-        {**old_facts.get("metadata", {}), **new_facts.get("metadata", {})},
+        {**old_metadata, **metadata, **({"tags": tags} if tags else {})},
     )
-
-
-def _names_method(card: ModelCard) -> bool:
-    """Whether a card says how the weights were trained."""
-    return not {tag for tags in METHOD_TAGS.values() for tag in tags}.isdisjoint(cast(Any, card.data).tags or [])
 
 
 def declare_license(card: ModelCard, license: str):
@@ -414,6 +409,13 @@ def point_usage_at(card: ModelCard, repo_id: str):
         return re.sub(rf'({call}\()"[^"]*"', rf'\1"{repo_id}"', match[0])
 
     card.text = _section_pattern("usage").sub(point, card.text)
+
+
+def read_sampling(card: ModelCard) -> dict[str, Any]:
+    """The arguments of the call in a generated card but for its labels, for `write_model_card`."""
+    call = re.findall(r"^    (\w+)=(.+),$", _sections(card).get("usage", ""), flags=re.MULTILINE)
+    left_out = ("class_labels", "generator", "output_type")
+    return {name: ast.literal_eval(value) for name, value in call if name not in left_out}
 
 
 def _describe_classes(pipeline: SavedPipeline) -> str:

@@ -24,6 +24,7 @@ from .model_card import (
     load_card,
     merge_model_cards,
     point_usage_at,
+    read_sampling,
     save_card,
     write_model_card,
 )
@@ -96,31 +97,38 @@ def push_folder(
     return _commit(folder, files, card, pipeline.hashes, repo_id, license, *arguments)
 
 
-def bring_card(origin: str | os.PathLike, folder: str | os.PathLike):
+def bring_card(origin: str | os.PathLike, folder: str | os.PathLike, repo_id: str):
     """
     Brings the model card of a saved pipeline, with its images, the evaluation's results and the probe, to the same
     pipeline in another folder; with other usage if that one alone brings its code along. Does nothing if the pipelines
-    differ.
+    differ, and no more than to warn where `origin` holds what cannot be brought.
 
     Args:
         origin (`str` or `os.PathLike`): A folder; does nothing for an id on the Hub.
         folder (`str` or `os.PathLike`): The other folder, without a card.
+        repo_id (`str`): Where the model is going to be on the Hub.
     """
     origin, folder = Path(origin), Path(folder)
     if not all((origin / name).is_file() for name in (CARD_NAME, "model_index.json")):
         return
-    before, now = SavedPipeline(origin), SavedPipeline(folder)
-    if not _are_the_same(before, now):
+    now = SavedPipeline(folder)
+    try:
+        before = SavedPipeline(origin)
+        if not _are_the_same(before, now):
+            return
+        card = load_card(origin / CARD_NAME)
+        files = _files_to_push(before, card)
+    except ValueError as error:
+        logger.warning(f"The model card of {origin}, from where the pipeline was loaded, is left there: {error}")
         return
-    card = load_card(origin / CARD_NAME)
-    for name in [CARD_NAME, *_files_to_push(before, card)]:
+    for name in [CARD_NAME, *files]:
         is_beside = Path(name).parts[0] not in before.index and Path(name).suffix != ".py"
         if is_beside and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(origin / name, folder / name)
     if now.has_code != before.has_code:
         (folder / CARD_NAME).unlink()
-        generated = load_card(write_model_card(folder))
+        generated = load_card(write_model_card(folder, repo_id=repo_id, sampling=read_sampling(card)))
         save_card(folder / CARD_NAME, merge_model_cards(card, generated))
 
 

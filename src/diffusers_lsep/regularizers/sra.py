@@ -100,7 +100,8 @@ class SRARegularizer(Regularizer):
     @classmethod
     def defaults_for(cls, num_layers: int, depth: int, given: dict[str, Any]) -> dict[str, Any]:
         twice = min(2 * (given["depth"] or depth), num_layers)
-        return {"depth": depth, "teacher_depth": 20 if num_layers == 28 and given["depth"] is None else twice}
+        is_published = num_layers == 28 and given["depth"] in (None, depth)
+        return {"depth": depth, "teacher_depth": 20 if is_published else twice}
 
     def weight_at(self, step: int, epoch: float) -> float:
         if self.decay_start_epoch is None:

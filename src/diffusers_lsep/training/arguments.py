@@ -494,6 +494,10 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     recipe = choose_recipe(args, sources)
     if recipe is not None:
         args = read_flags([f"@{examples / 'configs' / recipe}", *argv], description, examples)
+    # As in diffusers' scripts, steps go before epochs; but epochs go before the steps of a recipe.
+    steps = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    steps.add_argument("--max_train_steps", type=size)
+    args.max_train_steps = steps.parse_known_args(argv)[0].max_train_steps or args.max_train_steps
     args.recipe = recipe
     args.train_data_dir = find_data(args.train_data_dir, examples) if sources else str(examples / "digits")
     check_combinations(parser, args, sources)
