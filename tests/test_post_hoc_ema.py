@@ -158,8 +158,8 @@ def test_snapshots_that_cannot_be_used(tmp_path):
     refused("has to hold snapshots in ema_snapshots, but has none: train with `--post_hoc_ema_sigmas")
     record(tmp_path, walk(20), [0.05, 0.1], 10)
     refused(r"`step` has to be that of a snapshot, one of \[10, 20\], but is 15", step=15)
-    refused("`sigma_rel` has to be above 0 and at most 0.2887, but is 0.3", sigma_rel=0.3)
-    refused("`sigma_rel` has to be above 0 and at most 0.2887, but is 0", sigma_rel=0)
+    refused("`sigma_rel` has to be above 0 and at most 0.288675, but is 0.3", sigma_rel=0.3)
+    refused("`sigma_rel` has to be above 0 and at most 0.288675, but is 0", sigma_rel=0)
     refused("`use_sigma_rels` has to name averages of the run, but is", use_sigma_rels=[0.07])
     path = list_snapshots(tmp_path)[20]
     tensors = load_file(path)
@@ -176,7 +176,7 @@ def test_snapshots_that_cannot_be_used(tmp_path):
     [
         (["--post_hoc_ema_sigmas", "0.05"], "has to be two different lengths or more, but is [0.05]"),
         (["--post_hoc_ema_sigmas", "0.1", "0.1"], "has to be two different lengths or more, but is [0.1, 0.1]"),
-        (["--post_hoc_ema_sigmas", "0.1", "0.4"], "`sigma_rel` has to be above 0 and at most 0.2887, but is 0.4"),
+        (["--post_hoc_ema_sigmas", "0.1", "0.4"], "`sigma_rel` has to be above 0 and at most 0.288675, but is 0.4"),
         (
             ["--post_hoc_ema_sigmas", "0.05", "0.1", "--lora_rank", "2", "--pretrained_model_name_or_path", "x"],
             "--post_hoc_ema_sigmas averages all weights, and --lora_rank freezes them",

@@ -323,8 +323,16 @@ def test_original_sampling_with_internal_guidance(reference, original_internal_g
     torch.testing.assert_close(latents.double(), reference[f"ig.sample.{name}"], rtol=1e-4, atol=1e-4)
 
 
+def test_original_dispersive_loss(reference):
+    tokens = reference["layersync.tokens"].clone().requires_grad_()
+    loss = 0.25 * DispersiveRegularizer(1)(RegularizerContext({1: tokens}))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), reference["dispersive.loss"])
+    torch.testing.assert_close(tokens.grad, reference["dispersive.grad"])
+
+
 def test_original_layersync_and_irepa(reference):
-    tokens = reference["layersync.tokens"].requires_grad_()
+    tokens = reference["layersync.tokens"].clone().requires_grad_()
     context = RegularizerContext({1: tokens, 2: reference["layersync.targets"]})
     loss = LayerSyncRegularizer(1, 2)(context).mean()
     loss.backward()
@@ -404,6 +412,11 @@ def test_a_regularizer_is_handed_what_it_reads_and_nothing_else():
     fields = {name: value for name, value in vars(seen[other]).items() if value is not None}
     assert fields.keys() == {"tokens", "velocity"} and fields["tokens"] == {}
     torch.testing.assert_close(fields["velocity"], batch["noise"] - batch["latents"])
+    for wrong in ("veloctiy", "draws"):
+        with pytest.raises(
+            ValueError, match=f"`reads` of the regularizer `one` has to name some of .* but is .*{wrong}"
+        ):
+            LSEPObjective(transformer, None, regularizers={"one": Curious((), (wrong,))})
 
     context, t = seen[one], batch["timesteps"]
     noisy = (1 - t.view(-1, 1, 1, 1)) * batch["latents"] + t.view(-1, 1, 1, 1) * batch["noise"]
@@ -668,7 +681,15 @@ def test_a_checkpoint_as_teacher_has_the_weights_in_training(train, first_stage,
         (["--regularizers", "self-transcendence", "--self_transcendence_teacher", "no/such"], "cannot be loaded"),
         (
             ["--regularizers", "layersync", "--layersync_depth", 2],
-            "`target_depth` has to be above `depth`, 2, but is 2",
+            "`--layersync_target_depth` has to be above `--layersync_depth`, 2, but is 2",
+        ),
+        (
+            ["--regularizers", "sra", "--sra_teacher_depth", 3],
+            r"`--sra_teacher_depth` has to lie in 1\.\.2, the number of blocks, but is 3",
+        ),
+        (
+            ["--regularizers", "dispersive", "--dispersive_temperature", 0],
+            "`--dispersive_temperature` has to be",
         ),
         (["--regularizers", "internal-guidance", "--internal_guidance_depth", 3], "has to be None or lie in 1..2"),
     ],
@@ -677,6 +698,44 @@ def test_wrong_values_stop_the_run_before_it_writes(train, tmp_path, flags, mess
     with pytest.raises(ValueError, match=message):
         train(*flags)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["teacher_depth", "guidance_scale"])
+def test_what_is_of_the_second_stage_needs_a_teacher(train, capsys, flag):
+    with pytest.raises(SystemExit):
+        train("--regularizers", "self-transcendence", f"--self_transcendence_{flag}", 2)
+    assert f"--self_transcendence_{flag} needs --self_transcendence_teacher" in capsys.readouterr().err
+
+
+def test_losses_of_several_recipes_add_up(train, capsys):
+    flags = [f"@{LOSSES / name}" for name in ("dispersive", "internal-guidance", "dispersive")]
+    flags += ["--internal_guidance_depth", 1, "--dispersive_depth", 1]
+    assert train(*flags, "--dry_run") == 0
+    settings = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+    assert settings["regularizers"] == ["dispersive", "internal-guidance"]
+
+
+def test_any_regularizer_may_have_a_frozen_teacher(train, first_stage, tmp_path, monkeypatch):
+    class Follower(Regularizer):
+        flags = (Flag("teacher", "The model to follow.", str), Flag("weight", "Weight of it.", default=0.5))
+        depths, reads, teacher = (1,), ("target",), "frozen"
+
+        @classmethod
+        def for_transformer(cls, transformer, teacher, **values):
+            return cls(**values)
+
+        def make_target(self, teacher, context):
+            return teacher(context.noisy_latents, context.timesteps, context.class_labels, 2)
+
+        def forward(self, context):
+            return (context.tokens[1].float() - context.target.float()).square().mean()
+
+    monkeypatch.setitem(REGULARIZERS, "follower", Follower)
+    train("--regularizers", "follower", "--follower_teacher", first_stage, "--max_train_steps", 1)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["follower_loss"] > 0
+    both = ["--regularizers", "follower", "self-transcendence", "--self_transcendence_teacher", first_stage]
+    with pytest.raises(ValueError, match="one of `--regularizers` can have a frozen teacher, but follower and self"):
+        train(*both, "--follower_teacher", first_stage, output_dir=tmp_path / "both")
 
 
 def test_a_teacher_has_to_fit(train, first_stage, tmp_path):

@@ -367,7 +367,8 @@ class LSEPObjective(nn.Module):
         timesteps, latents, noise = timesteps.float(), latents.float(), noise.float()
         time = timesteps.view(-1, 1, 1, 1)
         noisy_latents = self.path.interpolate(latents, noise, time)
-        target = self.path.velocity(latents, noise, time) if target_velocity is None else target_velocity
+        true_velocity = self.path.velocity(latents, noise, time)
+        target = true_velocity if target_velocity is None else target_velocity
 
         # 3. Network
         null_class = self.transformer.config.num_classes
@@ -380,7 +381,7 @@ class LSEPObjective(nn.Module):
         # Not by `|=`, which dynamo of torch 2.6 does not know
         known.update(latents=latents, noise=noise, noisy_latents=noisy_latents, timesteps=timesteps, path=self.path)
         known.update(class_labels=class_labels, dropped_labels=labels, null_class=null_class)
-        known.update(velocity=target, prediction=velocity, probe_tokens=probe_tokens)
+        known.update(velocity=true_velocity, prediction=velocity, probe_tokens=probe_tokens)
 
         # 4. Losses, in float32
         squares = (velocity.float() - target).square().flatten(1)

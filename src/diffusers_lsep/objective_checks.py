@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an [`LSEPObjective`] is made of, and what it is called with, before anything is computed."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from .argument_checks import (
     check_values,
     describe,
 )
-from .regularizers.regularizer import Regularizer
+from .regularizers.regularizer import Regularizer, RegularizerContext
 from .transformer_checks import check_channels
 
 
@@ -70,6 +71,12 @@ def check_objective(objective: Any, probe_weight_start: float, probe_weight_end:
     depths = [("probe_depth", "`probe_depth`", objective.probe_depth)] if objective.probe is not None else []
     for name, regularizer in objective.regularizers.items():
         depths += [("depth", f"`depth` of the regularizer `{name}`", depth) for depth in regularizer.depths]
+        fields = {field.name for field in dataclasses.fields(RegularizerContext)} - {"tokens", "draws"}
+        if not fields.issuperset(regularizer.reads):
+            raise ValueError(
+                f"`reads` of the regularizer `{name}` has to name some of {', '.join(sorted(fields))}, but is"
+                f" {regularizer.reads}."
+            )
         if "probe_tokens" in regularizer.reads and objective.probe is None:
             raise ValueError(f"`probe` is needed by the regularizer `{name}`, but is None.")
         if "internal_prediction" in regularizer.reads and config.get("internal_guidance_depth") is None:

@@ -333,7 +333,8 @@ class LSEPPipeline(
             attention_kwargs (`dict`, *optional*): For the transformer; `scale` scales its LoRA layers.
             internal_guidance_scale (`float`, defaults to `1.0`):
                 Scale `s` of Internal Guidance (arXiv 2512.24176), `v + (s - 1) (v - v_k)`, where `v_k` is predicted
-                after `internal_guidance_depth` blocks of the transformer: no second evaluation. Off if not above 1.
+                after `internal_guidance_depth` blocks of the transformer: no second evaluation, at all times. Off if
+                not above 1.
             autoguidance_scale (`float`, defaults to `1.0`):
                 Scale `w` of autoguidance (arXiv 2406.02507), `v_weak + w (v_class - v_weak)`, where the pipeline's
                 `guidance_transformer` predicts `v_weak` for the same class, in `guidance_interval`. Beside

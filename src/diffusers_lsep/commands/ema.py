@@ -82,7 +82,7 @@ def run(args: argparse.Namespace):
         write_text(partial / FACTS_FILE, json.dumps({"run": args.folder, **facts}, indent=2) + "\n")
     print(
         f"{output_dir}: the average of sigma_rel {facts['sigma_rel']:g} after step {facts['step']:,}, from"
-        f" {facts['num_snapshots']} snapshots; its profile is met to {facts['profile_error']:.2%}"
+        f" {facts['num_snapshots']} snapshots; its profile is missed by {facts['profile_error']:.2%}"
     )
     if facts["profile_error"] > MAX_PROFILE_ERROR:
         logger.warning(

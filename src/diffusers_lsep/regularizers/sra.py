@@ -95,6 +95,11 @@ class SRARegularizer(Regularizer):
 
     @classmethod
     def for_transformer(cls, transformer: SiTTransformer2DModel, **values) -> "SRARegularizer":
+        blocks = transformer.config.num_layers
+        if values.get("teacher_depth", 1) > blocks:
+            raise ValueError(
+                f"`teacher_depth` has to lie in 1..{blocks}, the number of blocks, but is {values['teacher_depth']}."
+            )
         return cls(transformer.inner_dim, **values)
 
     @classmethod

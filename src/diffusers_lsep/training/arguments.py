@@ -278,7 +278,14 @@ def add_regularizer_flags(flags: Flags):
         help="Normalise the encoder's tokens over the patches, less this part of their mean (default: do not; iREPA"
         " has 0.6).",
     )
-    add("--regularizers", nargs="+", default=[], choices=list(REGULARIZERS), help="Add these losses.")
+    add(
+        "--regularizers",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=list(REGULARIZERS),
+        help="Add these losses, to those of a recipe too.",
+    )
     kinds = {int: size, float: positive}
     for name, regularizer in REGULARIZERS.items():
         for flag in regularizer.flags:
@@ -498,6 +505,7 @@ def parse_args(argv: list[str], description: str, examples: Path) -> argparse.Na
     steps = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     steps.add_argument("--max_train_steps", type=size)
     args.max_train_steps = steps.parse_known_args(argv)[0].max_train_steps or args.max_train_steps
+    args.regularizers = list(dict.fromkeys(args.regularizers))
     args.recipe = recipe
     args.train_data_dir = find_data(args.train_data_dir, examples) if sources else str(examples / "digits")
     check_combinations(parser, args, sources)

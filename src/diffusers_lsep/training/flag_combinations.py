@@ -77,6 +77,9 @@ def check_combinations(parser: ArgumentParser, args: argparse.Namespace, sources
     check_post_hoc_ema(parser, args)
     if args.probe_decay_start_epoch is None:
         parser.refuse_without("--probe_decay_start_epoch", args, "probe_decay_epochs")
+    if args.self_transcendence_teacher is None:
+        of_second_stage = ("self_transcendence_teacher_depth", "self_transcendence_guidance_scale")
+        parser.refuse_without("--self_transcendence_teacher", args, of_second_stage)
     if args.sra_decay_start_epoch is None:
         parser.refuse_without("--sra_decay_start_epoch", args, "sra_decay_epochs")
     if args.checkpoints_total_limit is None:

@@ -45,7 +45,7 @@ def sigma_rel_to_gamma(sigma_rel: float) -> float:
         `ValueError`: if there is no such average.
     """
     if not 0 < sigma_rel <= MAX_SIGMA_REL:
-        raise ValueError(f"`sigma_rel` has to be above 0 and at most {MAX_SIGMA_REL:.4f}, but is {sigma_rel}.")
+        raise ValueError(f"`sigma_rel` has to be above 0 and at most {MAX_SIGMA_REL:.6f}, but is {sigma_rel}.")
     inverse = sigma_rel**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
     return max(0.0, float(roots.real.max()))  # all three are real, and for `MAX_SIGMA_REL` the largest is 0

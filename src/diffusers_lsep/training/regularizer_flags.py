@@ -3,6 +3,7 @@
 """From flags to the losses beside LSEP's."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +36,32 @@ def choose_regularizer_flags(args: argparse.Namespace, num_layers: int, depth: i
 
 
 def open_teacher(args: argparse.Namespace, config: dict[str, Any]) -> Teacher | None:
-    """The frozen teacher of Self-Transcendence's second stage, if there is to be one."""
-    if "self-transcendence" not in args.regularizers or args.self_transcendence_teacher is None:
+    """The frozen teacher of the regularizer that has one, such as Self-Transcendence in its second stage."""
+    values = {name: regularizer_values(args, name) for name in args.regularizers}
+    teachers = {name: str(given["teacher"]) for name, given in values.items() if given.get("teacher") is not None}
+    if not teachers:
         return None
-    flag, folder = "--self_transcendence_teacher", args.self_transcendence_teacher
+    if len(teachers) > 1:
+        raise ValueError(f"one of `--regularizers` can have a frozen teacher, but {' and '.join(teachers)} have one.")
+    ((name, folder),) = teachers.items()
+    key = regularizer_key(name)
+    flag = f"--{key}_teacher"
     teacher = load_teacher(folder, flag)
     pipeline = Path(folder, "pipeline") if Path(folder, "model.safetensors").is_file() else folder
     path_type = LSEPPipeline.load_config(pipeline).get("path_type", "linear")
     if path_type != args.path_type:
         raise ValueError(f"`{flag}` has to be a model with `--path_type {args.path_type}`, but has {path_type}.")
     sizes = ("sample_size", "patch_size", "in_channels", "num_classes", "num_attention_heads", "attention_head_dim")
-    for name in sizes:
-        if teacher.transformer.config[name] != config[name]:
+    for size in sizes:
+        if teacher.transformer.config[size] != config[size]:
             raise ValueError(
-                f"`{flag}` has to be a model with `{name}={config[name]}`, like the one in training, but has"
-                f" {teacher.transformer.config[name]}."
+                f"`{flag}` has to be a model with `{size}={config[size]}`, like the one in training, but has"
+                f" {teacher.transformer.config[size]}."
             )
-    depth = args.self_transcendence_teacher_depth
+    depth = values[name].get("teacher_depth", 1)
     if depth > teacher.transformer.config.num_layers:
         raise ValueError(
-            f"`--self_transcendence_teacher_depth` has to lie in 1..{teacher.transformer.config.num_layers}, the"
+            f"`{flag}_depth` has to lie in 1..{teacher.transformer.config.num_layers}, the"
             f" number of blocks of `{flag}`, but is {depth}."
         )
     return teacher
@@ -75,6 +82,10 @@ def build_regularizers(
             target_alpha=args.repa_target_alpha,
         )
     for name in args.regularizers:
-        values = regularizer_values(args, name)
-        regularizers[regularizer_key(name)] = REGULARIZERS[name].for_transformer(transformer, **values)
+        key, values = regularizer_key(name), regularizer_values(args, name)
+        try:
+            regularizers[key] = REGULARIZERS[name].for_transformer(transformer, **values)
+        except ValueError as error:  # which names arguments, not flags
+            message = re.sub(rf"`({'|'.join(values)})`", rf"`--{key}_\1`", str(error))
+            raise ValueError(message) from None
     return regularizers
