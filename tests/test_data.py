@@ -252,6 +252,7 @@ def test_labels_of_edm2_are_not_passed_over(tmp_path):
     (tmp_path / "dataset.json").write_text('{"labels": [["00000/img00000000.png", 3]]}')
     with pytest.raises(ValueError, match="has a dataset.json, whose labels only examples/encode_latents.py reads"):
         load_image_dataset(train_data_dir=tmp_path)
+    assert len(load_image_dataset(train_data_dir=tmp_path, labelled=False)["train"]) == 1
 
 
 def test_encoding_reads_the_labels_that_training_reads(tmp_path):

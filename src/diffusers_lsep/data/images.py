@@ -94,6 +94,7 @@ def load_image_dataset(
     cache_dir: str | os.PathLike | None = None,
     streaming: bool = False,
     argument: str | None = None,
+    labelled: bool = True,
 ) -> "datasets.DatasetDict | datasets.IterableDatasetDict":
     """
     Loads a data set of labelled images, with all its splits.
@@ -107,6 +108,7 @@ def load_image_dataset(
         cache_dir (`str` or `os.PathLike`, *optional*): Where `datasets` keeps its files.
         streaming (`bool`, defaults to `False`): Whether the data are read while they are used, and not kept.
         argument (`str`, *optional*): What messages call the source, in place of the two names above.
+        labelled (`bool`, defaults to `True`): Whether the labels are going to be read.
 
     Raises:
         `ValueError`: if not exactly one source is given, or if there is nothing to read.
@@ -126,7 +128,7 @@ def load_image_dataset(
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"`{name}` has to be a folder, but {path!r} is none.")
-        if (folder / "dataset.json").is_file():
+        if labelled and (folder / "dataset.json").is_file():
             raise ValueError(
                 f"`{name}` has to hold one folder of images per class, or a metadata.jsonl, but {path} has a"
                 " dataset.json, whose labels only examples/encode_latents.py reads."

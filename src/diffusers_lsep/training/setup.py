@@ -280,6 +280,7 @@ def open_data(
         "train_data_dir": args.train_data_dir,
         "cache_dir": args.cache_dir,
         "argument": "--train_data_dir" if args.dataset_name is None else "--dataset_name",
+        "labelled": not args.unconditional,
     }
     if latents is not None:
         if split is not None:
