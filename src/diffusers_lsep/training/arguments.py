@@ -74,12 +74,7 @@ def add_data_flags(flags: Flags):
     add("--cache_dir", changeable=True, on_card=False, help="Where `datasets` keeps its files.")
     add("--image_column", default="image", help="Column of the images.")
     add("--label_column", default="label", help="Column of the classes, as numbers or names.")
-    add(
-        "--num_classes",
-        type=size,
-        changeable=True,
-        help="Number of classes, if there are more than the labels show.",
-    )
+    add("--num_classes", type=size, changeable=True, help="Number of classes, if there are more than the labels show.")
     add(
         "--unconditional",
         action="store_true",
@@ -141,12 +136,7 @@ def add_model_flags(flags: Flags):
     add("--patch_size", type=size, changeable=True, help=f"Side length of a patch, which is one token {of_preset}")
     add("--num_layers", type=size, changeable=True, help=f"Number of transformer blocks {of_preset}")
     add("--num_attention_heads", type=size, changeable=True, help=f"Attention heads of a block {of_preset}")
-    add(
-        "--attention_head_dim",
-        type=size,
-        changeable=True,
-        help=f"Width of a head {of_preset}",
-    )
+    add("--attention_head_dim", type=size, changeable=True, help=f"Width of a head {of_preset}")
     add("--qk_norm", action="store_true", changeable=True, help="Normalise queries and keys: steadier in long runs.")
     add(
         "--model_config_name_or_path",
@@ -261,11 +251,7 @@ def add_regularizer_flags(flags: Flags):
         help="Add the loss of REPA with this frozen encoder, such as facebook/dinov2-base.",
     )
     add("--repa_weight", type=positive, default=0.5, help="Weight of REPA's loss; iREPA has 1.")
-    add(
-        "--repa_depth",
-        type=size,
-        help="After how many blocks REPA reads (default: LSEP's default depth).",
-    )
+    add("--repa_depth", type=size, help="After how many blocks REPA reads (default: LSEP's default depth).")
     add(
         "--repa_projector",
         choices=PROJECTORS,
@@ -278,14 +264,7 @@ def add_regularizer_flags(flags: Flags):
         help="Normalise the encoder's tokens over the patches, less this part of their mean (default: do not; iREPA"
         " has 0.6).",
     )
-    add(
-        "--regularizers",
-        nargs="+",
-        action="extend",
-        default=[],
-        choices=list(REGULARIZERS),
-        help="Add these losses, to those of a recipe too.",
-    )
+    add("--regularizers", nargs="+", action="extend", default=[], choices=list(REGULARIZERS), help="Add these losses.")
     kinds = {int: size, float: positive}
     for name, regularizer in REGULARIZERS.items():
         for flag in regularizer.flags:
@@ -349,12 +328,7 @@ def add_optimisation_flags(flags: Flags):
     add("--adam_beta2", type=probability, default=0.999, help="AdamW's decay of the gradients' mean square.")
     add("--adam_weight_decay", type=positive, default=0.0, help="AdamW's weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's epsilon.")
-    add(
-        "--max_grad_norm",
-        type=positive,
-        default=1.0,
-        help="A longer gradient is scaled down to this norm; 0: never.",
-    )
+    add("--max_grad_norm", type=positive, default=1.0, help="A longer gradient is scaled down to this norm; 0: never.")
     add(
         "--max_skipped_steps",
         type=count,
@@ -388,12 +362,7 @@ def add_optimisation_flags(flags: Flags):
         changeable=True,
         help="Number format of the products; weights stay in float32 (default: as accelerate is configured).",
     )
-    add(
-        "--allow_tf32",
-        action="store_true",
-        changeable=True,
-        help="Round the inputs of float32 products: faster.",
-    )
+    add("--allow_tf32", action="store_true", changeable=True, help="Round the inputs of float32 products: faster.")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="Of everything that is random.")
     add(
         "--num_cpu_threads",
@@ -459,11 +428,7 @@ def add_output_flags(flags: Flags):
         **elsewhere,
         help="Upload the LoRA layers of --lora_rank, and nothing else, to this repository at the end.",
     )
-    add(
-        "--license",
-        **elsewhere,
-        help="Licence of the weights, as the Hub spells it; needed for uploading.",
-    )
+    add("--license", **elsewhere, help="Licence of the weights, as the Hub spells it; needed for uploading.")
     add("--dry_run", action="store_true", **elsewhere, help="Check and print everything, and train nothing.")
 
 
