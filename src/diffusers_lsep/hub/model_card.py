@@ -412,10 +412,16 @@ def point_usage_at(card: ModelCard, repo_id: str):
 
 
 def read_sampling(card: ModelCard) -> dict[str, Any]:
-    """The arguments of the call in a generated card but for its labels, for `write_model_card`."""
+    """
+    The arguments of the call in a generated card but for its labels, for `write_model_card`. A `ValueError` if one was
+    changed into something else than a literal.
+    """
     call = re.findall(r"^    (\w+)=(.+),$", _sections(card).get("usage", ""), flags=re.MULTILINE)
     left_out = ("class_labels", "generator", "output_type")
-    return {name: ast.literal_eval(value) for name, value in call if name not in left_out}
+    try:
+        return {name: ast.literal_eval(value) for name, value in call if name not in left_out}
+    except SyntaxError as error:
+        raise ValueError(f"the call in the model card is no Python: {error}") from None
 
 
 def _describe_classes(pipeline: SavedPipeline) -> str:

@@ -117,7 +117,7 @@ def bring_card(origin: str | os.PathLike, folder: str | os.PathLike, repo_id: st
         if not _are_the_same(before, now):
             return
         card = load_card(origin / CARD_NAME)
-        files = _files_to_push(before, card)
+        files, sampling = _files_to_push(before, card), read_sampling(card)
     except ValueError as error:
         logger.warning(f"The model card of {origin}, from where the pipeline was loaded, is left there: {error}")
         return
@@ -128,7 +128,7 @@ def bring_card(origin: str | os.PathLike, folder: str | os.PathLike, repo_id: st
             shutil.copy(origin / name, folder / name)
     if now.has_code != before.has_code:
         (folder / CARD_NAME).unlink()
-        generated = load_card(write_model_card(folder, repo_id=repo_id, sampling=read_sampling(card)))
+        generated = load_card(write_model_card(folder, repo_id=repo_id, sampling=sampling))
         save_card(folder / CARD_NAME, merge_model_cards(card, generated))
 
 
