@@ -124,6 +124,7 @@ TITLES = {
     "LSEP, depth 4": "LSEP that reads after 4 blocks",
     "LSEP, labels hidden": "LSEP whose probe never sees a label",
     "dispersive, JAX": "Dispersive Loss, settings of the JAX code",
+    TEACHER: "Self-Transcendence's teacher",
 }
 
 
@@ -388,6 +389,15 @@ def make_pair_table(results: list[dict], cost: float | None = None) -> str:
     return "\n".join(lines)
 
 
+def make_cost_table(costs: dict[str, dict[str, float]]) -> str:
+    """Markdown: what a step of each method costs over one of plain SiT."""
+    lines = ["|  | a step | quartiles |", "|---|---|---|"]
+    for method, cost in costs.items():
+        title = TITLES.get(method, method).partition(" (")[0]
+        lines.append(f"| {title} | {cost['ratio']:.2f} | {cost['ratio_25']:.2f} to {cost['ratio_75']:.2f} |")
+    return "\n".join(lines)
+
+
 @figure_style()
 def draw_curves(results: list[dict], costs: dict[str, dict[str, float]], path: Path):
     """The distance against steps and, where the costs are known, against work."""
@@ -543,6 +553,7 @@ def main():
     for kind in (WRONG, COARSE):
         of_kind = [result for result in results if result["data"] == kind]
         parts += [f"{kind}:\n\n{make_table(of_kind, COLUMNS[1:])}"] if of_kind else []
+    parts += [make_cost_table(costs)] if costs else []
     if lengths:
         parts.append(make_length_table(lengths))
         draw_lengths(lengths, results_dir / "lengths.png")

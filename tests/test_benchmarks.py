@@ -190,6 +190,7 @@ def test_the_tables_of_the_comparison_are_those_of_its_results(compared):
         regularizers.make_table(compared, regularizers.COLUMNS),
         regularizers.make_table(compared, regularizers.MORE_COLUMNS),
         regularizers.make_pair_table(pair, costs["LSEP"]["ratio"]),
+        regularizers.make_cost_table(costs),
     ):
         assert table in page, table
 
