@@ -220,7 +220,9 @@ def test_any_pipeline_becomes_a_flow_map(train, teacher, tmp_path, capsys, veloc
     flags += ["--flow_map", "--flow_map_velocity", velocity]
     flags += ["--flow_map_guidance_scale", 1.5, "--validation_steps", 4, "--validation_split", "test"]
     train(*flags, tiny=FROM_PIPELINE, output_dir=tmp_path / "whole")
-    assert "from block 3 on it sees the time to go to" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "from block 3 on it sees the time to go to" in printed
+    assert "--class_labels 0 --num_inference_steps 2 " in printed  # drawn as it is drawn at validations
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert all(math.isfinite(line["loss"]) for line in lines[:4]) and "validation_denoising_loss" in lines[-1]
 

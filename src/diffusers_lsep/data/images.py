@@ -103,8 +103,9 @@ def load_image_dataset(
         dataset_name (`str`, *optional*): Id of a data set on the Hub, or a folder that `datasets.load_dataset` reads.
         dataset_config_name (`str`, *optional*): Its configuration.
         train_data_dir (`str` or `os.PathLike`, *optional*):
-            In place of `dataset_name`, a folder of images with one subfolder per class or with a `metadata.jsonl`;
-            with subfolders `train/` and `test/` around these it has two splits. Or a folder of Parquet files.
+            In place of `dataset_name`, a folder of images with one subfolder per class or with a `metadata.jsonl` or
+            `metadata.csv`; with subfolders `train/` and `test/` around these it has two splits. Or a folder of Parquet
+            files.
         cache_dir (`str` or `os.PathLike`, *optional*): Where `datasets` keeps its files.
         streaming (`bool`, defaults to `False`): Whether the data are read while they are used, and not kept.
         argument (`str`, *optional*): What messages call the source, in place of the two names above.

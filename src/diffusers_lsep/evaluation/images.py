@@ -343,8 +343,8 @@ def open_images(
                 f"{images.size[0]} x {images.size[1]} already."
             )
         return images
-    has_splits = _is_saved_dataset(path) or find_split_folders(path)
-    if path.is_dir() and not has_splits and not any(path.rglob("*.parquet")):
+    is_of_files = path.is_dir() and not _is_saved_dataset(path) and not find_split_folders(path)
+    if is_of_files and not any(path.rglob("*.parquet")):
         refuse_split()
         files = sorted(path / name for name in walk_files(path, argument))
         return _open_files(str(source), list(filter(is_image_file, files)), resolution, argument)

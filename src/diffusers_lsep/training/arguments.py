@@ -62,7 +62,7 @@ def add_data_flags(flags: Flags):
     add(
         "--train_data_dir",
         changeable=True,
-        help="Folder of images, one subfolder per class or with a metadata.jsonl (default: the bundled digits).",
+        help="Folder of images, one subfolder per class or with a metadata.jsonl or .csv (default: the digits).",
     )
     add(
         "--latents_dir",

@@ -44,6 +44,8 @@ def describe_result(args: argparse.Namespace) -> str:
     lines = [f"Saved the pipeline in {folder}, samples in {samples}, the settings in {settings}."]
     model = f"--pretrained_model_name_or_path {shlex.quote(folder)}"
     draw = "--num_images 16 --label_sampling none --save_images" if args.unconditional else "--class_labels 0"
+    if args.flow_map:
+        draw += f" --num_inference_steps {args.validation_inference_steps}"
     commands = [f"diffusers-lsep sample {model} {draw} --output_dir {shlex.quote(f'{folder}-samples')}"]
     has_classes = not args.unconditional and not args.streaming and args.dataset_config_name is None
     if args.validation_split is not None and has_classes:
