@@ -733,6 +733,8 @@ def test_any_regularizer_may_have_a_frozen_teacher(train, first_stage, tmp_path,
     monkeypatch.setitem(REGULARIZERS, "follower", Follower)
     train("--regularizers", "follower", "--follower_teacher", first_stage, "--max_train_steps", 1)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["follower_loss"] > 0
+    with pytest.raises(ValueError, match="`--follower_teacher` has to be given for `--regularizers follower`"):
+        train("--regularizers", "follower", output_dir=tmp_path / "none")
     both = ["--regularizers", "follower", "self-transcendence", "--self_transcendence_teacher", first_stage]
     with pytest.raises(ValueError, match="one of `--regularizers` can have a frozen teacher, but follower and self"):
         train(*both, "--follower_teacher", first_stage, output_dir=tmp_path / "both")

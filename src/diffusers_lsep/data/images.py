@@ -134,13 +134,14 @@ def load_image_dataset(
                 f"`{name}` has to hold one folder of images per class, or a metadata.jsonl, but {path} has a"
                 " dataset.json, whose labels only examples/encode_latents.py reads."
             )
+        splits = find_split_folders(folder)
         if not any(folder.rglob("*.parquet")):
             # Left to itself, `datasets` takes names anywhere, of an image `test_1.png` or a class `train`, for splits.
-            splits, root = find_split_folders(folder), glob.escape(os.path.abspath(path))
+            root = glob.escape(os.path.abspath(path))
             path = path if splits else "imagefolder"
             patterns = {split: [f"{root}/{child}/**" for child in children] for split, children in splits.items()}
             options = {"data_files": patterns or {"train": f"{root}/**"}}
-        options |= _label_options(folder, name)
+        options |= _label_options(folder, name, class_depth=2 if splits else 1)
     try:
         return datasets.load_dataset(path, cache_dir=cache_dir, streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -169,7 +170,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "__"))  # as for `datasets`
 
 
-def _label_options(folder: Path, name: str) -> dict[str, bool]:
+def _label_options(folder: Path, name: str, class_depth: int) -> dict[str, bool]:
     """
     What `datasets` has to be told about the labels of a folder of images: it drops those of a single class, and takes
     the last folder for the class, however deep it lies. Where images lie deeper than in folders of classes, or beside
@@ -195,7 +196,7 @@ def _label_options(folder: Path, name: str) -> dict[str, bool]:
             depths.add(len(Path(parent).relative_to(folder).parts))
     if not depths:
         return {}
-    if depths != {2 if find_split_folders(folder) else 1}:
+    if depths != {class_depth}:
         return {"drop_labels": True}
     return {"drop_labels": False} if len(classes) == 1 else {}
 

@@ -58,7 +58,7 @@ def open_teacher(args: argparse.Namespace, config: dict[str, Any]) -> Teacher | 
                 f"`{flag}` has to be a model with `{size}={config[size]}`, like the one in training, but has"
                 f" {teacher.transformer.config[size]}."
             )
-    depth = values[name].get("teacher_depth", 1)
+    depth = values[name].get("teacher_depth") or 1
     if depth > teacher.transformer.config.num_layers:
         raise ValueError(
             f"`{flag}_depth` has to lie in 1..{teacher.transformer.config.num_layers}, the"
@@ -88,4 +88,6 @@ def build_regularizers(
         except ValueError as error:  # which names arguments, not flags
             message = re.sub(rf"`({'|'.join(values)})`", rf"`--{key}_\1`", str(error))
             raise ValueError(message) from None
+        if regularizers[key].teacher == "frozen" and values.get("teacher") is None:
+            raise ValueError(f"`--{key}_teacher` has to be given for `--regularizers {name}`, but is None.")
     return regularizers
